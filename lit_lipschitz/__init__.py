@@ -1,0 +1,30 @@
+"""Learning rates computed, not tuned: 1 over the Lipschitz constant of the loss, for PyTorch Lightning."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_lipschitz.callback import LipschitzLR
+
+__version__ = "0.1.0"
+__all__ = ["LipschitzLR"]
+
+_HOMES = {"LipschitzLR": "callback"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names on first use: the command answers `configs` and `--help` without importing torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lit_lipschitz.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+# In a checkout, the packages cli and configs lie beside this one; an installed copy has them inside.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli").is_dir():
+    __path__.append(str(_checkout))

@@ -1,0 +1,470 @@
+"""``LipschitzLR``: the callback that sets the learning rate to the inverse of the loss's Lipschitz constant."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_lipschitz import constants, inspection, rules
+from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.statistics import RunningMaximum
+from lit_lipschitz.writing import RateWriter
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What all ranks agree on after the reduction.
+
+    Attributes:
+        activation_norm: Size of the head's inputs in the global batch of one optimizer step.
+        weight_norm: Largest norm of a parameter tensor.
+        batch_size: Examples (tokens, pixels) in the global batch.
+        dropped: Batches with non-finite activations on the rank that had most.
+    """
+
+    activation_norm: float
+    weight_norm: float
+    batch_size: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A rate and what it was computed from; 0 stands for a number that is not there yet.
+
+    Attributes:
+        lr: Learning rate at a schedule factor of 1.
+        constant: Lipschitz constant of the loss.
+        activation_norm: See :class:`Measurement`.
+        weight_norm: See :class:`Measurement`.
+        cap: The safety setting that changed the rate, or "".
+    """
+
+    lr: float
+    constant: float = 0.0
+    activation_norm: float = 0.0
+    weight_norm: float = 0.0
+    cap: str = ""
+
+
+class LipschitzLR(Callback):
+    r"""Sets the learning rate to 1/L, L being the Lipschitz constant of the loss in the weights of the last layer.
+
+    The inputs of the last affine map (the head) are measured by a hook while the model trains; their size gives L
+    (:mod:`lit_lipschitz.constants`), and the optimizer's rule turns L into a rate (:mod:`lit_lipschitz.rules`), anew
+    every epoch or every N optimizer steps. All ranks agree on the measured values by one MAX all-reduce an update, so
+    they use the same rate; the values are read to the host only then.
+
+    The first rate comes from the first batch and applies to the step made with it. While the first interval lasts, the
+    running maximum is looked at again after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the one
+    before. Every parameter group gets the rate times its configured rate over the first group's, so the size of the
+    configured rates does not matter and their ratios do. A scheduler's value over its configured one is a factor.
+
+    Args:
+        loss: ``"auto"`` finds the loss in the autograd graph of the first step; ``"cross_entropy"`` takes your word
+            that it is the mean softmax cross-entropy of the head's outputs.
+        head: ``"auto"``, or the name of the last affine map as in ``named_modules()``.
+        bound: Family of the constant. ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
+            estimate of arXiv 1902.07399.
+        norm: How the head's inputs are measured: ``"frobenius"`` (of the batch), ``"sample"`` (largest row),
+            ``"unit"`` (largest entry), ``"spectral"``; ``"auto"`` is the family's own.
+        update: ``"epoch"``, or the number of optimizer steps between updates.
+        rule: ``"auto"`` follows the optimizer; ``"inverse"`` is 1/L, ``"adamo"`` the paper's rule for momentum.
+        initial_lr: Rate to use until the first interval is over, in place of a measured one.
+        min_lr: No rate below this one.
+        max_lr: No rate above this one.
+        max_growth: No rate above this many times the one before.
+        on_nonfinite: What to do when activations or the constant are not finite or the constant is 0: ``"keep"`` the
+            last rate and warn once, or ``"raise"``.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[LipschitzLR()], logger=False, enable_checkpointing=False)
+
+    References:
+        R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019.
+    """
+
+    def __init__(
+        self,
+        loss: Literal["auto", "cross_entropy"] = "auto",
+        head: str = "auto",
+        bound: constants.Bound = "strict",
+        norm: Literal["auto", "frobenius", "sample", "unit", "spectral"] = "auto",
+        update: Literal["epoch"] | int = "epoch",
+        rule: Literal["auto", "inverse", "adamo"] = "auto",
+        initial_lr: float | None = None,
+        min_lr: float = 0.0,
+        max_lr: float | None = None,
+        max_growth: float | None = None,
+        on_nonfinite: Literal["keep", "raise"] = "keep",
+    ) -> None:
+        super().__init__()
+        _check_choice("loss", loss, ("auto", "cross_entropy"))
+        _check_choice("rule", rule, ("auto", *rules.RULES))
+        _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
+        if update != "epoch" and not (type(update) is int and update >= 1):
+            raise ConfigurationError(f"LipschitzLR(update={update!r}): expected 'epoch' or a number of steps >= 1")
+        _check_positive("initial_lr", initial_lr)
+        _check_positive("max_lr", max_lr)
+        if not 0 <= min_lr <= (math.inf if max_lr is None else max_lr):
+            raise ConfigurationError(f"LipschitzLR(min_lr={min_lr}): expected 0 <= min_lr <= max_lr")
+        if max_growth is not None and not max_growth >= 1:
+            raise ConfigurationError(f"LipschitzLR(max_growth={max_growth}): expected a factor of at least 1")
+        try:
+            self.norm = constants.resolve_norm(bound, norm)
+        except ValueError as error:
+            raise ConfigurationError(f"LipschitzLR: {error}") from None
+        self.loss, self.head, self.bound, self.update, self.rule = loss, head, bound, update, rule
+        self.initial_lr, self.min_lr, self.max_lr, self.max_growth = initial_lr, min_lr, max_lr, max_growth
+        self.on_nonfinite = on_nonfinite
+        self._forget()
+
+    # -- attach ------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """The state before any run."""
+        self._decision: Decision | None = None
+        self._rule_state = rules.RuleState()
+        self._steps = 0  # optimizer steps since the interval began
+        self._intervals = 0  # intervals that are over
+        self._warned = False
+        self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
+        self._stored_statistic: dict[str, Tensor] | None = None
+        self._probes: list[_Probe] = []
+        self._probe: _Probe | None = None
+        self._writer: RateWriter | None = None
+        self._micro_batches = 0  # batches since the last optimizer step
+        self._accumulated = 1  # most batches that made one step in this interval
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a second LipschitzLR and starts afresh; a checkpoint's state is loaded after this."""
+        if stage != "fit":
+            return
+        same = [callback for callback in trainer.callbacks if isinstance(callback, LipschitzLR)]
+        if len(same) > 1:
+            raise ConfigurationError(
+                f"LipschitzLR must be the only one in charge of the rate; found {len(same)} of them in "
+                "trainer.callbacks: pass one"
+            )
+        self._forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
+        if len(trainer.optimizers) != 1:
+            raise ConfigurationError(
+                f"LipschitzLR sets the rate of one optimizer; configure_optimizers of {type(pl_module).__name__} "
+                f"returned {len(trainer.optimizers)}: return one, or remove the callback"
+            )
+        optimizer = trainer.optimizers[0]
+        self._rule_of(optimizer)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._writer = RateWriter(optimizer, schedulers)
+        device = trainer.strategy.root_device
+        clock = torch.zeros((), dtype=torch.int64, device=device)
+        self._probes = [
+            _Probe(name, head, pl_module, self._new_statistic(head, device), clock)
+            for name, head in inspection.head_candidates(pl_module, self.head).items()
+        ]
+
+    def _new_statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
+        width, _ = inspection.head_size(head)
+        rigorous = self.bound != "paper"
+        bias = rigorous and getattr(head, "bias", None) is not None
+        return RunningMaximum(self.norm, width, bias=bias, mean=rigorous and self._is_of_batch, device=device)
+
+    @property
+    def _is_of_batch(self) -> bool:
+        """Whether the norm is one of the whole batch matrix, which grows with the number of rows."""
+        return self.norm in ("frobenius", "spectral")
+
+    def _rule_of(self, optimizer: Optimizer) -> rules.Rule:
+        name: str = self.rule
+        if name == "auto":
+            try:
+                name = rules.rule_for(type(optimizer).__name__, optimizer.param_groups[0], self.bound)
+            except ValueError as error:
+                raise ConfigurationError(f"LipschitzLR: {error}") from None
+        return rules.RULES[name]
+
+    # -- find head and loss, on the first step -----------------------------------------------------------------------
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """On the first step, checks what the loss is and takes the head from its graph."""
+        if self._probe is not None or not self._probes:
+            return
+        weight = self._check_loss(trainer, pl_module, loss) if self.loss == "auto" else None
+        self._choose_head(weight)
+
+    def _check_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> nn.Parameter | None:
+        found = inspection.find_cross_entropy(loss)
+        # Lightning divides by the accumulated batches first, and a GradScaler multiplies after that.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        expected = (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
+        if not math.isclose(found.coefficient, expected, rel_tol=1e-5):
+            raise ConfigurationError(
+                "LipschitzLR found a cross-entropy weighted by "
+                f"{found.coefficient / expected:g}, for which it has no constant; return the plain loss, or pass "
+                "loss='cross_entropy' to have the weight disregarded"
+            )
+        if found.ignored and self.norm != "sample":
+            raise ConfigurationError(
+                "LipschitzLR found targets that the loss ignores (ignore_index), and norm="
+                f"{self.norm!r} needs to know how many; pass bound='strict', norm='sample', which holds for any number"
+            )
+        return found.head_weight
+
+    def _choose_head(self, weight: nn.Parameter | None) -> None:
+        """Keeps the probe of the module that owns the weight, or else the last one that ran."""
+        ran = [probe for probe in self._probes if int(probe.ran_at) > 0]
+        if not ran:
+            names = ", ".join(repr(probe.name) for probe in self._probes[-3:])
+            raise ConfigurationError(
+                f"LipschitzLR saw no training forward through {names} before the first backward; pass the head's "
+                "name (head=...) if it is another module, and add the callback before a compiled model first runs"
+            )
+        owners = [probe for probe in ran if weight is not None and probe.head.weight is weight]
+        self._probe = owners[-1] if owners else max(ran, key=lambda probe: int(probe.ran_at))
+        for probe in self._probes:
+            if probe is not self._probe:
+                probe.remove()
+        self._probes = [self._probe]
+        if self._stored_statistic is not None:
+            self._restore_statistic(self._stored_statistic)
+            self._stored_statistic = None
+
+    def _restore_statistic(self, state: dict[str, Tensor]) -> None:
+        """Joins the interval's maximum in the checkpoint with the batch that has been seen since."""
+        assert self._probe is not None
+        seen = self._probe.statistic
+        stored = self._new_statistic(self._probe.head, seen.values.device)
+        try:
+            stored.load_state_dict(state)
+        except ValueError as error:
+            raise LitLipschitzError(
+                f"LipschitzLR's state in the checkpoint is of another head or norm ({error}); resume with the "
+                "network and the settings it was saved with, or start anew without --ckpt_path"
+            ) from None
+        seen.merge(stored)
+
+    # -- measure, reduce, decide, write ------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts the batches that make one optimizer step."""
+        self._micro_batches += 1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Decides where an update is due, and writes the rate before the parameters move."""
+        if self._probe is None:
+            # No on_before_backward has come: manual optimization with a backward of its own.
+            if self.loss == "auto":
+                raise ConfigurationError(
+                    "LipschitzLR looked for the loss in manual_backward, which was not called before the optimizer's "
+                    "step; call self.manual_backward(loss), or pass loss='cross_entropy'"
+                )
+            self._choose_head(None)
+        self._steps += 1
+        self._accumulated = max(self._accumulated, self._micro_batches)
+        self._micro_batches = 0
+        first = self._intervals == 0
+        before = self._decision
+        if first and self.initial_lr is not None:
+            self._decision = self._decision or Decision(self.initial_lr)
+        elif first and self._steps & (self._steps - 1) == 0:
+            self._decide(trainer, optimizer, interval_over=False)
+        self._write(trainer, pl_module, changed=self._steps == 1 or self._decision is not before)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, changed: bool) -> None:
+        assert self._writer is not None
+        rates = self._writer.write(self._decision.lr if self._decision else None)
+        self._applied = (self._decision or Decision(rates[0]), rates)
+        if changed or (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+            metrics = self._metrics()
+            pl_module.log("lipschitz/lr", metrics.pop("lipschitz/lr"), prog_bar=True, batch_size=1)
+            pl_module.log_dict(metrics, batch_size=1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
+        if self._probe is None:
+            return
+        over = trainer.is_last_batch if self.update == "epoch" else self._steps >= int(self.update)
+        if over and self._steps:
+            self._decide(trainer, trainer.optimizers[0], interval_over=True)
+            self._probe.statistic.reset()
+            self._steps = 0
+            self._accumulated = 1
+            self._intervals += 1
+
+    def _decide(self, trainer: Trainer, optimizer: Optimizer, interval_over: bool) -> None:
+        """One reduction, then a decision that every rank makes alike."""
+        measured = self._reduce(trainer, optimizer)
+        decision, rule_state = self._evaluate(measured, optimizer)
+        if decision is None:
+            self._report_unusable(measured)
+            return
+        if measured.dropped:
+            self._report_dropped(measured)
+        if decision.cap and (self._decision is None or self._decision.cap != decision.cap):
+            rank_zero_info(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
+        self._decision = decision
+        if interval_over:
+            self._rule_state = rule_state
+
+    def _reduce(self, trainer: Trainer, optimizer: Optimizer) -> Measurement:
+        """The one collective of an update: MAX over ranks of the running maximum, rows, dropped batches and W."""
+        assert self._probe is not None
+        statistic = self._probe.statistic
+        weights = inspection.weight_norm(optimizer).to(statistic.values.device).reshape(1)
+        # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
+        values = torch.cat([statistic.values, torch.where(torch.isfinite(weights), weights, -1.0)])
+        reduced = trainer.strategy.reduce(values, reduce_op="max")
+        largest, rows, dropped, weight_norm = (float(value) for value in reduced.tolist())
+        pieces = trainer.world_size * self._accumulated
+        batch_size = int(rows) * pieces
+        if statistic.mean:
+            largest *= math.sqrt(batch_size)
+        elif self._is_of_batch:
+            largest *= math.sqrt(pieces)
+        return Measurement(largest, weight_norm if weight_norm >= 0 else math.nan, batch_size, int(dropped))
+
+    def _evaluate(self, measured: Measurement, optimizer: Optimizer) -> tuple[Decision | None, rules.RuleState]:
+        """From measured values to a rate, or None where they give none. Changes nothing."""
+        assert self._probe is not None
+        _, num_classes = inspection.head_size(self._probe.head)
+        weight_decay = max(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups)
+        if measured.batch_size < 1 or not math.isfinite(measured.weight_norm):
+            return None, self._rule_state
+        constant = constants.cross_entropy(
+            measured.activation_norm,
+            num_classes=num_classes,
+            batch_size=measured.batch_size,
+            bound=self.bound,
+            norm=self.norm,
+            weight_decay=weight_decay,
+            weight_norm=measured.weight_norm,
+        )
+        if not (math.isfinite(constant) and constant > 0) or measured.activation_norm == 0:
+            return None, self._rule_state
+        rate, rule_state = self._rule_of(optimizer)(constant, self._rule_state, optimizer.param_groups[0])
+        lr, cap = self._cap(rate)
+        return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), rule_state
+
+    def _cap(self, rate: float) -> tuple[float, str]:
+        """The rate within its limits, and the name of the limit that changed it."""
+        limits = [("max_lr", self.max_lr)]
+        if self.max_growth is not None and self._decision is not None:
+            limits.append(("max_growth", self.max_growth * self._decision.lr))
+        cap = ""
+        for name, limit in limits:
+            if limit is not None and rate > limit:
+                rate, cap = limit, name
+        return (self.min_lr, "min_lr") if rate < self.min_lr else (rate, cap)
+
+    def _report_unusable(self, measured: Measurement) -> None:
+        last = "the configured rate" if self._decision is None else f"the last rate, {self._decision.lr:.4g}"
+        self._report(
+            f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
+            f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
+        )
+
+    def _report_dropped(self, measured: Measurement) -> None:
+        self._report(f"{measured.dropped} batches had non-finite activations and were left out of the maximum")
+
+    def _report(self, message: str) -> None:
+        if self.on_nonfinite == "raise":
+            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
+        if not self._warned:
+            rank_zero_warn(f"LipschitzLR: {message}")
+            self._warned = True
+
+    # -- log and checkpoint ------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives every logger a point for the epoch's last step, however short the epoch."""
+        if self._applied is not None and trainer.global_step % max(1, trainer.log_every_n_steps) != 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._metrics(), step=trainer.global_step - 1)
+
+    def _metrics(self) -> dict[str, float]:
+        assert self._applied is not None
+        decision, rates = self._applied
+        metrics = {
+            "lipschitz/lr": rates[0],
+            "lipschitz/constant": decision.constant,
+            "lipschitz/activation_norm": decision.activation_norm,
+            "lipschitz/weight_norm": decision.weight_norm,
+        }
+        if self.min_lr > 0 or self.max_lr is not None or self.max_growth is not None:
+            metrics["lipschitz/capped"] = float(bool(decision.cap))
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
+        return {
+            "decision": asdict(self._decision) if self._decision else None,
+            "rule_state": asdict(self._rule_state),
+            "steps": self._steps,
+            "accumulated": self._accumulated,
+            "intervals": self._intervals,
+            "warned": self._warned,
+            "statistic": self._probe.statistic.state_dict() if self._probe else self._stored_statistic,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes the state of :meth:`state_dict`; the statistic goes in once the head is known."""
+        self._decision = Decision(**state_dict["decision"]) if state_dict["decision"] else None
+        self._rule_state = replace(rules.RuleState(), **state_dict["rule_state"])
+        self._steps = state_dict["steps"]
+        self._accumulated = state_dict["accumulated"]
+        self._intervals = state_dict["intervals"]
+        self._warned = state_dict["warned"]
+        self._stored_statistic = state_dict["statistic"]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the hooks off."""
+        for probe in self._probes:
+            probe.remove()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Probe:
+    """A pre-hook on a module that measures its input in training forwards, on the device and under torch.compile."""
+
+    def __init__(
+        self, name: str, head: nn.Module, pl_module: LightningModule, statistic: RunningMaximum, clock: Tensor
+    ) -> None:
+        self.name, self.head, self.statistic = name, head, statistic
+        self.ran_at = torch.zeros_like(clock)
+
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if pl_module.training and torch.is_grad_enabled():
+                activations = args[0] if args else kwargs["input"]
+                statistic.update(inspection.head_rows(module, activations))
+                self.ran_at.copy_(clock.add_(1))
+
+        self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"LipschitzLR({name}={value!r}): expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"LipschitzLR({name}={value}): expected a positive number")

@@ -1,0 +1,7 @@
+"""Networks of the bundled configs, as plain modules whose last child is the head."""
+
+from lit_lipschitz.models.mlp import MLP
+from lit_lipschitz.models.mnist_cnn import MNISTCNN
+from lit_lipschitz.models.resnet import ResNetV1
+
+__all__ = ["MLP", "MNISTCNN", "ResNetV1"]

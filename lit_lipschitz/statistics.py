@@ -1,0 +1,130 @@
+"""Running maxima of the size of the head's inputs, kept on the device: no host synchronisation per batch."""
+
+import torch
+from torch import Tensor
+
+from lit_lipschitz.constants import Norm
+
+POWER_ITERATIONS = 3
+"""Per batch; the vector is kept from batch to batch, so the estimate goes on improving."""
+
+
+def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
+    """Frobenius norm of a batch of activations, in fp32.
+
+    Args:
+        activations: Shape (rows, width), any floating type.
+        bias: Whether every row carries an extra 1, the input of the head's bias.
+
+    Returns:
+        A scalar of dtype float32.
+    """
+    norm = torch.linalg.vector_norm(activations, dtype=torch.float32)
+    return torch.sqrt(norm * norm + activations.shape[0]) if bias else norm
+
+
+def sample(activations: Tensor, bias: bool = False) -> Tensor:
+    """Largest Euclidean norm of a row; arguments and result as for :func:`frobenius`."""
+    norm = torch.linalg.vector_norm(activations, dim=1, dtype=torch.float32).max()
+    return torch.sqrt(norm * norm + 1) if bias else norm
+
+
+def unit(activations: Tensor, bias: bool = False) -> Tensor:
+    """Largest absolute activation; arguments and result as for :func:`frobenius`."""
+    norm = torch.linalg.vector_norm(activations, ord=float("inf"), dtype=torch.float32)
+    return norm.clamp(min=1.0) if bias else norm
+
+
+def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+    """Largest singular value of a batch of activations, by power iteration from a given vector.
+
+    Args:
+        activations: Shape (rows, width), any floating type.
+        direction: Vector to start from, shape (width + bias,), float32, not 0.
+        bias: Whether every row carries an extra 1.
+
+    Returns:
+        The singular value (a scalar; from below, since the iteration is cut off) and the unit vector reached.
+    """
+    matrix = activations.float()
+    for _ in range(POWER_ITERATIONS):
+        image = matrix @ direction[: matrix.shape[1]]
+        if bias:
+            image = image + direction[-1]
+        direction = matrix.T @ image
+        if bias:
+            direction = torch.cat([direction, image.sum().reshape(1)])
+        length = torch.linalg.vector_norm(direction)
+        direction = direction / length.clamp(min=torch.finfo(torch.float32).tiny)
+    image = matrix @ direction[: matrix.shape[1]]
+    if bias:
+        image = image + direction[-1]
+    return torch.linalg.vector_norm(image), direction
+
+
+_NORMS = {"frobenius": frobenius, "sample": sample, "unit": unit}
+
+
+class RunningMaximum:
+    """Maximum over batches of one norm of the activations, as tensors on the device that are updated in place.
+
+    A batch whose norm is not finite is left out of the maximum and counted.
+
+    Args:
+        norm: Which norm is taken of each batch.
+        width: Features of one activation, d.
+        bias: Whether the head has a bias, whose input is a 1 appended to every row.
+        mean: Divide the norm of a batch by the root of its number of rows, which makes batches of different sizes
+            comparable (for ``frobenius`` the root mean square norm of a row).
+        device: Where the tensors live.
+    """
+
+    def __init__(
+        self, norm: Norm, width: int, *, bias: bool = False, mean: bool = False, device: torch.device | None = None
+    ) -> None:
+        self.norm = norm
+        self.bias = bias
+        self.mean = mean
+        self.values = torch.zeros(3, dtype=torch.float32, device=device)
+        self.direction = torch.ones(width + bias if norm == "spectral" else 0, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def update(self, activations: Tensor) -> None:
+        """Take in one batch of activations of shape (rows, width)."""
+        activations = activations.detach()
+        rows = activations.shape[0]
+        if self.norm == "spectral":
+            value, direction = spectral(activations, self.direction, self.bias)
+            self.direction.copy_(torch.where(torch.isfinite(direction).all(), direction, self.direction))
+        else:
+            value = _NORMS[self.norm](activations, self.bias)
+        if self.mean:
+            value = value / rows**0.5
+        finite = torch.isfinite(value)
+        largest, most_rows, dropped = self.values.unbind()
+        largest.copy_(torch.maximum(largest, torch.where(finite, value, 0.0)))
+        most_rows.clamp_(min=rows)
+        dropped.add_(~finite)
+
+    def merge(self, other: "RunningMaximum") -> None:
+        """Take in what another statistic has seen."""
+        self.values.copy_(torch.maximum(self.values, other.values))
+
+    def reset(self) -> None:
+        """Forget the batches; the direction of the power iteration stays, to start the next one warm."""
+        self.values.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU."""
+        return {"values": self.values.cpu().clone(), "direction": self.direction.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the tensors of :meth:`state_dict` in.
+
+        Raises:
+            ValueError: They belong to another head or another norm.
+        """
+        for name, own in (("values", self.values), ("direction", self.direction)):
+            if state[name].shape != own.shape:
+                raise ValueError(f"{name}: expected shape {tuple(own.shape)}, found {tuple(state[name].shape)}")
+            own.copy_(state[name])

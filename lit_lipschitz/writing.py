@@ -1,0 +1,114 @@
+"""Writes a learning rate into an optimizer's parameter groups, together with whatever schedulers do to them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from lit_lipschitz.errors import ConfigurationError
+
+
+class RateWriter:
+    """Keeps an optimizer's rates at ``rate * (group's rate / reference)``.
+
+    The reference is the first group's configured rate, so the ratios between groups are kept, and a scheduler's value
+    over it is a factor. A scheduler computes its next value from the one in the group, so with one the rate stands
+    there only while the optimizer steps; without one it stays.
+
+    Args:
+        optimizer: The optimizer, as configured: neither stepped nor restored.
+        schedulers: Its learning-rate schedulers.
+
+    Raises:
+        ConfigurationError: The reference is 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
+        self.optimizer = optimizer
+        self.scheduled = bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
+        self._references = [_reference(group, i, schedulers) for i, group in enumerate(optimizer.param_groups)]
+        if self._references[0] <= 0:
+            raise ConfigurationError(
+                "LipschitzLR scales the optimizer's configured rates; the first parameter group's is "
+                f"{self._references[0]}, expected a positive number (its size does not matter, ratios do)"
+            )
+        self._rate: float | None = None
+        self._nominal: list[float] | None = None
+        self._stepping = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def reference(self) -> float:
+        """The rate that counts as a factor of 1."""
+        return self._references[0]
+
+    def write(self, rate: float | None) -> list[float]:
+        """Sets the rate for the step that is under way or comes next.
+
+        Args:
+            rate: Rate of the first group at a factor of 1, or None to leave the groups as they are.
+
+        Returns:
+            The rates that the step uses, one a group.
+        """
+        self._rate = rate
+        # A GradScaler runs the closure before the optimizer's step, and perhaps no step at all; else it runs inside.
+        if self._stepping or not self.scheduled:
+            self._apply()
+            return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return self._rates()
+
+    def close(self) -> None:
+        """Takes the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _rates(self) -> list[float]:
+        groups = self.optimizer.param_groups
+        nominal = self._nominal or [float(group["lr"]) for group in groups]
+        if self._rate is None:
+            return nominal
+        if not self.scheduled:
+            # What stands in a group is what was written last; a group that was added since brings its own rate.
+            self._references += nominal[len(self._references) :]
+            nominal = self._references
+        return [self._rate * (lr / self.reference) for lr in nominal]
+
+    def _apply(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self._rates(), strict=True):
+            _set(group, lr)
+
+    def _before_step(self, *_: Any) -> None:
+        self._stepping = True
+        if self.scheduled:
+            self._nominal = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self._apply()
+
+    def _after_step(self, *_: Any) -> None:
+        self._stepping = False
+        if self._nominal is not None:
+            for group, lr in zip(self.optimizer.param_groups, self._nominal, strict=True):
+                _set(group, lr)
+            self._nominal = None
+
+
+def _reference(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> float:
+    """The configured rate of a group, which most schedulers keep as initial_lr and cyclic ones as their maximum."""
+    for scheduler in schedulers:
+        if isinstance(scheduler, OneCycleLR):
+            return float(group["max_lr"])
+        if isinstance(scheduler, CyclicLR):
+            return float(scheduler.max_lrs[index])
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _set(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
