@@ -6,11 +6,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_lipschitz.callback import LipschitzLR
+    from lit_lipschitz.data import (
+        CIFAR10DataModule,
+        CIFAR100DataModule,
+        DigitsDataModule,
+        FashionMNISTDataModule,
+        MNISTDataModule,
+    )
+    from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
+    from lit_lipschitz.models import MLP, MNISTCNN, ResNetV1
+    from lit_lipschitz.module import ImageClassifier
+    from lit_lipschitz.schedules import LinearWarmupDecay
 
 __version__ = "0.1.0"
-__all__ = ["LipschitzLR"]
+__all__ = [
+    "CIFAR100DataModule",
+    "CIFAR10DataModule",
+    "ConfigurationError",
+    "DataError",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageClassifier",
+    "LinearWarmupDecay",
+    "LipschitzLR",
+    "LitLipschitzError",
+    "MLP",
+    "MNISTCNN",
+    "MNISTDataModule",
+    "ResNetV1",
+]
 
-_HOMES = {"LipschitzLR": "callback"}
+_HOMES = {
+    **dict.fromkeys(["ConfigurationError", "DataError", "LitLipschitzError"], "errors"),
+    **dict.fromkeys(["MLP", "MNISTCNN", "ResNetV1"], "models"),
+    **{name: "data" for name in __all__ if name.endswith("DataModule")},
+    "ImageClassifier": "module",
+    "LinearWarmupDecay": "schedules",
+    "LipschitzLR": "callback",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,60 @@
+"""Random crop, flip and affine maps of a whole batch at once, on the device that holds it."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
+    """Pads with 0 and cuts a window of the old size at a random place, one an image.
+
+    Args:
+        images: Shape (batch, channels, height, width), any dtype.
+        padding: Pixels added at each side; the shift is uniform in -padding ... padding.
+        generator: Source of randomness, on the images' device.
+
+    Returns:
+        Images of the same shape and dtype.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator, device=images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    return padded.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirrors every image left to right with probability 1/2; arguments and result as for :func:`random_crop`."""
+    flips = torch.rand(images.shape[0], 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(flips, images.flip(-1), images)
+
+
+def random_affine(
+    images: Tensor, degrees: float, zoom: float, shift: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Rotates, zooms and shifts every image at random, by bilinear interpolation; what comes in from outside is 0.
+
+    Args:
+        images: Shape (batch, channels, height, width), floating point.
+        degrees: The angle is uniform in -degrees ... degrees.
+        zoom: The size is multiplied by a factor that is uniform in 1 - zoom ... 1 + zoom, along each axis by itself.
+        shift: The shift is uniform in -shift ... shift, as a fraction of the width and of the height.
+        generator: Source of randomness, on the images' device.
+
+    Returns:
+        Images of the same shape and dtype.
+    """
+    count, _, height, width = images.shape
+    draw = torch.rand(5, count, generator=generator, device=images.device) * 2 - 1
+    angle = draw[0] * math.radians(degrees)
+    zoom_x, zoom_y = 1 / (1 + draw[1] * zoom), 1 / (1 + draw[2] * zoom)
+    cosine, sine = torch.cos(angle), torch.sin(angle)
+    # affine_grid maps places in the result to places in the source, in units of half the width and half the height.
+    top = torch.stack([cosine * zoom_x, -sine * zoom_y * height / width, 2 * shift * draw[3]], dim=1)
+    bottom = torch.stack([sine * zoom_x * width / height, cosine * zoom_y, 2 * shift * draw[4]], dim=1)
+    grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,223 @@
+"""The data sets of the bundled configs as LightningDataModules."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
+from lit_lipschitz.data.loader import DeviceLoader
+from lit_lipschitz.data.sources import SOURCES
+from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+
+Pixels = tuple[Tensor, Tensor]
+"""uint8 images of shape (examples, channels, height, width) and int64 labels."""
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Small images for classification, kept as uint8 tensors on the training device.
+
+    The validation set is cut from the training set; the official test set serves ``test`` and ``predict`` alone.
+
+    Args:
+        data_dir: Folder of the files; None is the environment variable LIT_LIPSCHITZ_DATA, or else ``data``.
+        batch_size: Examples in a batch, on each device.
+        val_split: Fraction of the training set that is used for validation, in [0, 1).
+        seed: Seed of the split, of the permutations and of the augmentation.
+        augment: Whether training images are augmented.
+        train_subset: Use this many examples of the training set, drawn by the seed; None is all.
+        download: Whether to download missing files.
+        verify: Whether to compare files with torchvision's checksums; false admits re-packed mirrors.
+        num_workers: Processes that prepare training batches; 0 does it on the training device.
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+
+    num_classes: ClassVar[int] = 10
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        batch_size: int = 128,
+        val_split: float = 0.1,
+        seed: int = 0,
+        augment: bool = True,
+        train_subset: int | None = None,
+        download: bool = True,
+        verify: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_split < 1:
+            raise ConfigurationError(f"val_split={val_split}: expected a fraction of at least 0 and below 1")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ConfigurationError(f"{name}={value}: expected at least {least}")
+        if train_subset is not None and train_subset < 1:
+            raise ConfigurationError(f"train_subset={train_subset}: expected at least 1, or null for all examples")
+        self.folder = Path(data_dir or os.environ.get("LIT_LIPSCHITZ_DATA") or "data")
+        self.batch_size, self.val_split, self.seed, self.augment = batch_size, val_split, seed, augment
+        self.train_subset, self.download, self.verify, self.num_workers = train_subset, download, verify, num_workers
+        self._train: Pixels | None = None
+        self._val: Pixels | None = None
+        self._test: Pixels | None = None
+
+    def load(self, train: bool) -> Pixels:
+        """Reads the training or the test set."""
+        raise NotImplementedError
+
+    def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augments a batch of images of dtype float32 with values 0 to 255."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs and cuts the validation set."""
+        if stage in ("fit", "validate") and self._train is None:
+            images, labels = self.load(train=True)
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+            order = order[: self.train_subset]
+            held_out = round(len(order) * self.val_split)
+            val, train = order[:held_out], order[held_out:]
+            self._train, self._val = (images[train], labels[train]), (images[val], labels[val])
+        if stage in ("test", "predict") and self._test is None:
+            self._test = self.load(train=False)
+
+    def train_dataloader(self) -> DeviceLoader:
+        """Shuffled, augmented batches of the training set."""
+        assert self._train is not None
+        return self._loader(self._train, shuffle=True)
+
+    def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
+        """Batches of the part that was held out; none with ``val_split`` 0."""
+        assert self._val is not None
+        return self._loader(self._val) if len(self._val[0]) else []
+
+    def test_dataloader(self) -> DeviceLoader:
+        """Batches of the official test set."""
+        assert self._test is not None
+        return self._loader(self._test)
+
+    def predict_dataloader(self) -> DeviceLoader:
+        """Batches of the official test set, in its order."""
+        return self.test_dataloader()
+
+    def _loader(self, pixels: Pixels, shuffle: bool = False) -> DeviceLoader:
+        trainer = self.trainer
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        num_workers = self.num_workers if shuffle else 0
+        images, labels = pixels if num_workers else (part.to(device) for part in pixels)
+        return DeviceLoader(
+            images,
+            labels,
+            self.batch_size,
+            self._transform(augment=shuffle and self.augment, device=images.device),
+            shuffle=shuffle,
+            seed=self.seed,
+            epoch=(lambda: trainer.current_epoch) if trainer else lambda: 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            num_workers=num_workers,
+        )
+
+    def _transform(self, augment: bool, device: torch.device) -> Callable[[Tensor, torch.Generator], Tensor]:
+        mean = 255 * torch.tensor(self.mean, device=device).reshape(-1, 1, 1)
+        std = 255 * torch.tensor(self.std, device=device).reshape(-1, 1, 1)
+
+        def transform(images: Tensor, generator: torch.Generator) -> Tensor:
+            images = images.float()
+            if augment:
+                images = self.augment_pixels(images, generator)
+            return images.sub_(mean).div_(std)
+
+        return transform
+
+
+class FileDataModule(ImageDataModule):
+    """A data set that torchvision downloads as files; arguments as for :class:`ImageDataModule`."""
+
+    source: ClassVar[str]
+
+    def prepare_data(self) -> None:
+        """Downloads what is missing, on one process a node."""
+        SOURCES[self.source].fetch(self.folder, self.download)
+
+    def load(self, train: bool) -> Pixels:
+        """Reads the training or the test set from its files."""
+        return SOURCES[self.source].load(self.folder, train, self.verify)
+
+
+class MNISTDataModule(FileDataModule):
+    """MNIST: 60,000 + 10,000 digits, 1x28x28; rotation up to 15 degrees, zoom and shift of 10 %."""
+
+    source = "MNIST"
+    mean, std = (0.1307,), (0.3081,)
+
+    def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Rotates, zooms and shifts."""
+        return random_affine(images, degrees=15, zoom=0.1, shift=0.1, generator=generator)
+
+
+class FashionMNISTDataModule(FileDataModule):
+    """Fashion-MNIST: 60,000 + 10,000 images of clothes, 1x28x28; crop with padding 2, and flip."""
+
+    source = "FashionMNIST"
+    mean, std = (0.2860,), (0.3530,)
+
+    def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crops and flips."""
+        return random_flip(random_crop(images, 2, generator), generator)
+
+
+class CIFAR10DataModule(FileDataModule):
+    """CIFAR-10: 50,000 + 10,000 images of 10 classes, 3x32x32; crop with padding 4, and flip."""
+
+    source = "CIFAR10"
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+    def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crops and flips."""
+        return random_flip(random_crop(images, 4, generator), generator)
+
+
+class CIFAR100DataModule(CIFAR10DataModule):
+    """CIFAR-100: 50,000 + 10,000 images of 100 classes, 3x32x32; crop with padding 4, and flip."""
+
+    source = "CIFAR100"
+    num_classes = 100
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+class DigitsDataModule(ImageDataModule):
+    """Digits: the 1,797 handwritten digits that scikit-learn ships, 1x8x8, a fifth of them for test.
+
+    There is nothing to download; ``data_dir``, ``download`` and ``verify`` have no effect. The test set is the same
+    whatever the seed. Rotation up to 10 degrees, zoom and shift of 10 %.
+    """
+
+    mean, std = (0.3053,), (0.3760,)
+
+    def load(self, train: bool) -> Pixels:
+        """Takes the digits out of scikit-learn."""
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise LitLipschitzError(
+                "the Digits data come with scikit-learn, which is not installed: pip install 'lit-lipschitz[digits]'"
+            ) from None
+        pixels, labels = load_digits(return_X_y=True)
+        rows = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)[0 if train else 1]
+        # 17 shades, 0 to 16, in scikit-learn.
+        images = torch.from_numpy(pixels[rows]).mul(16).clamp(max=255).to(torch.uint8)
+        return images.reshape(-1, 1, 8, 8), torch.from_numpy(labels[rows]).long()
+
+    def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Rotates, zooms and shifts."""
+        return random_affine(images, degrees=10, zoom=0.1, shift=0.1, generator=generator)

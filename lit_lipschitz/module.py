@@ -1,0 +1,144 @@
+"""``ImageClassifier``: the LightningModule that the bundled configs train."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lit_lipschitz.data.loader import fold
+from lit_lipschitz.errors import ConfigurationError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def momentum_sgd(parameters: Iterable[Any]) -> Optimizer:
+    """SGD with momentum 0.9; the callback sets the rate."""
+    return torch.optim.SGD(parameters, momentum=0.9)
+
+
+class ImageClassifier(L.LightningModule):
+    """Trains any network with the mean softmax cross-entropy.
+
+    Logs train_loss, train_acc, val_loss, val_acc, test_loss and test_acc once an epoch, the same on all ranks. Random
+    numbers in the network (dropout) depend on the seed, the epoch, the batch and the rank, so that a resumed run draws
+    those of the run that was not interrupted.
+
+    Args:
+        network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes).
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the learning-rate scheduler from the optimizer. Where it has an argument ``total_steps`` that
+            is left open, it is given the optimizer steps of the run.
+        scheduler_interval: When the scheduler steps; ``"auto"`` is every optimizer step for one with ``total_steps``
+            and every epoch for others.
+        monitor: The logged value that ReduceLROnPlateau looks at.
+        label_smoothing: Probability that is spread over all classes, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable = momentum_sgd,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["auto", "step", "epoch"] = "auto",
+        monitor: str = "val_loss",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._interval, self._monitor = scheduler_interval, monitor
+        self._seed: int | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, classes)."""
+        return self.network(images)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all parameters, and its scheduler where there is one."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        stepwise = _lacks_total_steps(self._make_scheduler)
+        scheduler = self._make_scheduler(optimizer, **({"total_steps": self._total_steps()} if stepwise else {}))
+        interval = self._interval if self._interval != "auto" else "step" if stepwise else "epoch"
+        config = {"scheduler": scheduler, "interval": interval, "monitor": self._monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ConfigurationError(
+                "the scheduler needs the length of the run, which is open: set trainer.max_epochs or trainer.max_steps"
+            )
+        return int(steps)
+
+    def on_fit_start(self) -> None:
+        """Takes the run's seed, unless a checkpoint has brought it."""
+        self._seed = torch.initial_seed() % 2**32 if self._seed is None else self._seed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the seed."""
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the seed."""
+        self._seed = checkpoint.get("seed")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds what is random in this batch."""
+        assert self._seed is not None
+        torch.manual_seed(fold(self._seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self._log("train", loss, logits, labels)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy of one batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy of one batch."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities of shape (batch, classes)."""
+        return self(batch[0]).softmax(dim=1)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        images, labels = batch
+        logits = self(images)
+        self._log(stage, F.cross_entropy(logits, labels), logits, labels)
+
+    def _log(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+        self.log_dict(
+            {f"{stage}_loss": loss.detach(), f"{stage}_acc": accuracy},
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(labels),
+        )
+
+
+def _lacks_total_steps(factory: Callable[..., Any]) -> bool:
+    """Whether a scheduler's factory has an argument total_steps that nobody has given."""
+    while isinstance(factory, functools.partial):
+        if "total_steps" in factory.keywords:
+            return factory.keywords["total_steps"] is None
+        factory = factory.func
+    return "total_steps" in inspect.signature(factory).parameters

@@ -1,0 +1,32 @@
+"""Learning-rate schedules that the callback composes with as factors, like torch's own."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class LinearWarmupDecay(LambdaLR):
+    r"""A linear rise to the optimizer's rate, then a linear decay to 0, stepped every optimizer step.
+
+    At step t of T, with w = warmup T steps of warm-up, the factor is :math:`\min((t + 1) / (w + 1), (T - t) / (T - w))`.
+    It is above 0 at every step of the run, the first and the last included.
+
+    Args:
+        optimizer: Whose rates to set.
+        total_steps: Optimizer steps of the run, T. ``ImageClassifier`` fills it in.
+        warmup: Fraction of the run that the rise takes, in [0, 1).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int | None = None, warmup: float = 0.1) -> None:
+        if total_steps is None or total_steps < 1:
+            raise ValueError(f"total_steps={total_steps}: expected the number of optimizer steps of the run")
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup={warmup}: expected a fraction of at least 0 and below 1")
+        rise = warmup * total_steps
+
+        def factor(step: int) -> float:
+            return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
+
+        super().__init__(optimizer, factor)
