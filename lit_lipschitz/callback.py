@@ -129,6 +129,16 @@ class LipschitzLR(Callback):
         self.on_nonfinite = on_nonfinite
         self._forget()
 
+    @property
+    def rate(self) -> float | None:
+        """The rate behind the last optimizer step at a schedule factor of 1; None before the first one."""
+        return self._applied[0].lr if self._applied else None
+
+    @property
+    def lr(self) -> float | None:
+        """The first parameter group's learning rate in the last optimizer step; None before the first one."""
+        return self._applied[1][0] if self._applied else None
+
     # -- attach ------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:

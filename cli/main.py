@@ -1,0 +1,83 @@
+"""Entry point of `lit-lipschitz`: answers what needs no torch at once, and leaves the rest to LightningCLI."""
+
+import sys
+
+from lit_lipschitz import __version__
+from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
+from lit_lipschitz.errors import ConfigurationError
+
+HELP = """\
+usage: lit-lipschitz COMMAND [options]
+
+Trains networks with the learning rate 1/L, L being the Lipschitz constant of the loss.
+
+commands:
+  fit         train a network, and test it at the end
+  validate    evaluate a checkpoint on the validation set
+  test        evaluate a checkpoint on the test set
+  predict     write the class probabilities of the test set to predictions.csv
+  configs     list the bundled configs
+
+common options (all of them: lit-lipschitz fit --help):
+  --config NAME               a YAML file, or a bundled config; later ones overlay earlier ones
+  --trainer.max_epochs N      length of the run
+  --trainer.devices N         devices; with --trainer.strategy ddp a process each
+  --data.data_dir FOLDER      where the data are, or are downloaded to (default: $LIT_LIPSCHITZ_DATA, or ./data)
+  --data.batch_size N         examples in a batch, on each device
+  --lipschitz.bound FAMILY    strict, smooth or paper
+  --ckpt_path PATH            resume or evaluate a checkpoint; "last" is the newest run's
+  --print_config              print the whole configuration and exit
+  --version                   print the version and exit
+
+example: lit-lipschitz fit --config digits.yaml
+"""
+COMMANDS = ("fit", "validate", "test", "predict", "configs")
+
+
+def main() -> int:
+    """Runs the command line in ``sys.argv``.
+
+    Returns:
+        The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(HELP, end="")
+            return 0
+        if arguments[0] == "--version":
+            print(f"lit-lipschitz {__version__}")
+            return 0
+        if arguments[0] == "configs":
+            return list_configs(arguments[1:])
+        # ddp starts the other ranks with sys.argv, so the paths go in there.
+        sys.argv[1:] = resolve_configs(arguments)
+    except ConfigurationError as error:
+        return fail(error, 2)
+    from lit_lipschitz.cli.command import run
+
+    return run()
+
+
+def list_configs(arguments: list[str]) -> int:
+    """Prints the bundled configs, a line each."""
+    if arguments in (["-h"], ["--help"]):
+        print("usage: lit-lipschitz configs\n\nLists the bundled configs, a line each.")
+        return 0
+    if arguments:
+        raise ConfigurationError(f"configs takes no arguments, found {' '.join(arguments)}")
+    known = bundled_configs()
+    width = max(map(len, known))
+    for name, description in known.items():
+        print(f"{name:{width}}  {description}")
+    return 0
+
+
+def fail(error: object, code: int) -> int:
+    """Prints an error in one line on stderr; returns the exit code."""
+    print(f"lit-lipschitz: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
