@@ -44,6 +44,25 @@ def find_config(name: str) -> str:
     raise ConfigurationError(f"--config {name}: no such file and no bundled config of that name; {hint}")
 
 
+def check_config(path: str) -> str:
+    """The path of a config, once it has been found to be a YAML mapping.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigurationError(f"--config {path}{place}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--config {path}: expected a mapping of keys to values, found {content!r:.40}")
+    return path
+
+
 def resolve_configs(arguments: list[str]) -> list[str]:
     """The command's arguments with every config's name replaced by its path.
 
@@ -61,7 +80,7 @@ def resolve_configs(arguments: list[str]) -> list[str]:
         if argument in ("--config", "-c"):
             if i + 1 == len(arguments):
                 raise ConfigurationError(f"{argument}: expected the name of a config after it")
-            resolved[i + 1] = find_config(arguments[i + 1])
+            resolved[i + 1] = check_config(find_config(arguments[i + 1]))
         elif argument.startswith("--config="):
-            resolved[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+            resolved[i] = f"--config={check_config(find_config(argument.removeprefix('--config=')))}"
     return resolved

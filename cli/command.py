@@ -2,33 +2,55 @@
 
 import os
 import sys
+import time
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.main import fail
+from lit_lipschitz.cli.messages import condense
 from lit_lipschitz.cli.reporting import EpochLines, PredictionFile
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line that ends with what to do."""
+    """A parser whose errors are one line."""
+
+    made: ClassVar[list["OneLineParser"]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.made.append(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exits with code 2.
+        """Reports a mistake in the arguments or in a config.
 
         Raises:
             ConfigurationError: Always.
         """
-        raise ConfigurationError(message) from None
+        known = {option.lstrip("-") for parser in self.made for option in parser._option_string_actions}
+        raise ConfigurationError(condense(message, known)) from None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a run once it starts, so that one that can't start leaves no folder behind."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Does nothing yet."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves it."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class Command(LightningCLI):
@@ -51,6 +73,20 @@ class Command(LightningCLI):
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
         if path and path != "best":
             check_checkpoint(Path(path))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Builds the trainer.
+
+        Raises:
+            ConfigurationError: It can't be had as configured, on this machine.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"trainer: {_sentence(error)}; this machine has {torch.cuda.device_count()} CUDA devices and "
+                f"{os.cpu_count()} CPU cores: change trainer.accelerator, trainer.devices or the key that is named"
+            ) from error
 
     def after_instantiate_classes(self) -> None:
         """What fails from here on fails at run time."""
@@ -93,7 +129,9 @@ def check_checkpoint(path: Path) -> None:
 def run() -> int:
     """Runs the command line in ``sys.argv``; returns the exit code."""
     _quieten()
+    # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
     command = Command.__new__(Command)
+    started = time.time()
     try:
         command.__init__(  # type: ignore[misc]
             model_class=L.LightningModule,
@@ -101,6 +139,7 @@ def run() -> int:
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=OneLineParser,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "callbacks": [EpochLines(), PredictionFile()],
@@ -108,33 +147,67 @@ def run() -> int:
             },
             auto_configure_optimizers=False,
         )
-    except ConfigurationError as error:
-        return fail(error, 2)
-    except LitLipschitzError as error:
-        return fail(error, 1)
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        if command.running and not isinstance(error, MisconfigurationException):
+    except Exception as error:
+        _discard_run(command, started)
+        answer = _explain(error, command.running)
+        if answer is None:
             raise
-        return fail(error, 1 if command.running else 2)
-    except OSError as error:
-        return fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
-            raise
-        return fail(_foreign_checkpoint(error), 1)
+        return fail(*answer)
     return 0
+
+
+def _explain(error: Exception, running: bool) -> tuple[str, int] | None:
+    """The line to print and the exit code, or None for what only a traceback can explain."""
+    if isinstance(error, LitLipschitzError):
+        return str(error), 2 if isinstance(error, ConfigurationError) else 1
+    if isinstance(error, MisconfigurationException):
+        return str(error), 1 if running else 2
+    if isinstance(error, (ValueError, TypeError)) and not running:
+        return str(error), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
+        return _foreign_checkpoint(error), 1
+    return None
+
+
+def _discard_run(command: Command, started: float) -> None:
+    """Removes what a run that failed before its first step has left in its folder."""
+    trainer = getattr(command, "trainer", None)
+    if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.logger:
+        return
+    folder = Path(trainer.logger.log_dir or "")
+    if not trainer.logger.log_dir or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(("events.", "hparams.yaml", "config.yaml")) and path.stat().st_mtime >= started:
+            path.unlink()
+    for path in (folder, folder.parent):
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".!")
 
 
 def _foreign_checkpoint(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[1] if len(lines) > 1 else lines[0]
-    return f"the checkpoint is of another network: {first[:300]} Pass the config that it was trained with."
+    shown = first if len(first) <= 100 else f"{first[:100]}..."
+    return f"the checkpoint is of another network: {shown}; pass the config that it was trained with"
 
 
 def _quieten() -> None:
     """Silences what Lightning says of its own insides."""
-    for message in (".*LeafSpec.*", ".*instantiate_classes.*", ".*smaller than the logging interval.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*instantiate_classes.*",
+        ".*smaller than the logging interval.*",
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*The dirpath has changed.*",
+        ".*Couldn't infer the batch indices.*",
+    ):
         warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -1,5 +1,6 @@
 """Entry point of `lit-lipschitz`: answers what needs no torch at once, and leaves the rest to LightningCLI."""
 
+import difflib
 import sys
 
 from lit_lipschitz import __version__
@@ -32,6 +33,7 @@ common options (all of them: lit-lipschitz fit --help):
 example: lit-lipschitz fit --config digits.yaml
 """
 COMMANDS = ("fit", "validate", "test", "predict", "configs")
+"""What the first argument can be; LightningCLI's --config may stand before it."""
 
 
 def main() -> int:
@@ -50,6 +52,7 @@ def main() -> int:
             return 0
         if arguments[0] == "configs":
             return list_configs(arguments[1:])
+        check_command(arguments[0])
         # ddp starts the other ranks with sys.argv, so the paths go in there.
         sys.argv[1:] = resolve_configs(arguments)
     except ConfigurationError as error:
@@ -57,6 +60,17 @@ def main() -> int:
     from lit_lipschitz.cli.command import run
 
     return run()
+
+
+def check_command(name: str) -> None:
+    """Refuses a command that does not exist.
+
+    Raises:
+        ConfigurationError: It names the closest one.
+    """
+    if name not in COMMANDS and not name.startswith("-"):
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        raise ConfigurationError(f"{name}: no such command; closest: {close[0]}; all of them: {', '.join(COMMANDS)}")
 
 
 def list_configs(arguments: list[str]) -> int:

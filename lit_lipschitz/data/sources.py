@@ -119,7 +119,7 @@ def _make_folder(folder: Path, title: str) -> list[Path]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
