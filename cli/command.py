@@ -63,7 +63,9 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(LipschitzLR, "lipschitz")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
-        parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the final weights at the end of fit.")
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="Test the final weights at the end of fit."
+        )
 
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint, and makes sure that it is one."""
@@ -152,7 +154,12 @@ def run() -> int:
         answer = _explain(error, command.running)
         if answer is None:
             raise
-        return fail(*answer)
+        line, code = answer
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        if rank == 0:
+            return fail(line, code)
+        # Every rank finds the same mistake in the configuration; at run time this one may be alone.
+        return code if code == 2 else fail(f"[rank {rank}] {line}", code)
     return 0
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CIFAR100DataModule",
+    "MLP",
+    "MNISTCNN",
     "CIFAR10DataModule",
+    "CIFAR100DataModule",
     "ConfigurationError",
     "DataError",
     "DigitsDataModule",
@@ -30,8 +32,6 @@ __all__ = [
     "LinearWarmupDecay",
     "LipschitzLR",
     "LitLipschitzError",
-    "MLP",
-    "MNISTCNN",
     "MNISTDataModule",
     "ResNetV1",
 ]

@@ -160,7 +160,7 @@ class LipschitzLR(Callback):
         """Refuses a second LipschitzLR and starts afresh; a checkpoint's state is loaded after this."""
         if stage != "fit":
             return
-        same = [callback for callback in trainer.callbacks if isinstance(callback, LipschitzLR)]
+        same = [c for c in trainer.callbacks if isinstance(c, LipschitzLR)]  # type: ignore[attr-defined]
         if len(same) > 1:
             raise ConfigurationError(
                 f"LipschitzLR must be the only one in charge of the rate; found {len(same)} of them in "
@@ -297,7 +297,7 @@ class LipschitzLR(Callback):
         assert self._writer is not None
         rates = self._writer.write(self._decision.lr if self._decision else None)
         self._applied = (self._decision or Decision(rates[0]), rates)
-        if changed or (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if changed or (trainer.global_step + 1) % _logging_interval(trainer) == 0:
             metrics = self._metrics()
             pl_module.log("lipschitz/lr", metrics.pop("lipschitz/lr"), prog_bar=True, batch_size=1)
             pl_module.log_dict(metrics, batch_size=1)
@@ -402,7 +402,7 @@ class LipschitzLR(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every logger a point for the epoch's last step, however short the epoch."""
-        if self._applied is not None and trainer.global_step % max(1, trainer.log_every_n_steps) != 0:
+        if self._applied is not None and trainer.global_step % _logging_interval(trainer) != 0:
             for logger in trainer.loggers:
                 logger.log_metrics(self._metrics(), step=trainer.global_step - 1)
 
@@ -468,6 +468,10 @@ class _Probe:
 
     def remove(self) -> None:
         self._handle.remove()
+
+
+def _logging_interval(trainer: Trainer) -> int:
+    return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

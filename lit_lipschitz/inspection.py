@@ -190,7 +190,7 @@ def _leaf(node: Any) -> nn.Parameter | None:
 
 
 def _names(node: Any, limit: int = 4) -> list[str]:
-    names = []
+    names: list[str] = []
     while node is not None and len(names) < limit:
         names.append(node.name().removesuffix("Backward0"))
         node = next(iter(_next(node)), None)

@@ -7,8 +7,8 @@ from torch.optim.lr_scheduler import LambdaLR
 class LinearWarmupDecay(LambdaLR):
     r"""A linear rise to the optimizer's rate, then a linear decay to 0, stepped every optimizer step.
 
-    At step t of T, with w = warmup T steps of warm-up, the factor is :math:`\min((t + 1) / (w + 1), (T - t) / (T - w))`.
-    It is above 0 at every step of the run, the first and the last included.
+    At step t of T, with w = warmup T steps of warm-up, the factor is :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It
+    is above 0 at every step of the run, the first and the last included.
 
     Args:
         optimizer: Whose rates to set.

@@ -68,7 +68,9 @@ class Source:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staging / name, folder / name)
         except PermissionError as error:
-            raise DataError(f"{self.title}: no permission to write to {folder} ({error.strerror}); {HOW_TO_POINT}") from None
+            raise DataError(
+                f"{self.title}: no permission to write to {folder} ({error.strerror}); {HOW_TO_POINT}"
+            ) from None
         except Exception as error:  # urllib, sockets, torchvision's own: whatever it was, the files are not there
             raise self._missing(folder, missing, f"downloading failed: {_first_line(error)}") from None
         finally:
@@ -105,7 +107,9 @@ class Source:
         return self.read(tuple(folder / name for name in names))
 
     def _missing(self, folder: Path, missing: list[str], why: str) -> DataError:
-        return DataError(f"{self.title}: {', '.join(missing)} not found in {folder.absolute()}, and {why}; {HOW_TO_POINT}")
+        return DataError(
+            f"{self.title}: {', '.join(missing)} not found in {folder.absolute()}, and {why}; {HOW_TO_POINT}"
+        )
 
 
 def _make_folder(folder: Path, title: str) -> list[Path]:
@@ -138,7 +142,9 @@ def _read_idx(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
             raise _unreadable(path, error) from None
     images, labels = parts
     if len(images) != len(labels):
-        raise DataError(f"{paths[0]} has {len(images)} images and {paths[1]} has {len(labels)} labels; expected as many")
+        raise DataError(
+            f"{paths[0]} has {len(images)} images and {paths[1]} has {len(labels)} labels; expected as many"
+        )
     return images.unsqueeze(1), labels.long()
 
 
