@@ -19,7 +19,9 @@ test-slow: $(STAMP)  ## the tests that take minutes
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types
+	cp -r lit_lipschitz build/types/ && cp -r cli configs build/types/lit_lipschitz/  # as it is installed
+	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff format .

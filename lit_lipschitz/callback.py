@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -149,7 +150,8 @@ class LipschitzLR(Callback):
         self._intervals = 0  # intervals that are over
         self._warned = False
         self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
-        self._stored_statistic: dict[str, Tensor] | None = None
+        self._stored: dict[str, Any] | None = None  # head and statistic of a checkpoint, until they are in place
+        self._restored: _Probe | None = None
         self._probes: list[_Probe] = []
         self._probe: _Probe | None = None
         self._writer: RateWriter | None = None
@@ -185,6 +187,7 @@ class LipschitzLR(Callback):
             _Probe(name, head, pl_module, self._new_statistic(head, device), clock)
             for name, head in inspection.head_candidates(pl_module, self.head).items()
         ]
+        self._restore_statistic()
 
     def _new_statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
         width, _ = inspection.head_size(head)
@@ -248,23 +251,23 @@ class LipschitzLR(Callback):
             if probe is not self._probe:
                 probe.remove()
         self._probes = [self._probe]
-        if self._stored_statistic is not None:
-            self._restore_statistic(self._stored_statistic)
-            self._stored_statistic = None
-
-    def _restore_statistic(self, state: dict[str, Tensor]) -> None:
-        """Joins the interval's maximum in the checkpoint with the batch that has been seen since."""
-        assert self._probe is not None
-        seen = self._probe.statistic
-        stored = self._new_statistic(self._probe.head, seen.values.device)
-        try:
-            stored.load_state_dict(state)
-        except ValueError as error:
+        if self._stored is not None and self._probe is not self._restored:
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint is of another head or norm ({error}); resume with the "
-                "network and the settings it was saved with, or start anew without --ckpt_path"
-            ) from None
-        seen.merge(stored)
+                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} or of another norm, and "
+                f"this run's head is {self._probe.name!r} with norm={self.norm!r}; resume with the network and the "
+                "settings that it was saved with, or start anew without the checkpoint"
+            )
+        self._stored = None
+
+    def _restore_statistic(self) -> None:
+        """Puts the checkpoint's statistic where the next batch adds to it, before the head is known again."""
+        if self._stored is None:
+            return
+        for probe in self._probes:
+            if (probe.name, self.norm) == (self._stored["head"], self._stored["norm"]):
+                with suppress(ValueError):
+                    probe.statistic.load_state_dict(self._stored["statistic"])
+                    self._restored = probe
 
     # -- measure, reduce, decide, write ------------------------------------------------------------------------------
 
@@ -428,18 +431,21 @@ class LipschitzLR(Callback):
             "accumulated": self._accumulated,
             "intervals": self._intervals,
             "warned": self._warned,
-            "statistic": self._probe.statistic.state_dict() if self._probe else self._stored_statistic,
+            "measured": self._stored
+            if self._probe is None
+            else {"head": self._probe.name, "norm": self.norm, "statistic": self._probe.statistic.state_dict()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the state of :meth:`state_dict`; the statistic goes in once the head is known."""
+        """Takes the state of :meth:`state_dict`."""
         self._decision = Decision(**state_dict["decision"]) if state_dict["decision"] else None
         self._rule_state = replace(rules.RuleState(), **state_dict["rule_state"])
         self._steps = state_dict["steps"]
         self._accumulated = state_dict["accumulated"]
         self._intervals = state_dict["intervals"]
         self._warned = state_dict["warned"]
-        self._stored_statistic = state_dict["statistic"]
+        self._stored = state_dict["measured"]
+        self._restore_statistic()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the hooks off."""

@@ -1,6 +1,7 @@
 """Finds the head and the loss of a module that nobody prepared for it."""
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +193,7 @@ def _leaf(node: Any) -> nn.Parameter | None:
 def _names(node: Any, limit: int = 4) -> list[str]:
     names: list[str] = []
     while node is not None and len(names) < limit:
-        names.append(node.name().removesuffix("Backward0"))
+        names.append(re.sub(r"Backward\d$", "", node.name()))
         node = next(iter(_next(node)), None)
     return names
 

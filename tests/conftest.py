@@ -1,0 +1,97 @@
+"""What several test files share: a small task, a quiet trainer, real data where they are."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+EXAMPLES, WIDTH, CLASSES = 96, 6, 3
+
+
+class Classifier(L.LightningModule):
+    """Somebody's own module: no part of this project, plain cross-entropy, a plain optimizer."""
+
+    def __init__(self, optimizer: Callable[[Any], Any] | None = None, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = net or nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+        self.make = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+def examples(seed: int = 0, count: int = EXAMPLES) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, WIDTH, generator=generator)
+    return TensorDataset(inputs, (inputs @ torch.randn(WIDTH, CLASSES, generator=generator)).argmax(dim=1))
+
+
+def loader(batch_size: int = 16, count: int = EXAMPLES) -> DataLoader[Any]:
+    return DataLoader(examples(count=count), batch_size=batch_size)
+
+
+def trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+
+class Steps(L.Callback):
+    """Records what every optimizer step used: the rates of the groups while it ran, and how far the weights moved."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        handle = optimizer.register_step_post_hook(self._record)
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+
+    def _record(self, optimizer: Any, *_: Any) -> None:
+        self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test runs in an empty folder, with a seed, and without Lightning's advice."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        for advice in (
+            "does not have many workers",
+            "LeafSpec",
+            "smaller than the logging interval",
+            "have no `val_dataloader`",
+            "exists and is not empty",
+        ):
+            warnings.filterwarnings("ignore", f".*{advice}.*")
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of MNIST and CIFAR-10."""
+    folder = os.environ.get("LIT_LIPSCHITZ_DATA")
+    if not folder:
+        pytest.skip("LIT_LIPSCHITZ_DATA is not set: no real MNIST and CIFAR-10 here")
+    return Path(folder)

@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lit_lipschitz.statistics import RunningMaximum
+
+
+def batches(seed=0, count=4):
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal((rows, 5)) * scale for rows, scale in zip((6, 9, 3, 6), (1, 3, 2, 1), strict=True)]
+
+
+def with_ones(batch):
+    return np.concatenate([batch, np.ones((len(batch), 1))], axis=1)
+
+
+REFERENCE = {
+    "frobenius": lambda a: math.sqrt((a**2).sum()),
+    "sample": lambda a: max(math.sqrt((row**2).sum()) for row in a),
+    "unit": lambda a: np.abs(a).max(),
+}
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", list(REFERENCE))
+def test_the_maximum_over_batches_is_numpys(norm, bias, mean):
+    statistic = RunningMaximum(norm, 5, bias=bias, mean=mean)
+    expected = 0.0
+    for batch in batches():
+        statistic.update(torch.from_numpy(batch).float())
+        seen = with_ones(batch) if bias else batch
+        expected = max(expected, REFERENCE[norm](seen) / (math.sqrt(len(seen)) if mean else 1))
+    assert statistic.values.tolist() == pytest.approx([expected, 9, 0], rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_power_iteration_reaches_the_singular_value_from_below(bias):
+    statistic = RunningMaximum("spectral", 5, bias=bias)
+    batch = batches()[1]
+    exact = np.linalg.svd(with_ones(batch) if bias else batch, compute_uv=False)[0]
+    values = []
+    for _ in range(20):
+        statistic.update(torch.from_numpy(batch).float())
+        values.append(statistic.values[0].item())
+    assert values == sorted(values)
+    assert 0.8 * exact < values[0] <= exact * (1 + 1e-6)
+    assert values[-1] == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    statistic = RunningMaximum("frobenius", 64)
+    statistic.update(torch.full((32, 64), 2.0e3 if dtype is torch.float16 else 1e10, dtype=dtype))
+    expected = (2.0e3 if dtype is torch.float16 else 1e10) * math.sqrt(32 * 64)
+    assert statistic.values[0].item() == pytest.approx(expected, rel=1e-2)
+    assert statistic.values[2].item() == 0
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_is_left_out_and_counted(norm, poison):
+    statistic, clean = RunningMaximum(norm, 5), RunningMaximum(norm, 5)
+    for i, batch in enumerate(batches()):
+        batch = torch.from_numpy(batch).float()
+        if i != 1:
+            clean.update(batch)
+        else:
+            batch[2, 3] = poison
+        statistic.update(batch)
+    assert statistic.values[2].item() == 1
+    assert statistic.values[0].item() == pytest.approx(clean.values[0].item(), rel=1e-6)
+
+
+def test_merging_is_seeing_both():
+    first, second, both = (RunningMaximum("sample", 5) for _ in range(3))
+    for i, batch in enumerate(batches()):
+        batch = torch.from_numpy(batch).float()
+        (first if i % 2 else second).update(batch)
+        both.update(batch)
+    first.merge(second)
+    assert first.values.tolist() == both.values.tolist()
+
+
+def test_reset_forgets_the_batches():
+    statistic = RunningMaximum("frobenius", 5)
+    statistic.update(torch.ones(2, 5))
+    statistic.reset()
+    assert statistic.values.tolist() == [0, 0, 0]
+
+
+def test_the_state_goes_through_a_weights_only_file(tmp_path):
+    statistic = RunningMaximum("spectral", 5, bias=True)
+    for batch in batches():
+        statistic.update(torch.from_numpy(batch).float())
+    torch.save(statistic.state_dict(), tmp_path / "state")
+    restored = RunningMaximum("spectral", 5, bias=True)
+    restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(restored.values, statistic.values)
+    assert torch.equal(restored.direction, statistic.direction)
+
+
+def test_the_state_of_another_head_is_refused():
+    with pytest.raises(ValueError, match=r"direction: expected shape \(5,\), found \(7,\)"):
+        RunningMaximum("spectral", 5).load_state_dict(RunningMaximum("spectral", 7).state_dict())
+
+
+def test_no_graph_is_built():
+    statistic = RunningMaximum("frobenius", 5)
+    statistic.update(torch.ones(2, 5, requires_grad=True))
+    assert not statistic.values.requires_grad
