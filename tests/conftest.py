@@ -95,3 +95,14 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LIT_LIPSCHITZ_DATA is not set: no real MNIST and CIFAR-10 here")
     return Path(folder)
+
+
+@pytest.fixture
+def figure(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a measured figure where people see it, whether or not the test passes."""
+
+    def show(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n    {text}", end="")
+
+    return show

@@ -9,7 +9,9 @@ from lit_lipschitz.statistics import RunningMaximum
 
 def batches(seed=0, count=4):
     generator = np.random.default_rng(seed)
-    return [generator.standard_normal((rows, 5)) * scale for rows, scale in zip((6, 9, 3, 6), (1, 3, 2, 1), strict=True)]
+    return [
+        generator.standard_normal((rows, 5)) * scale for rows, scale in zip((6, 9, 3, 6), (1, 3, 2, 1), strict=True)
+    ]
 
 
 def with_ones(batch):

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as vision
+
+from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count=400, size=8):
+    return torch.arange(1, count * size * size + 1).reshape(count, 1, size, size)
+
+
+def test_every_crop_is_a_window_of_the_padded_image_and_all_windows_come():
+    batch = images()
+    crops = random_crop(batch, 2, seeded())
+    seen = set()
+    for image, crop in zip(batch, crops, strict=True):
+        windows = {(y, x): vision.crop(vision.pad(image, [2]), y, x, 8, 8) for y in range(5) for x in range(5)}
+        (place,) = [key for key, window in windows.items() if torch.equal(window, crop)]
+        seen.add(place)
+    assert len(seen) == 25
+
+
+def test_half_of_the_images_are_flipped():
+    batch = images()
+    flipped = random_flip(batch, seeded())
+    mirrored = [torch.equal(b, a.flip(-1)) for a, b in zip(batch, flipped, strict=True)]
+    kept = [torch.equal(b, a) for a, b in zip(batch, flipped, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+def blob(x, y, height=32, width=32):
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    return torch.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 6.0)[None, None]
+
+
+def centre(image):
+    """Centre of mass of each image, relative to the middle."""
+    height, width = image.shape[-2:]
+    mass = image.sum(dim=(1, 2, 3))
+    y = (image.sum(dim=(1, 3)) * (torch.arange(height) - (height - 1) / 2)).sum(dim=1) / mass
+    x = (image.sum(dim=(1, 2)) * (torch.arange(width) - (width - 1) / 2)).sum(dim=1) / mass
+    return x, y
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48)])
+def test_rotation_keeps_the_distance_and_fills_the_range_of_angles(shape):
+    height, width = shape
+    batch = blob((width - 1) / 2 + 9, (height - 1) / 2, height, width).repeat(500, 1, 1, 1)
+    x, y = centre(random_affine(batch, degrees=15, zoom=0, shift=0, generator=seeded()))
+    assert torch.hypot(x, y) == pytest.approx(torch.full((500,), 9.0), abs=0.15)
+    angles = torch.rad2deg(torch.atan2(y, x))
+    assert angles.min() == pytest.approx(-15, abs=0.6)
+    assert angles.max() == pytest.approx(15, abs=0.6)
+    assert angles.mean().abs() < 1.5
+
+
+def test_zoom_and_shift_fill_their_ranges():
+    batch = blob(15.5 + 8, 15.5).repeat(500, 1, 1, 1)
+    x, _ = centre(random_affine(batch, degrees=0, zoom=0.1, shift=0, generator=seeded()))
+    assert (x.min().item(), x.max().item()) == pytest.approx((7.2, 8.8), abs=0.1)
+    batch = blob(15.5, 15.5).repeat(500, 1, 1, 1)
+    x, y = centre(random_affine(batch, degrees=0, zoom=0, shift=0.1, generator=seeded()))
+    for part in (x, y):
+        assert (part.min().item(), part.max().item()) == pytest.approx((-3.2, 3.2), abs=0.15)
+    assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.15
+
+
+def test_an_affine_map_without_range_is_the_identity():
+    batch = torch.rand(3, 2, 8, 8)
+    torch.testing.assert_close(random_affine(batch, 0, 0, 0), batch)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda g: random_crop(images(), 2, g),
+        lambda g: random_flip(images(), g),
+        lambda g: random_affine(images().float(), 10, 0.1, 0.1, g),
+    ],
+)
+def test_the_generator_decides(augment):
+    assert torch.equal(augment(seeded(1)), augment(seeded(1)))
+    assert not torch.equal(augment(seeded(1)), augment(seeded(2)))
+    assert math.isfinite(augment(seeded(1)).sum().item())

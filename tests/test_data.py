@@ -1,0 +1,301 @@
+import builtins
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+import lit_lipschitz
+from lit_lipschitz import ConfigurationError, DataError, LitLipschitzError
+from lit_lipschitz.data import sources
+
+TRAIN, TEST = 30, 10
+
+
+def idx(array):
+    """The IDX format of MNIST's files."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_idx(folder, title="MNIST"):
+    raw = folder / title / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for part, count in (("train", TRAIN), ("t10k", TEST)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return raw
+
+
+def write_cifar(folder, dataset=datasets.CIFAR10, key="labels", protocol=2):
+    base = folder / dataset.base_folder
+    base.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name, _ in (*dataset.train_list, *dataset.test_list):
+        count = TRAIN // len(dataset.train_list) if (name, _) in map(tuple, dataset.train_list) else TEST
+        batch = {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), key: list(range(count))}
+        (base / name).write_bytes(pickle.dumps(batch, protocol=protocol))
+    return base
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_idx_files_are_read_as_torchvision_reads_them(name):
+    write_idx(Path("."), name)
+    for train in (True, False):
+        images, labels = sources.SOURCES[name].load(Path("."), train, verify=True)
+        reference = getattr(datasets, name)(".", train=train)
+        assert torch.equal(images[:, 0], reference.data)
+        assert torch.equal(labels, reference.targets)
+        assert images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    ("name", "dataset", "key"),
+    [("CIFAR10", datasets.CIFAR10, "labels"), ("CIFAR100", datasets.CIFAR100, "fine_labels")],
+)
+def test_cifar_batches_are_read_in_their_order(name, dataset, key, protocol):
+    base = write_cifar(Path("."), dataset, key, protocol)
+    images, labels = sources.SOURCES[name].load(Path("."), train=True, verify=False)
+    expected = [pickle.loads((base / file).read_bytes())["data"] for file, _ in dataset.train_list]
+    assert images.shape == (TRAIN, 3, 32, 32)
+    assert np.array_equal(images.numpy().reshape(TRAIN, -1), np.concatenate(expected))
+    assert labels.tolist() == list(range(TRAIN // len(dataset.train_list))) * len(dataset.train_list)
+
+
+def test_a_pickle_that_would_run_code_is_refused():
+    base = write_cifar(Path("."))
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("owned",)
+
+    (base / "data_batch_3").write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
+    with pytest.raises(DataError, match=r"data_batch_3 can't be read.*mkdir is not admitted"):
+        sources.SOURCES["CIFAR10"].load(Path("."), train=True, verify=False)
+    assert not Path("owned").exists()
+
+
+def test_a_checksum_that_differs_is_named_and_can_be_skipped():
+    write_cifar(Path("."))
+    with pytest.raises(DataError, match=r"data_batch_1 does not have the checksum.*--data.verify false"):
+        sources.SOURCES["CIFAR10"].load(Path("."), train=True, verify=True)
+
+
+@pytest.mark.parametrize("victim", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+@pytest.mark.parametrize("keep", [0, 3, 200])
+def test_a_truncated_idx_file_is_named(victim, keep):
+    raw = write_idx(Path("."))
+    whole = (raw / victim).read_bytes()
+    (raw / victim).write_bytes(whole[: min(keep, len(whole) - 5)])
+    with pytest.raises(DataError, match=f"{victim} can't be read: it is truncated"):
+        sources.SOURCES["MNIST"].load(Path("."), train=True, verify=True)
+
+
+def test_a_truncated_pickle_is_named():
+    base = write_cifar(Path("."))
+    (base / "test_batch").write_bytes((base / "test_batch").read_bytes()[:500])
+    with pytest.raises(DataError, match="test_batch can't be read: it is truncated"):
+        sources.SOURCES["CIFAR10"].load(Path("."), train=False, verify=False)
+
+
+def test_as_many_labels_as_images():
+    raw = write_idx(Path("."))
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(DataError, match="has 30 images and .* has 10 labels"):
+        sources.SOURCES["MNIST"].load(Path("."), train=True, verify=True)
+
+
+def offline(*args, **kwargs):
+    raise OSError("Network is unreachable")
+
+
+def test_no_network_and_no_files_is_one_message_and_leaves_nothing(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(DataError) as caught:
+        sources.SOURCES["CIFAR10"].fetch(Path("deep/data"), download=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("cifar-10-batches-py/data_batch_1", str(Path("deep/data").absolute()), "Network is unreachable",
+                 "--data.data_dir", "LIT_LIPSCHITZ_DATA"):  # fmt: skip
+        assert part in message
+    assert list(Path(".").iterdir()) == []
+
+
+def test_a_download_moves_in_whole(monkeypatch):
+    write_idx(Path("mirror"))
+
+    def download(source, folder):
+        shutil.copytree("mirror/MNIST", f"{folder}/MNIST")
+        if source == "breaks":
+            Path(f"{folder}/MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+
+    import dataclasses
+
+    mnist = sources.SOURCES["MNIST"]
+    broken = dataclasses.replace(mnist, download=lambda folder: download("breaks", folder))
+    with pytest.raises(DataError, match="downloading failed"):
+        broken.fetch(Path("data"), download=True)
+    whole = dataclasses.replace(mnist, download=lambda folder: download("works", folder))
+    whole.fetch(Path("data"), download=True)
+    assert [path.name for path in Path("data").iterdir()] == ["MNIST"]
+    assert len(list(Path("data/MNIST/raw").iterdir())) == 4
+
+
+def test_downloading_can_be_off():
+    with pytest.raises(DataError, match="data.download is off"):
+        sources.SOURCES["MNIST"].fetch(Path("data"), download=False)
+
+
+def test_files_that_are_there_are_left_alone(monkeypatch):
+    write_idx(Path("."))
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    sources.SOURCES["MNIST"].fetch(Path("."), download=True)
+
+
+def test_a_folder_without_write_permission_is_named():
+    Path("data").mkdir()
+    Path("data").chmod(0o555)
+    code = (
+        "from pathlib import Path\nfrom lit_lipschitz.data.sources import SOURCES\n"
+        "from lit_lipschitz import DataError\n"
+        "try: SOURCES['MNIST'].fetch(Path('data'), download=True)\nexcept DataError as error: print(error)"
+    )
+    arguments = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        # Root may write anywhere, unless it gives up that capability.
+        arguments = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *arguments]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert "MNIST: no permission to write to data (Permission denied); point to a folder" in result.stdout, (
+        result.stderr
+    )
+    assert list(Path("data").iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_named():
+    Path("file").write_text("")
+    with pytest.raises(DataError, match=r"the folder file/data can't be made \(Not a directory\)"):
+        sources.SOURCES["MNIST"].fetch(Path("file/data"), download=True)
+
+
+# -- data modules ------------------------------------------------------------------------------------------------------
+
+
+def mnist(**settings):
+    if not Path("MNIST").exists():
+        write_idx(Path("."))
+    module = lit_lipschitz.MNISTDataModule(".", batch_size=4, **settings)
+    module.prepare_data()
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    return module
+
+
+def everything(loader):
+    parts = list(loader)
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def test_validation_is_cut_from_the_training_set_by_the_seed():
+    reference = datasets.MNIST(write_idx(Path(".")).parent.parent, train=True).data.float()
+    module = mnist(val_split=0.2, augment=False)
+    val, _ = everything(module.val_dataloader())
+    train = module._train[0]
+    assert (len(val), len(train)) == (6, 24)
+    pixels = torch.cat([val * 255 * 0.3081 + 255 * 0.1307, train.float()]).squeeze(1)
+    assert sorted(pixels.round().sum(dim=(1, 2)).tolist()) == sorted(reference.sum(dim=(1, 2)).tolist())
+    assert torch.equal(everything(mnist(val_split=0.2).val_dataloader())[0], val)
+    assert not torch.equal(everything(mnist(val_split=0.2, seed=1).val_dataloader())[0], val)
+
+
+def test_the_official_test_set_is_the_test_set_in_its_order():
+    module = mnist()
+    images, labels = everything(module.test_dataloader())
+    reference = datasets.MNIST(".", train=False)
+    assert torch.equal(labels, reference.targets)
+    torch.testing.assert_close(images[:, 0], (reference.data / 255 - 0.1307) / 0.3081)
+    assert torch.equal(everything(module.predict_dataloader())[0], images)
+
+
+def test_no_validation_set_when_none_is_wanted():
+    assert mnist(val_split=0.0).val_dataloader() == []
+
+
+def test_a_subset_is_drawn_by_the_seed():
+    module = mnist(train_subset=10, val_split=0.2)
+    assert (len(module._train[0]), len(module._val[0])) == (8, 2)
+
+
+def test_only_training_images_are_augmented_and_differently_every_epoch():
+    module, plain = mnist(), mnist(augment=False)
+    first, _ = everything(module.train_dataloader())
+    assert not torch.equal(first, everything(plain.train_dataloader())[0])
+    assert torch.equal(first, everything(module.train_dataloader())[0])
+    assert torch.equal(everything(module.val_dataloader())[0], everything(plain.val_dataloader())[0])
+
+
+def test_the_environment_says_where_data_are(monkeypatch):
+    monkeypatch.setenv("LIT_LIPSCHITZ_DATA", "/some/where")
+    assert str(lit_lipschitz.MNISTDataModule().folder) == "/some/where"
+    assert str(lit_lipschitz.MNISTDataModule("here").folder) == "here"
+    monkeypatch.delenv("LIT_LIPSCHITZ_DATA")
+    assert str(lit_lipschitz.MNISTDataModule().folder) == "data"
+
+
+def test_digits_are_scikit_learns_and_a_fifth_is_for_test():
+    module = lit_lipschitz.DigitsDataModule(val_split=0.0)
+    module.setup("fit")
+    module.setup("test")
+    other = lit_lipschitz.DigitsDataModule(seed=5)
+    other.setup("test")
+    assert (len(module._train[0]), len(module._test[0])) == (1437, 360)
+    assert torch.equal(module._test[0], other._test[0])
+    assert torch.bincount(module._test[1]).min() >= 34
+    assert module._train[0].unique().numel() == 17
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    importing = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return importing(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(LitLipschitzError, match=r"pip install 'lit-lipschitz\[digits\]'"):
+        lit_lipschitz.DigitsDataModule().setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"val_split": 1.0}, r"val_split=1\.0"), ({"batch_size": 0}, "batch_size=0"), ({"num_workers": -1}, "num_workers=-1"),
+     ({"train_subset": 0}, "train_subset=0")],
+)  # fmt: skip
+def test_a_value_out_of_its_range_is_named(settings, named):
+    with pytest.raises(ConfigurationError, match=named):
+        lit_lipschitz.MNISTDataModule(**settings)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("MNISTDataModule", (60_000, 10_000)), ("CIFAR10DataModule", (50_000, 10_000))]
+)
+def test_real_data_are_whole_and_normalised(real_data, kind, counts):
+    module = getattr(lit_lipschitz, kind)(str(real_data), verify=False, val_split=0.0)
+    module.prepare_data()
+    module.setup("fit")
+    module.setup("test")
+    assert (len(module._train[0]), len(module._test[0])) == counts
+    assert torch.bincount(module._test[1]).numel() == 10
+    images = module._transform(augment=False, device=torch.device("cpu"))(module._train[0], None)
+    assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-2
+    assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2

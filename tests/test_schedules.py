@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from lit_lipschitz import LinearWarmupDecay
+
+
+def rates(total_steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    scheduler = LinearWarmupDecay(optimizer, total_steps, warmup)
+    seen = []
+    for _ in range(total_steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen, optimizer.param_groups[0]["lr"]
+
+
+def test_a_rise_a_peak_and_a_fall_to_zero():
+    seen, after = rates(20, 0.25)
+    assert seen[:6] == pytest.approx([2 * i / 6 for i in range(1, 7)])
+    assert seen[5:] == pytest.approx([2 * (20 - t) / 15 for t in range(5, 20)])
+    assert after == 0
+
+
+def test_without_a_warm_up_it_starts_at_the_peak():
+    seen, _ = rates(4, 0.0)
+    assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+def test_a_run_of_one_step_has_a_rate():
+    assert rates(1, 0.1)[0][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "warmup", "named"),
+    [(None, 0.1, "total_steps=None"), (0, 0.1, "total_steps=0"), (9, 1.0, "warmup=1")],
+)
+def test_a_value_out_of_its_range_is_named(total_steps, warmup, named):
+    with pytest.raises(ValueError, match=named):
+        LinearWarmupDecay(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), total_steps, warmup)
