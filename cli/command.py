@@ -67,9 +67,10 @@ class Command(LightningCLI):
             "--test_after_fit", type=bool, default=True, help="Test the final weights at the end of fit."
         )
 
-    def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint, and makes sure that it is one."""
-        config = self.config[self.subcommand]
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, finds the checkpoint, and makes sure that it is one before anybody opens it."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
         if path == "last":
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
@@ -84,7 +85,7 @@ class Command(LightningCLI):
         """
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
             raise ConfigurationError(
                 f"trainer: {_sentence(error)}; this machine has {torch.cuda.device_count()} CUDA devices and "
                 f"{os.cpu_count()} CPU cores: change trainer.accelerator, trainer.devices or the key that is named"

@@ -253,8 +253,8 @@ class LipschitzLR(Callback):
         self._probes = [self._probe]
         if self._stored is not None and self._probe is not self._restored:
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} or of another norm, and "
-                f"this run's head is {self._probe.name!r} with norm={self.norm!r}; resume with the network and the "
+                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} or of another norm, "
+                f"and this run's head is {self._probe.name!r} with norm={self.norm!r}; resume with the network and the "
                 "settings that it was saved with, or start anew without the checkpoint"
             )
         self._stored = None

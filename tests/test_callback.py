@@ -1,4 +1,5 @@
 import csv
+import itertools
 import math
 import sys
 
@@ -190,7 +191,7 @@ def test_growth_is_capped_from_one_update_to_the_next():
 
     free, capped = rates_of(), rates_of(max_growth=2.0)
     assert free[2] > 5 * free[1]
-    assert [b / a for a, b in zip(capped, capped[1:], strict=False)] == pytest.approx([2.0, 2.0])
+    assert [b / a for a, b in itertools.pairwise(capped)] == pytest.approx([2.0, 2.0])
 
 
 class Poisoned(Classifier):
@@ -524,8 +525,8 @@ class Ignoring(Classifier):
 def test_what_can_not_be_found_out_is_asked_for(module, callbacks, message):
     if len(callbacks) == 2:
         callbacks[1].__class__ = type("Another", (LipschitzLR,), {})
-    with pytest.raises((ConfigurationError, RuntimeError), match=message):
-        module = module()
-        if isinstance(module, TwoOptimizers):
-            module.automatic_optimization = False
+    module = module()
+    if isinstance(module, TwoOptimizers):
+        module.automatic_optimization = False
+    with pytest.raises(ConfigurationError, match=message):
         fit(callbacks[0], module, more=callbacks[1:])

@@ -277,9 +277,13 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"val_split": 1.0}, r"val_split=1\.0"), ({"batch_size": 0}, "batch_size=0"), ({"num_workers": -1}, "num_workers=-1"),
-     ({"train_subset": 0}, "train_subset=0")],
-)  # fmt: skip
+    [
+        ({"val_split": 1.0}, r"val_split=1\.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"train_subset": 0}, "train_subset=0"),
+    ],
+)
 def test_a_value_out_of_its_range_is_named(settings, named):
     with pytest.raises(ConfigurationError, match=named):
         lit_lipschitz.MNISTDataModule(**settings)

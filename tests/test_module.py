@@ -1,0 +1,96 @@
+from functools import partial
+
+import pytest
+import torch
+from conftest import Steps, trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LinearWarmupDecay, LipschitzLR
+
+
+def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
+    module, data = ImageClassifier(MLP()), DigitsDataModule(batch_size=100)
+    run = trainer(max_epochs=1)
+    run.fit(module, datamodule=data)
+    logged = dict(run.callback_metrics)
+    (test,) = run.test(module, datamodule=data, verbose=False)
+    module.eval()
+    for stage, loader, values in (("val", data.val_dataloader(), logged), ("test", data.test_dataloader(), test)):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        with torch.no_grad():
+            logits = module(images)
+        assert float(values[f"{stage}_loss"]) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+        correct = (logits.argmax(1) == labels).double().mean().item()
+        assert float(values[f"{stage}_acc"]) == pytest.approx(correct, rel=1e-5)
+    assert {"train_loss", "train_acc"} <= set(logged)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "stepwise"),
+    [
+        (LinearWarmupDecay, True),
+        (partial(LinearWarmupDecay, warmup=0.5), True),
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=None), True),
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=80), False),
+        (partial(lr_scheduler.StepLR, step_size=1), False),
+    ],
+)
+def test_a_scheduler_that_lacks_the_length_of_the_run_is_given_it(scheduler, stepwise):
+    module = ImageClassifier(MLP(), scheduler=scheduler)
+    run = trainer(callback := LipschitzLR(), max_epochs=2)
+    run.fit(module, datamodule=DigitsDataModule(batch_size=128))
+    (config,) = run.lr_scheduler_configs
+    assert config.interval == ("step" if stepwise else "epoch")
+    if stepwise:
+        assert config.scheduler.last_epoch == run.global_step == 20
+        assert callback.lr <= 0.1 * callback.rate
+    else:
+        assert config.scheduler.last_epoch == 2
+
+
+def test_predictions_are_probabilities():
+    module = ImageClassifier(MLP())
+    batches = trainer().predict(module, datamodule=DigitsDataModule(batch_size=128))
+    assert [len(batch) for batch in batches] == [128, 128, 104]
+    torch.testing.assert_close(torch.cat(batches).sum(dim=1), torch.ones(360))
+
+
+def test_label_smoothing_is_part_of_the_training_loss_only():
+    smooth, plain = (trainer(max_epochs=1, limit_train_batches=1) for _ in range(2))
+    network = MLP()
+    for run, smoothing in ((smooth, 0.3), (plain, 0.0)):
+        copy = MLP()
+        copy.load_state_dict(network.state_dict())
+        module = ImageClassifier(copy, partial(torch.optim.SGD, lr=0.0), label_smoothing=smoothing)
+        run.fit(module, datamodule=DigitsDataModule())
+    assert smooth.callback_metrics["train_loss"] != plain.callback_metrics["train_loss"]
+    assert smooth.callback_metrics["val_loss"] == plain.callback_metrics["val_loss"]
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_dropout_and_augmentation_resume_bit_for_bit(stop):
+    def run(max_epochs, more=(), **settings):
+        torch.manual_seed(7)
+        module = ImageClassifier(MLP(dropout=0.3), scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.9))
+        run = trainer(LipschitzLR(), steps := Steps(), *more, max_epochs=max_epochs)
+        run.fit(module, datamodule=DigitsDataModule(batch_size=64), **settings)
+        return run, steps.rates, [p.detach().clone() for p in module.parameters()]
+
+    _, all_rates, expected = run(3)
+    stopped, _, _ = run(stop)
+    stopped.save_checkpoint("stopped.ckpt")
+    torch.manual_seed(99)
+    _, rates, weights = run(3, ckpt_path="stopped.ckpt", weights_only=True)
+    assert rates == all_rates[20 * stop :]
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_any_network_and_optimizer():
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    network(torch.randn(1, 1, 8, 8))
+    module = ImageClassifier(network, partial(torch.optim.SGD, lr=1.0, momentum=0.9, nesterov=True))
+    run = trainer(LipschitzLR(), max_epochs=3)
+    run.fit(module, datamodule=DigitsDataModule(batch_size=32))
+    assert run.callback_metrics["val_acc"] > 0.8
