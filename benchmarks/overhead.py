@@ -1,0 +1,147 @@
+"""What LipschitzLR costs in a training step.
+
+Trains the MLP, the MNIST CNN and ResNet-20 on random data, in turns with and without the callback, and prints for each
+the median step with the quartiles, the ratio of the medians, and the median time spent inside the callback's functions:
+
+    python benchmarks/overhead.py [--rounds 9] [--steps 20] [--device cpu]
+
+The ratio holds everything, Lightning's calls of the hooks included, and as much noise as the machine has; the time
+inside is a lower bound of the cost that noise does not reach.
+"""
+
+import argparse
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import wraps
+
+import lightning as L
+import torch
+from torch import nn
+
+from lit_lipschitz import MLP, MNISTCNN, ImageClassifier, LipschitzLR, ResNetV1
+from lit_lipschitz.data import DeviceLoader
+from lit_lipschitz.statistics import RunningMaximum
+
+TASKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "MLP, batch 32": (MLP, (1, 8, 8), 32),
+    "MNIST CNN, batch 256": (MNISTCNN, (1, 28, 28), 256),
+    "ResNet-20, batch 128": (ResNetV1, (3, 32, 32), 128),
+}
+WARM_UP = 3
+"""Steps of a round that are not counted; the first ones allocate, and the callback updates its rate after 1 and 2."""
+
+
+class Clock(L.Callback):
+    """Seconds from the start of one batch to the start of the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.starts = device, list[float]()
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """Notes the time, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.starts.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        """The steps after the warm-up."""
+        return [b - a for a, b in zip(self.starts[WARM_UP:], self.starts[WARM_UP + 1 :], strict=False)]
+
+
+class Inside:
+    """Seconds spent in the callback's functions in each step, as they return to the host."""
+
+    def __init__(self, callback: LipschitzLR) -> None:
+        self.seconds: list[float] = []
+        for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+            setattr(callback, name, self.timed(getattr(callback, name)))
+
+    def timed(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The function, with its time added up."""
+
+        @wraps(function)
+        def call(*args: object, **kwargs: object) -> None:
+            if function.__name__ == "on_train_batch_start":
+                self.seconds.append(0.0)
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            self.seconds[-1] += time.perf_counter() - start
+
+        return call
+
+
+def one_round(task: str, callbacks: list[L.Callback], steps: int, device: torch.device) -> list[float]:
+    """Trains a fresh network for some steps; returns the seconds of each."""
+    make, shape, batch_size = TASKS[task]
+    torch.manual_seed(0)
+    images = torch.randint(256, (batch_size * 4, *shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(10, (batch_size * 4,), device=device)
+    loader = DeviceLoader(images, labels, batch_size, lambda batch, _: batch.float().div_(255), shuffle=True)
+    clock = Clock(device)
+    trainer = L.Trainer(
+        max_steps=steps + WARM_UP + 1,
+        max_epochs=-1,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        callbacks=[clock, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(ImageClassifier(make()), loader)
+    return clock.steps()
+
+
+def measure(task: str, rounds: int, steps: int, device: torch.device) -> None:
+    """Prints a row."""
+    timed: dict[bool, list[float]] = {False: [], True: []}
+    insides: list[float] = []
+    update = RunningMaximum.update
+    for number in range(rounds * 2):
+        # Pairs in alternating order, so that a drift of the machine's speed is shared.
+        with_callback = (number % 2 == 0) == (number // 2 % 2 == 0)
+        callbacks: list[L.Callback] = []
+        if with_callback:
+            callback = LipschitzLR(update=10**9)
+            watch = Inside(callback)
+            RunningMaximum.update = watch.timed(update)  # type: ignore[assignment]
+            callbacks = [callback]
+        timed[with_callback] += one_round(task, callbacks, steps, device)
+        RunningMaximum.update = update  # type: ignore[method-assign]
+        if with_callback:
+            insides += watch.seconds[WARM_UP:-1]
+    inside = statistics.median(insides)
+    without, with_ = ([1e3 * q for q in statistics.quantiles(timed[key], n=4)] for key in (False, True))
+    share = 1e3 * inside / without[1]
+    print(
+        f"{task:22} {without[1]:9.3f} ({without[0]:.3f} .. {without[2]:.3f}) {with_[1]:9.3f} ({with_[0]:.3f} .. "
+        f"{with_[2]:.3f})   {with_[1] / without[1]:.4f}   {1e6 * inside:7.1f}   {share:.3%}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Parses the arguments and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds with and as many without the callback")
+    parser.add_argument("--steps", type=int, default=20, help="counted steps in a round")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}")
+    print(f"{arguments.rounds} rounds of {arguments.steps} steps each way; milliseconds: median (quartiles)")
+    print(f"{'':22} {'without the callback':>30} {'with it':>30}   ratio    inside, microseconds and share")
+    for task in TASKS:
+        measure(task, arguments.rounds, arguments.steps, device)
+
+
+if __name__ == "__main__":
+    main()

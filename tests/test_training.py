@@ -1,0 +1,87 @@
+"""The bundled configs reach what the README says they reach."""
+
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_lipschitz import LipschitzLR
+
+SCRIPT = Path(sys.executable).with_name("lit-lipschitz")
+
+
+def fit(*arguments):
+    """Runs `lit-lipschitz fit`; returns its output and the seconds it took."""
+    start = time.monotonic()
+    result = subprocess.run([str(SCRIPT), "fit", *arguments], capture_output=True, text=True, timeout=1500)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, time.monotonic() - start
+
+
+def column(output, name):
+    return [float(value) for value in re.findall(rf"^epoch.*\b{name} +(\S+)", output, re.M)]
+
+
+def test_accuracy(output):
+    return float(re.search(r"test_acc (\S+)", output)[1])
+
+
+test_accuracy.__test__ = False
+
+
+def test_digits_reach_97_percent(figure):
+    output, seconds = fit("--config", "digits.yaml")
+    figure(f"Digits: {test_accuracy(output):.2%} after {seconds:.0f} s")
+    assert len(column(output, "rate")) == 30
+    assert test_accuracy(output) >= 0.97
+    assert len(list(Path("lightning_logs").glob("*/events.out.tfevents.*"))) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_mnist_reaches_98_5_percent_in_3_epochs(real_data, figure):
+    output, seconds = fit("--config", "mnist.yaml", "--data.data_dir", str(real_data))
+    figure(f"MNIST: {test_accuracy(output):.2%} after {seconds:.0f} s; rates {column(output, 'rate')}")
+    assert len(column(output, "rate")) == 3
+    assert test_accuracy(output) >= 0.985
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_cifar10_learns_from_10_000_images(real_data, figure):
+    output, seconds = fit(
+        "--config", "cifar10.yaml", "--data.data_dir", str(real_data), "--data.verify", "false",
+        "--data.train_subset", "10000", "--trainer.max_epochs", "2",
+    )  # fmt: skip
+    losses, rates = column(output, "train_loss"), column(output, "rate")
+    figure(f"CIFAR-10: {test_accuracy(output):.2%} after {seconds:.0f} s; losses {losses}; rates {rates}")
+    assert len(rates) == 2
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+    assert losses[1] < losses[0] < math.log(10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_synchronises_with_a_gpu_between_updates():
+    from conftest import Classifier, loader, trainer
+
+    class Strict(LipschitzLR):
+        """Lets only the steps synchronise in which an update is due: in each epoch's last and the first 4."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            due = trainer.current_epoch == 0 or trainer.is_last_batch
+            torch.cuda.set_sync_debug_mode("default" if due else "error")
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            torch.cuda.set_sync_debug_mode("default")
+
+    batches = [[part.cuda() for part in batch] for batch in loader()]
+    callback = Strict()
+    trainer(callback, accelerator="gpu", devices=1, max_epochs=3).fit(Classifier(), batches)
+    assert callback.rate is not None
