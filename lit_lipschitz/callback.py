@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -13,45 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_lipschitz import constants, inspection, rules
+from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.probing import Probes
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What all ranks agree on after the reduction.
-
-    Attributes:
-        activation_norm: Size of the head's inputs in the global batch of one optimizer step.
-        weight_norm: Largest norm of a parameter tensor.
-        batch_size: Examples (tokens, pixels) in the global batch.
-        dropped: Batches with non-finite activations on the rank that had most.
-    """
-
-    activation_norm: float
-    weight_norm: float
-    batch_size: int
-    dropped: int
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A rate and what it was computed from; 0 stands for a number that is not there yet.
-
-    Attributes:
-        lr: Learning rate at a schedule factor of 1.
-        constant: Lipschitz constant of the loss.
-        activation_norm: See :class:`Measurement`.
-        weight_norm: See :class:`Measurement`.
-        cap: The safety setting that changed the rate, or "".
-    """
-
-    lr: float
-    constant: float = 0.0
-    activation_norm: float = 0.0
-    weight_norm: float = 0.0
-    cap: str = ""
 
 
 class LipschitzLR(Callback):
@@ -111,24 +76,33 @@ class LipschitzLR(Callback):
     ) -> None:
         super().__init__()
         _check_choice("loss", loss, ("auto", "cross_entropy"))
-        _check_choice("rule", rule, ("auto", *rules.RULES))
         _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
         if update != "epoch" and not (type(update) is int and update >= 1):
             raise ConfigurationError(f"LipschitzLR(update={update!r}): expected 'epoch' or a number of steps >= 1")
-        _check_positive("initial_lr", initial_lr)
-        _check_positive("max_lr", max_lr)
-        if not 0 <= min_lr <= (math.inf if max_lr is None else max_lr):
-            raise ConfigurationError(f"LipschitzLR(min_lr={min_lr}): expected 0 <= min_lr <= max_lr")
-        if max_growth is not None and not max_growth >= 1:
-            raise ConfigurationError(f"LipschitzLR(max_growth={max_growth}): expected a factor of at least 1")
+        if initial_lr is not None and not 0 < initial_lr < math.inf:
+            raise ConfigurationError(f"LipschitzLR(initial_lr={initial_lr}): expected a positive number")
         try:
-            self.norm = constants.resolve_norm(bound, norm)
+            resolved = constants.resolve_norm(bound, norm)
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
-        self.loss, self.head, self.bound, self.update, self.rule = loss, head, bound, update, rule
-        self.initial_lr, self.min_lr, self.max_lr, self.max_growth = initial_lr, min_lr, max_lr, max_growth
-        self.on_nonfinite = on_nonfinite
+        self.policy = Policy(bound, resolved, rule, min_lr, max_lr, max_growth)
+        self.loss, self.head, self.update = loss, head, update
+        self.initial_lr, self.on_nonfinite = initial_lr, on_nonfinite
         self._forget()
+
+    def _forget(self) -> None:
+        """The state before any run."""
+        self._decision: Decision | None = None
+        self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
+        self._rule_state = rules.RuleState()
+        self._steps = 0  # optimizer steps since the interval began
+        self._intervals = 0  # intervals that are over
+        self._micro_batches = 0  # batches since the last optimizer step
+        self._accumulated = 1  # most batches that made one step in this interval
+        self._warned = False
+        self._stored: dict[str, Any] | None = None  # state of the probes, until they are there
+        self._probes: Probes | None = None
+        self._writer: RateWriter | None = None
 
     @property
     def rate(self) -> float | None:
@@ -142,22 +116,6 @@ class LipschitzLR(Callback):
 
     # -- attach ------------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """The state before any run."""
-        self._decision: Decision | None = None
-        self._rule_state = rules.RuleState()
-        self._steps = 0  # optimizer steps since the interval began
-        self._intervals = 0  # intervals that are over
-        self._warned = False
-        self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
-        self._stored: dict[str, Any] | None = None  # head and statistic of a checkpoint, until they are in place
-        self._restored: _Probe | None = None
-        self._probes: list[_Probe] = []
-        self._probe: _Probe | None = None
-        self._writer: RateWriter | None = None
-        self._micro_batches = 0  # batches since the last optimizer step
-        self._accumulated = 1  # most batches that made one step in this interval
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and starts afresh; a checkpoint's state is loaded after this."""
         if stage != "fit":
@@ -168,6 +126,7 @@ class LipschitzLR(Callback):
                 f"LipschitzLR must be the only one in charge of the rate; found {len(same)} of them in "
                 "trainer.callbacks: pass one"
             )
+        self._detach()
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,47 +137,45 @@ class LipschitzLR(Callback):
                 f"returned {len(trainer.optimizers)}: return one, or remove the callback"
             )
         optimizer = trainer.optimizers[0]
-        self._rule_of(optimizer)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._writer = RateWriter(optimizer, schedulers)
+        self.policy.rule_for(type(optimizer).__name__, optimizer.param_groups[0])
+        self._writer = RateWriter(optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
         device = trainer.strategy.root_device
-        clock = torch.zeros((), dtype=torch.int64, device=device)
-        self._probes = [
-            _Probe(name, head, pl_module, self._new_statistic(head, device), clock)
-            for name, head in inspection.head_candidates(pl_module, self.head).items()
-        ]
-        self._restore_statistic()
+        self._probes = Probes(pl_module, self.head, lambda head: self._statistic(head, device), device, self._stored)
 
-    def _new_statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
+    def _statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
         width, _ = inspection.head_size(head)
-        rigorous = self.bound != "paper"
+        rigorous = self.policy.bound != "paper"
         bias = rigorous and getattr(head, "bias", None) is not None
-        return RunningMaximum(self.norm, width, bias=bias, mean=rigorous and self._is_of_batch, device=device)
+        return RunningMaximum(self.policy.norm, width, bias=bias, mean=rigorous and self._of_batch, device=device)
 
     @property
-    def _is_of_batch(self) -> bool:
+    def _of_batch(self) -> bool:
         """Whether the norm is one of the whole batch matrix, which grows with the number of rows."""
-        return self.norm in ("frobenius", "spectral")
+        return self.policy.norm in ("frobenius", "spectral")
 
-    def _rule_of(self, optimizer: Optimizer) -> rules.Rule:
-        name: str = self.rule
-        if name == "auto":
-            try:
-                name = rules.rule_for(type(optimizer).__name__, optimizer.param_groups[0], self.bound)
-            except ValueError as error:
-                raise ConfigurationError(f"LipschitzLR: {error}") from None
-        return rules.RULES[name]
+    def _detach(self) -> None:
+        if self._probes is not None:
+            self._probes.remove()
+        if self._writer is not None:
+            self._writer.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the hooks off."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the hooks off a run that was interrupted, which Lightning does not tear down."""
+        self._detach()
 
     # -- find head and loss, on the first step -----------------------------------------------------------------------
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """On the first step, checks what the loss is and takes the head from its graph."""
-        if self._probe is not None or not self._probes:
+        if self._probes is None or self._probes.chosen is not None:
             return
-        weight = self._check_loss(trainer, pl_module, loss) if self.loss == "auto" else None
-        self._choose_head(weight)
+        self._probes.choose(self._check_loss(trainer, loss) if self.loss == "auto" else None)
 
-    def _check_loss(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> nn.Parameter | None:
+    def _check_loss(self, trainer: Trainer, loss: Tensor) -> nn.Parameter | None:
         found = inspection.find_cross_entropy(loss)
         # Lightning divides by the accumulated batches first, and a GradScaler multiplies after that.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -229,45 +186,12 @@ class LipschitzLR(Callback):
                 f"{found.coefficient / expected:g}, for which it has no constant; return the plain loss, or pass "
                 "loss='cross_entropy' to have the weight disregarded"
             )
-        if found.ignored and self.norm != "sample":
+        if found.ignored and self.policy.norm != "sample":
             raise ConfigurationError(
-                "LipschitzLR found targets that the loss ignores (ignore_index), and norm="
-                f"{self.norm!r} needs to know how many; pass bound='strict', norm='sample', which holds for any number"
+                f"LipschitzLR found targets that the loss ignores (ignore_index), and norm={self.policy.norm!r} needs "
+                "to know how many; pass bound='strict', norm='sample', which holds for any number"
             )
         return found.head_weight
-
-    def _choose_head(self, weight: nn.Parameter | None) -> None:
-        """Keeps the probe of the module that owns the weight, or else the last one that ran."""
-        ran = [probe for probe in self._probes if int(probe.ran_at) > 0]
-        if not ran:
-            names = ", ".join(repr(probe.name) for probe in self._probes[-3:])
-            raise ConfigurationError(
-                f"LipschitzLR saw no training forward through {names} before the first backward; pass the head's "
-                "name (head=...) if it is another module, and add the callback before a compiled model first runs"
-            )
-        owners = [probe for probe in ran if weight is not None and probe.head.weight is weight]
-        self._probe = owners[-1] if owners else max(ran, key=lambda probe: int(probe.ran_at))
-        for probe in self._probes:
-            if probe is not self._probe:
-                probe.remove()
-        self._probes = [self._probe]
-        if self._stored is not None and self._probe is not self._restored:
-            raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} or of another norm, "
-                f"and this run's head is {self._probe.name!r} with norm={self.norm!r}; resume with the network and the "
-                "settings that it was saved with, or start anew without the checkpoint"
-            )
-        self._stored = None
-
-    def _restore_statistic(self) -> None:
-        """Puts the checkpoint's statistic where the next batch adds to it, before the head is known again."""
-        if self._stored is None:
-            return
-        for probe in self._probes:
-            if (probe.name, self.norm) == (self._stored["head"], self._stored["norm"]):
-                with suppress(ValueError):
-                    probe.statistic.load_state_dict(self._stored["statistic"])
-                    self._restored = probe
 
     # -- measure, reduce, decide, write ------------------------------------------------------------------------------
 
@@ -277,14 +201,15 @@ class LipschitzLR(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decides where an update is due, and writes the rate before the parameters move."""
-        if self._probe is None:
+        assert self._probes is not None
+        if self._probes.chosen is None:
             # No on_before_backward has come: manual optimization with a backward of its own.
             if self.loss == "auto":
                 raise ConfigurationError(
                     "LipschitzLR looked for the loss in manual_backward, which was not called before the optimizer's "
                     "step; call self.manual_backward(loss), or pass loss='cross_entropy'"
                 )
-            self._choose_head(None)
+            self._probes.choose(None)
         self._steps += 1
         self._accumulated = max(self._accumulated, self._micro_batches)
         self._micro_batches = 0
@@ -309,35 +234,42 @@ class LipschitzLR(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
-        if self._probe is None:
+        if self._probes is None or self._probes.chosen is None:
             return
         over = trainer.is_last_batch if self.update == "epoch" else self._steps >= int(self.update)
         if over and self._steps:
             self._decide(trainer, trainer.optimizers[0], interval_over=True)
-            self._probe.statistic.reset()
+            self._probes.chosen.statistic.reset()
             self._steps = 0
             self._accumulated = 1
             self._intervals += 1
 
     def _decide(self, trainer: Trainer, optimizer: Optimizer, interval_over: bool) -> None:
         """One reduction, then a decision that every rank makes alike."""
-        measured = self._reduce(trainer, optimizer)
-        decision, rule_state = self._evaluate(measured, optimizer)
-        if decision is None:
-            self._report_unusable(measured)
+        assert self._probes is not None
+        assert self._probes.chosen is not None
+        measured = self._reduce(trainer, optimizer, self._probes.chosen.statistic)
+        _, num_classes = inspection.head_size(self._probes.chosen.head)
+        outcome = self.policy.decide(
+            measured,
+            num_classes=num_classes,
+            optimizer=type(optimizer).__name__,
+            groups=optimizer.param_groups,
+            state=self._rule_state,
+            last=self._decision,
+        )
+        self._report(measured, usable=outcome is not None)
+        if outcome is None:
             return
-        if measured.dropped:
-            self._report_dropped(measured)
+        decision, rule_state = outcome
         if decision.cap and (self._decision is None or self._decision.cap != decision.cap):
             rank_zero_info(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
         self._decision = decision
         if interval_over:
             self._rule_state = rule_state
 
-    def _reduce(self, trainer: Trainer, optimizer: Optimizer) -> Measurement:
+    def _reduce(self, trainer: Trainer, optimizer: Optimizer, statistic: RunningMaximum) -> Measurement:
         """The one collective of an update: MAX over ranks of the running maximum, rows, dropped batches and W."""
-        assert self._probe is not None
-        statistic = self._probe.statistic
         weights = inspection.weight_norm(optimizer).to(statistic.values.device).reshape(1)
         # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
         values = torch.cat([statistic.values, torch.where(torch.isfinite(weights), weights, -1.0)])
@@ -347,54 +279,21 @@ class LipschitzLR(Callback):
         batch_size = int(rows) * pieces
         if statistic.mean:
             largest *= math.sqrt(batch_size)
-        elif self._is_of_batch:
+        elif self._of_batch:
             largest *= math.sqrt(pieces)
         return Measurement(largest, weight_norm if weight_norm >= 0 else math.nan, batch_size, int(dropped))
 
-    def _evaluate(self, measured: Measurement, optimizer: Optimizer) -> tuple[Decision | None, rules.RuleState]:
-        """From measured values to a rate, or None where they give none. Changes nothing."""
-        assert self._probe is not None
-        _, num_classes = inspection.head_size(self._probe.head)
-        weight_decay = max(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups)
-        if measured.batch_size < 1 or not math.isfinite(measured.weight_norm):
-            return None, self._rule_state
-        constant = constants.cross_entropy(
-            measured.activation_norm,
-            num_classes=num_classes,
-            batch_size=measured.batch_size,
-            bound=self.bound,
-            norm=self.norm,
-            weight_decay=weight_decay,
-            weight_norm=measured.weight_norm,
-        )
-        if not (math.isfinite(constant) and constant > 0) or measured.activation_norm == 0:
-            return None, self._rule_state
-        rate, rule_state = self._rule_of(optimizer)(constant, self._rule_state, optimizer.param_groups[0])
-        lr, cap = self._cap(rate)
-        return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), rule_state
-
-    def _cap(self, rate: float) -> tuple[float, str]:
-        """The rate within its limits, and the name of the limit that changed it."""
-        limits = [("max_lr", self.max_lr)]
-        if self.max_growth is not None and self._decision is not None:
-            limits.append(("max_growth", self.max_growth * self._decision.lr))
-        cap = ""
-        for name, limit in limits:
-            if limit is not None and rate > limit:
-                rate, cap = limit, name
-        return (self.min_lr, "min_lr") if rate < self.min_lr else (rate, cap)
-
-    def _report_unusable(self, measured: Measurement) -> None:
-        last = "the configured rate" if self._decision is None else f"the last rate, {self._decision.lr:.4g}"
-        self._report(
-            f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
-            f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
-        )
-
-    def _report_dropped(self, measured: Measurement) -> None:
-        self._report(f"{measured.dropped} batches had non-finite activations and were left out of the maximum")
-
-    def _report(self, message: str) -> None:
+    def _report(self, measured: Measurement, usable: bool) -> None:
+        """Says once, or raises, what was not finite."""
+        if usable and not measured.dropped:
+            return
+        message = f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
+        if not usable:
+            last = "the configured rate" if self._decision is None else f"the last rate, {self._decision.lr:.4g}"
+            message = (
+                f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
+                f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
+            )
         if self.on_nonfinite == "raise":
             raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
         if not self._warned:
@@ -418,7 +317,7 @@ class LipschitzLR(Callback):
             "lipschitz/activation_norm": decision.activation_norm,
             "lipschitz/weight_norm": decision.weight_norm,
         }
-        if self.min_lr > 0 or self.max_lr is not None or self.max_growth is not None:
+        if self.policy.limited:
             metrics["lipschitz/capped"] = float(bool(decision.cap))
         return metrics
 
@@ -428,52 +327,24 @@ class LipschitzLR(Callback):
             "decision": asdict(self._decision) if self._decision else None,
             "rule_state": asdict(self._rule_state),
             "steps": self._steps,
-            "accumulated": self._accumulated,
             "intervals": self._intervals,
+            "accumulated": self._accumulated,
             "warned": self._warned,
-            "measured": self._stored
-            if self._probe is None
-            else {"head": self._probe.name, "norm": self.norm, "statistic": self._probe.statistic.state_dict()},
+            "measured": self._probes.state_dict() if self._probes else self._stored,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
         self._decision = Decision(**state_dict["decision"]) if state_dict["decision"] else None
-        self._rule_state = replace(rules.RuleState(), **state_dict["rule_state"])
+        self._rule_state = rules.RuleState(**state_dict["rule_state"])
         self._steps = state_dict["steps"]
-        self._accumulated = state_dict["accumulated"]
         self._intervals = state_dict["intervals"]
+        self._accumulated = state_dict["accumulated"]
         self._warned = state_dict["warned"]
         self._stored = state_dict["measured"]
-        self._restore_statistic()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
-        for probe in self._probes:
-            probe.remove()
-        if self._writer is not None:
-            self._writer.close()
-
-
-class _Probe:
-    """A pre-hook on a module that measures its input in training forwards, on the device and under torch.compile."""
-
-    def __init__(
-        self, name: str, head: nn.Module, pl_module: LightningModule, statistic: RunningMaximum, clock: Tensor
-    ) -> None:
-        self.name, self.head, self.statistic = name, head, statistic
-        self.ran_at = torch.zeros_like(clock)
-
-        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if pl_module.training and torch.is_grad_enabled():
-                activations = args[0] if args else kwargs["input"]
-                statistic.update(inspection.head_rows(module, activations))
-                self.ran_at.copy_(clock.add_(1))
-
-        self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
-
-    def remove(self) -> None:
-        self._handle.remove()
+        # Some strategies load after on_fit_start, when the probes are there.
+        if self._probes is not None and self._stored is not None:
+            self._probes.load_state_dict(self._stored)
 
 
 def _logging_interval(trainer: Trainer) -> int:
@@ -483,8 +354,3 @@ def _logging_interval(trainer: Trainer) -> int:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigurationError(f"LipschitzLR({name}={value!r}): expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"LipschitzLR({name}={value}): expected a positive number")

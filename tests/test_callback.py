@@ -253,13 +253,13 @@ class Order(Classifier):
 def test_the_head_is_what_the_loss_is_made_from():
     callback = LipschitzLR()
     fit(callback, Order(), max_steps=1)
-    assert callback._probe.name == "classifier"
+    assert callback._probes.chosen.name == "classifier"
 
 
 def test_the_head_can_be_named():
     callback = LipschitzLR(head="body", loss="cross_entropy")
     fit(callback, Order(), max_steps=1)
-    assert callback._probe.name == "body"
+    assert callback._probes.chosen.name == "body"
 
 
 def test_only_the_heads_hook_stays_during_training_and_none_after_it():
@@ -418,7 +418,7 @@ def test_a_checkpoint_of_another_norm_is_refused():
     run = trainer(LipschitzLR(bound="smooth", update=4), max_epochs=1)
     run.fit(Classifier(), loader())
     run.save_checkpoint("some.ckpt")
-    with pytest.raises(LitLipschitzError, match="or of another norm"):
+    with pytest.raises(LitLipschitzError, match="of the head 'net.2' with norm='spectral'"):
         trainer(LipschitzLR(), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
 
 

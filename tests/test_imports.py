@@ -14,8 +14,10 @@ ROOT = Path(lit_lipschitz.__file__).parent
 LAYERS = [
     {"errors"},
     {"constants", "rules", "schedules"},
+    {"decision"},
     {"statistics"},
     {"inspection", "writing"},
+    {"probing"},
     {"callback"},
     {"models", "data"},
     {"module"},

@@ -1,0 +1,145 @@
+"""From what was measured to a rate: a pure function, so that every rank that has measured the same decides the same."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lit_lipschitz import constants, rules
+from lit_lipschitz.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What all ranks agree on after the reduction.
+
+    Attributes:
+        activation_norm: Size of the head's inputs in the global batch of one optimizer step.
+        weight_norm: Largest norm of a parameter tensor.
+        batch_size: Examples (tokens, pixels) in the global batch.
+        dropped: Batches with non-finite activations on the rank that had most.
+    """
+
+    activation_norm: float
+    weight_norm: float
+    batch_size: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A rate and what it was computed from; 0 stands for a number that is not there.
+
+    Attributes:
+        lr: Learning rate at a schedule factor of 1.
+        constant: Lipschitz constant of the loss.
+        activation_norm: See :class:`Measurement`.
+        weight_norm: See :class:`Measurement`.
+        cap: The limit that changed the rate, or "".
+    """
+
+    lr: float
+    constant: float = 0.0
+    activation_norm: float = 0.0
+    weight_norm: float = 0.0
+    cap: str = ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a rate follows from a measurement; the attributes are arguments of ``LipschitzLR``.
+
+    Raises:
+        ConfigurationError: A value is out of its range.
+    """
+
+    bound: constants.Bound = "strict"
+    norm: constants.Norm = "frobenius"
+    rule: Literal["auto"] | rules.RuleName = "auto"
+    min_lr: float = 0.0
+    max_lr: float | None = None
+    max_growth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("auto", *rules.RULES):
+            raise ConfigurationError(f"LipschitzLR(rule={self.rule!r}): expected one of 'auto', {_quoted(rules.RULES)}")
+        if self.max_lr is not None and not 0 < self.max_lr < math.inf:
+            raise ConfigurationError(f"LipschitzLR(max_lr={self.max_lr}): expected a positive number")
+        if not 0 <= self.min_lr <= (math.inf if self.max_lr is None else self.max_lr):
+            raise ConfigurationError(f"LipschitzLR(min_lr={self.min_lr}): expected 0 <= min_lr <= max_lr")
+        if self.max_growth is not None and not self.max_growth >= 1:
+            raise ConfigurationError(f"LipschitzLR(max_growth={self.max_growth}): expected a factor of at least 1")
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit that could bind."""
+        return self.min_lr > 0 or self.max_lr is not None or self.max_growth is not None
+
+    def rule_for(self, optimizer: str, settings: Mapping[str, Any]) -> rules.Rule:
+        """The rule for an optimizer's class and its first group's settings.
+
+        Raises:
+            ConfigurationError: None is known, and none is forced.
+        """
+        if self.rule != "auto":
+            return rules.RULES[self.rule]
+        try:
+            return rules.RULES[rules.rule_for(optimizer, settings, self.bound)]
+        except ValueError as error:
+            raise ConfigurationError(f"LipschitzLR: {error}") from None
+
+    def decide(
+        self,
+        measured: Measurement,
+        *,
+        num_classes: int,
+        optimizer: str,
+        groups: list[dict[str, Any]],
+        state: rules.RuleState,
+        last: Decision | None,
+    ) -> tuple[Decision, rules.RuleState] | None:
+        """The next rate.
+
+        Args:
+            measured: What the ranks agree on.
+            num_classes: Outputs of the head.
+            optimizer: Class name of the optimizer.
+            groups: Its parameter groups.
+            state: What the rule remembers.
+            last: The decision before this one.
+
+        Returns:
+            The decision and the rule's new state, or None where the measurement gives no rate.
+        """
+        finite = math.isfinite(measured.activation_norm) and math.isfinite(measured.weight_norm)
+        if not finite or measured.activation_norm == 0 or measured.batch_size < 1:
+            return None
+        constant = constants.cross_entropy(
+            measured.activation_norm,
+            num_classes=num_classes,
+            batch_size=measured.batch_size,
+            bound=self.bound,
+            norm=self.norm,
+            weight_decay=max(float(group.get("weight_decay", 0.0)) for group in groups),
+            weight_norm=measured.weight_norm,
+        )
+        if not 0 < constant < math.inf:
+            return None
+        rate, state = self.rule_for(optimizer, groups[0])(constant, state, groups[0])
+        lr, cap = self.limit(rate, last)
+        return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state
+
+    def limit(self, rate: float, last: Decision | None) -> tuple[float, str]:
+        """The rate within its limits, and the name of the limit that changed it, or ""."""
+        limits = [("max_lr", self.max_lr)]
+        if self.max_growth is not None and last is not None:
+            limits.append(("max_growth", self.max_growth * last.lr))
+        cap = ""
+        for name, most in limits:
+            if most is not None and rate > most:
+                rate, cap = most, name
+        return (self.min_lr, "min_lr") if rate < self.min_lr else (rate, cap)
+
+
+def _quoted(names: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, names))

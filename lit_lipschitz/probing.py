@@ -1,0 +1,131 @@
+"""Measures the inputs of a network's head by a forward pre-hook, while it trains."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_lipschitz import inspection
+from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.statistics import RunningMaximum
+
+
+class Probe:
+    """A pre-hook that measures a module's input in training forwards, on the device and under torch.compile.
+
+    Args:
+        name: The module's name.
+        head: The module.
+        root: The module whose ``training`` tells training from evaluation.
+        statistic: Takes in the inputs.
+        clock: Counts the calls of all probes, on the device.
+    """
+
+    def __init__(self, name: str, head: nn.Module, root: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
+        self.name, self.head, self.statistic = name, head, statistic
+        self.ran_at = torch.zeros_like(clock)
+
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if root.training and torch.is_grad_enabled():
+                activations = args[0] if args else kwargs["input"]
+                statistic.update(inspection.head_rows(module, activations))
+                self.ran_at.copy_(clock.add_(1))
+
+        self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Takes the hook off."""
+        self._handle.remove()
+
+
+class Probes:
+    """Probes on every module that can be the head, until the first step tells which one is.
+
+    Args:
+        root: The network.
+        head: The head's name, or ``"auto"``.
+        statistic: Makes the statistic for a candidate.
+        device: Where the training runs.
+        stored: :meth:`state_dict` of the run that is resumed.
+
+    Raises:
+        ConfigurationError: There is no candidate.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        head: str,
+        statistic: Callable[[nn.Module], RunningMaximum],
+        device: torch.device,
+        stored: dict[str, Any] | None = None,
+    ) -> None:
+        clock = torch.zeros((), dtype=torch.int64, device=device)
+        self._candidates = [
+            Probe(name, module, root, statistic(module), clock)
+            for name, module in inspection.head_candidates(root, head).items()
+        ]
+        self._chosen: Probe | None = None
+        self._stored: dict[str, Any] | None = None
+        self._restored: Probe | None = None
+        if stored is not None:
+            self.load_state_dict(stored)
+
+    @property
+    def chosen(self) -> Probe | None:
+        """The probe of the head, once it is known."""
+        return self._chosen
+
+    def choose(self, weight: nn.Parameter | None) -> None:
+        """Keeps the probe of the module that owns a weight, or else the last one that ran.
+
+        Args:
+            weight: The head's weight, where the loss's graph names it.
+
+        Raises:
+            ConfigurationError: None has run.
+            LitLipschitzError: The state of a resumed run belongs to another head or norm.
+        """
+        ran = [probe for probe in self._candidates if int(probe.ran_at) > 0]
+        if not ran:
+            names = ", ".join(repr(probe.name) for probe in self._candidates[-3:])
+            raise ConfigurationError(
+                f"LipschitzLR saw no training forward through {names} before the first backward; pass the head's "
+                "name (head=...) if it is another module, and add the callback before a compiled model first runs"
+            )
+        owners = [probe for probe in ran if weight is not None and probe.head.weight is weight]
+        chosen = owners[-1] if owners else max(ran, key=lambda probe: int(probe.ran_at))
+        if self._stored is not None and chosen is not self._restored:
+            raise LitLipschitzError(
+                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} with "
+                f"norm={self._stored['norm']!r}, and this run's head is {chosen.name!r} with "
+                f"norm={chosen.statistic.norm!r}; resume with the network and the settings that it was saved with, or "
+                "start anew without the checkpoint"
+            )
+        for probe in self._candidates:
+            if probe is not chosen:
+                probe.remove()
+        self._candidates, self._chosen, self._stored = [chosen], chosen, None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Name of the head and its statistic, in plain values and tensors; None before the first step."""
+        if self._chosen is None:
+            return self._stored
+        statistic = self._chosen.statistic
+        return {"head": self._chosen.name, "norm": statistic.norm, "statistic": statistic.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a statistic where the next batch adds to it, before it is known whether that is the head again."""
+        self._stored = state
+        for probe in self._candidates:
+            if (probe.name, probe.statistic.norm) == (state["head"], state["norm"]):
+                with suppress(ValueError):
+                    probe.statistic.load_state_dict(state["statistic"])
+                    self._restored = probe
+
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        for probe in self._candidates:
+            probe.remove()
