@@ -81,6 +81,10 @@ class LipschitzLR(Callback):
             raise ConfigurationError(f"LipschitzLR(update={update!r}): expected 'epoch' or a number of steps >= 1")
         if initial_lr is not None and not 0 < initial_lr < math.inf:
             raise ConfigurationError(f"LipschitzLR(initial_lr={initial_lr}): expected a positive number")
+        if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
+            raise ConfigurationError(
+                f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
+            )
         try:
             resolved = constants.resolve_norm(bound, norm)
         except ValueError as error:
@@ -97,10 +101,14 @@ class LipschitzLR(Callback):
         self._rule_state = rules.RuleState()
         self._steps = 0  # optimizer steps since the interval began
         self._intervals = 0  # intervals that are over
+        self._epoch = 0  # in which the interval began
         self._micro_batches = 0  # batches since the last optimizer step
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
-        self._stored: dict[str, Any] | None = None  # state of the probes, until they are there
+        self._stored: dict[
+            str, Any
+        ] = {}  # what a checkpoint brings for the probes and the writer, until they are there
+        self._ignored: Tensor | None = None  # whether the loss left targets out, on the device
         self._probes: Probes | None = None
         self._writer: RateWriter | None = None
 
@@ -137,13 +145,21 @@ class LipschitzLR(Callback):
                 f"returned {len(trainer.optimizers)}: return one, or remove the callback"
             )
         optimizer = trainer.optimizers[0]
-        self.policy.rule_for(type(optimizer).__name__, optimizer.param_groups[0])
-        self._writer = RateWriter(optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
+        self.policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._writer = RateWriter(optimizer, schedulers, self._stored.get("references", ()))
         device = trainer.strategy.root_device
-        self._probes = Probes(pl_module, self.head, lambda head: self._statistic(head, device), device, self._stored)
+        measured = self._stored.get("measured")
+        self._probes = Probes(pl_module, self.head, lambda head: self._statistic(head, device), device, measured)
+        self._ignored = torch.zeros((), dtype=torch.bool, device=device)
 
     def _statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
         width, _ = inspection.head_size(head)
+        if self.policy.norm == "spectral" and not width:
+            raise ConfigurationError(
+                "LipschitzLR(norm='spectral') needs the width of every affine map, and a lazy one has none yet; run a "
+                "batch through the network before fit, or pass head="
+            )
         rigorous = self.policy.bound != "paper"
         bias = rigorous and getattr(head, "bias", None) is not None
         return RunningMaximum(self.policy.norm, width, bias=bias, mean=rigorous and self._of_batch, device=device)
@@ -171,9 +187,14 @@ class LipschitzLR(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """On the first step, checks what the loss is and takes the head from its graph."""
-        if self._probes is None or self._probes.chosen is not None:
+        if self._probes is None:
             return
-        self._probes.choose(self._check_loss(trainer, loss) if self.loss == "auto" else None)
+        if self._probes.chosen is None:
+            self._probes.choose(self._check_loss(trainer, loss) if self.loss == "auto" else None)
+        if self.loss == "auto" and self.policy.norm != "sample":
+            ignored = inspection.ignored_targets(loss)
+            if ignored is not None and self._ignored is not None:
+                self._ignored.logical_or_(ignored)
 
     def _check_loss(self, trainer: Trainer, loss: Tensor) -> nn.Parameter | None:
         found = inspection.find_cross_entropy(loss)
@@ -182,28 +203,37 @@ class LipschitzLR(Callback):
         expected = (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
         if not math.isclose(found.coefficient, expected, rel_tol=1e-5):
             raise ConfigurationError(
-                "LipschitzLR found a cross-entropy weighted by "
-                f"{found.coefficient / expected:g}, for which it has no constant; return the plain loss, or pass "
-                "loss='cross_entropy' to have the weight disregarded"
+                f"LipschitzLR found a cross-entropy weighted by {found.coefficient / expected:g}, for which it has no "
+                "constant; return the plain loss, or pass loss='cross_entropy' to have the weight disregarded (as is "
+                "right where it is one over the batches that you accumulate by hand)"
             )
-        if found.ignored and self.policy.norm != "sample":
+        if found.chain and self.head == "auto":
             raise ConfigurationError(
-                f"LipschitzLR found targets that the loss ignores (ignore_index), and norm={self.policy.norm!r} needs "
-                "to know how many; pass bound='strict', norm='sample', which holds for any number"
+                f"LipschitzLR looked for the affine map that makes the logits and found {' > '.join(found.chain)}; "
+                "feed the cross-entropy with the map's outputs, or pass head= with its name to have what comes after "
+                "it disregarded"
             )
         return found.head_weight
 
     # -- measure, reduce, decide, write ------------------------------------------------------------------------------
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets batches that an epoch left without a step."""
+        self._micro_batches = 0
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Counts the batches that make one optimizer step."""
+        """Measures from here to the batch's end, and counts the batches that make one optimizer step."""
+        assert self._probes is not None
+        self._probes.arm(True)
         self._micro_batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decides where an update is due, and writes the rate before the parameters move."""
         assert self._probes is not None
         if self._probes.chosen is None:
-            # No on_before_backward has come: manual optimization with a backward of its own.
+            # No on_before_backward has come. The batch was skipped, or manual optimization has a backward of its own.
+            if pl_module.automatic_optimization:
+                return
             if self.loss == "auto":
                 raise ConfigurationError(
                     "LipschitzLR looked for the loss in manual_backward, which was not called before the optimizer's "
@@ -211,7 +241,10 @@ class LipschitzLR(Callback):
                 )
             self._probes.choose(None)
         self._steps += 1
-        self._accumulated = max(self._accumulated, self._micro_batches)
+        if self._steps == 1:
+            self._epoch = trainer.current_epoch
+        by_hand = not pl_module.automatic_optimization
+        self._accumulated = max(self._accumulated, self._micro_batches if by_hand else trainer.accumulate_grad_batches)
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
@@ -234,9 +267,17 @@ class LipschitzLR(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
-        if self._probes is None or self._probes.chosen is None:
+        assert self._probes is not None
+        assert self._writer is not None
+        self._probes.arm(False)
+        if self._applied is None and self._writer.steps and not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                "LipschitzLR writes the rate when Lightning's optimizer steps, and a step went past it; call "
+                "self.optimizers().step(), not the step of the optimizer inside"
+            )
+        if self._probes.chosen is None:
             return
-        over = trainer.is_last_batch if self.update == "epoch" else self._steps >= int(self.update)
+        over = self._steps >= int(self.update) if self.update != "epoch" else self._epoch_over(trainer)
         if over and self._steps:
             self._decide(trainer, trainer.optimizers[0], interval_over=True)
             self._probes.chosen.statistic.reset()
@@ -244,11 +285,20 @@ class LipschitzLR(Callback):
             self._accumulated = 1
             self._intervals += 1
 
+    def _epoch_over(self, trainer: Trainer) -> bool:
+        # Where the last batch can't be known or the rest of an epoch is skipped, the next epoch's first step ends it.
+        return trainer.is_last_batch or trainer.current_epoch > self._epoch
+
     def _decide(self, trainer: Trainer, optimizer: Optimizer, interval_over: bool) -> None:
         """One reduction, then a decision that every rank makes alike."""
         assert self._probes is not None
         assert self._probes.chosen is not None
         measured = self._reduce(trainer, optimizer, self._probes.chosen.statistic)
+        if measured.ignored:
+            raise ConfigurationError(
+                f"LipschitzLR found targets that the loss ignores (ignore_index), and norm={self.policy.norm!r} needs "
+                "to know how many; pass bound='strict', norm='sample', which holds for any number"
+            )
         _, num_classes = inspection.head_size(self._probes.chosen.head)
         outcome = self.policy.decide(
             measured,
@@ -269,19 +319,22 @@ class LipschitzLR(Callback):
             self._rule_state = rule_state
 
     def _reduce(self, trainer: Trainer, optimizer: Optimizer, statistic: RunningMaximum) -> Measurement:
-        """The one collective of an update: MAX over ranks of the running maximum, rows, dropped batches and W."""
+        """The one collective of an update: MAX over ranks of running maximum, rows, dropped, W and ignored."""
+        assert self._ignored is not None
         weights = inspection.weight_norm(optimizer).to(statistic.values.device).reshape(1)
         # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
-        values = torch.cat([statistic.values, torch.where(torch.isfinite(weights), weights, -1.0)])
+        weights = torch.where(torch.isfinite(weights), weights, -1.0)
+        values = torch.cat([statistic.values, weights, self._ignored.float().reshape(1)])
         reduced = trainer.strategy.reduce(values, reduce_op="max")
-        largest, rows, dropped, weight_norm = (float(value) for value in reduced.tolist())
+        largest, rows, dropped, weight_norm, ignored = (float(value) for value in reduced.tolist())
         pieces = trainer.world_size * self._accumulated
         batch_size = int(rows) * pieces
         if statistic.mean:
             largest *= math.sqrt(batch_size)
         elif self._of_batch:
             largest *= math.sqrt(pieces)
-        return Measurement(largest, weight_norm if weight_norm >= 0 else math.nan, batch_size, int(dropped))
+        weight_norm = weight_norm if weight_norm >= 0 else math.nan
+        return Measurement(largest, weight_norm, batch_size, int(dropped), ignored > 0)
 
     def _report(self, measured: Measurement, usable: bool) -> None:
         """Says once, or raises, what was not finite."""
@@ -324,27 +377,42 @@ class LipschitzLR(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
         return {
+            "policy": {"bound": self.policy.bound, "norm": self.policy.norm, "rule": self.policy.rule},
             "decision": asdict(self._decision) if self._decision else None,
             "rule_state": asdict(self._rule_state),
             "steps": self._steps,
             "intervals": self._intervals,
+            "epoch": self._epoch,
             "accumulated": self._accumulated,
             "warned": self._warned,
-            "measured": self._probes.state_dict() if self._probes else self._stored,
+            "measured": self._probes.state_dict() if self._probes else self._stored.get("measured"),
+            "references": self._writer.references if self._writer else self._stored.get("references", []),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the state of :meth:`state_dict`."""
+        """Takes the state of :meth:`state_dict`.
+
+        Raises:
+            LitLipschitzError: It was saved with another bound, norm or rule.
+        """
+        for name, value in state_dict["policy"].items():
+            if value != getattr(self.policy, name):
+                raise LitLipschitzError(
+                    f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
+                    f"{name}={getattr(self.policy, name)!r}; resume with the settings that it was saved with, or start "
+                    "anew without the checkpoint"
+                )
         self._decision = Decision(**state_dict["decision"]) if state_dict["decision"] else None
         self._rule_state = rules.RuleState(**state_dict["rule_state"])
         self._steps = state_dict["steps"]
         self._intervals = state_dict["intervals"]
+        self._epoch = state_dict["epoch"]
         self._accumulated = state_dict["accumulated"]
         self._warned = state_dict["warned"]
-        self._stored = state_dict["measured"]
+        self._stored = {"measured": state_dict["measured"], "references": state_dict["references"]}
         # Some strategies load after on_fit_start, when the probes are there.
-        if self._probes is not None and self._stored is not None:
-            self._probes.load_state_dict(self._stored)
+        if self._probes is not None and self._stored["measured"] is not None:
+            self._probes.load_state_dict(self._stored["measured"])
 
 
 def _logging_interval(trainer: Trainer) -> int:

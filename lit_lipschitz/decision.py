@@ -1,7 +1,7 @@
 """From what was measured to a rate: a pure function, so that every rank that has measured the same decides the same."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ class Measurement:
         weight_norm: Largest norm of a parameter tensor.
         batch_size: Examples (tokens, pixels) in the global batch.
         dropped: Batches with non-finite activations on the rank that had most.
+        ignored: Whether the loss left targets out of its mean.
     """
 
     activation_norm: float
     weight_norm: float
     batch_size: int
     dropped: int
+    ignored: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,29 @@ class Policy:
         """Whether there is a limit that could bind."""
         return self.min_lr > 0 or self.max_lr is not None or self.max_growth is not None
 
-    def rule_for(self, optimizer: str, settings: Mapping[str, Any]) -> rules.Rule:
-        """The rule for an optimizer's class and its first group's settings.
+    def rule_for(self, optimizer: str, groups: Sequence[Mapping[str, Any]]) -> rules.RuleName:
+        """The name of the rule for an optimizer's class and its parameter groups.
 
         Raises:
-            ConfigurationError: None is known, and none is forced.
+            ConfigurationError: None is known and none is forced, or it does not fit the groups' settings.
         """
-        if self.rule != "auto":
-            return rules.RULES[self.rule]
         try:
-            return rules.RULES[rules.rule_for(optimizer, settings, self.bound)]
+            momentous = max(groups, key=lambda group: group.get("momentum", 0.0))
+            name = self.rule if self.rule != "auto" else rules.rule_for(optimizer, momentous, self.bound)
+            rules.RULES[name](1.0, rules.RuleState(), groups[0])
+        except KeyError as missing:
+            raise ConfigurationError(
+                f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found {optimizer}"
+            ) from None
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
+        if name == "adamo" and len({(group["momentum"], group["dampening"]) for group in groups}) > 1:
+            raise ConfigurationError(
+                "LipschitzLR: the rule 'adamo' needs the same momentum and dampening in all parameter groups; found "
+                f"momentum {', '.join(str(group['momentum']) for group in groups)}: make them equal, or pass "
+                "rule='inverse'"
+            )
+        return name
 
     def decide(
         self,
@@ -125,7 +138,7 @@ class Policy:
         )
         if not 0 < constant < math.inf:
             return None
-        rate, state = self.rule_for(optimizer, groups[0])(constant, state, groups[0])
+        rate, state = rules.RULES[self.rule_for(optimizer, groups)](constant, state, groups[0])
         lr, cap = self.limit(rate, last)
         return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state
 

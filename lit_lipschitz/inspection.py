@@ -78,13 +78,14 @@ class FoundLoss:
 
     Attributes:
         coefficient: Factor in front of the mean over the examples.
-        ignored: Whether some targets of this batch are left out of the mean.
-        head_weight: The weight of the affine map that made the logits, or None where the graph doesn't name it.
+        head_weight: The weight of the affine map that made the logits, or None where the graph can't name it: the
+            weight is frozen or computed, or the network is compiled.
+        chain: What made the logits, from the log-softmax down, where that is no affine map; else empty.
     """
 
     coefficient: float
-    ignored: bool
     head_weight: nn.Parameter | None
+    chain: tuple[str, ...] = ()
 
 
 def find_cross_entropy(loss: Tensor) -> FoundLoss:
@@ -122,16 +123,28 @@ def find_cross_entropy(loss: Tensor) -> FoundLoss:
         raise ConfigurationError(
             "LipschitzLR found a cross-entropy that is not a mean over the batch; use reduction='mean'"
         )
-    ignored = bool((nll._saved_target == _signed(nll._saved_ignore_index)).any())
-    return FoundLoss(coefficient, ignored, _head_weight(log_softmax))
+    weight, chain = _head_weight(log_softmax)
+    return FoundLoss(coefficient, weight, chain)
 
 
-def _signed(value: int) -> int:
-    """Autograd shows a negative ignore_index as an unsigned 64-bit number."""
-    return value - 2**64 if value >= 2**63 else value
+def ignored_targets(loss: Tensor) -> Tensor | None:
+    """Whether a cross-entropy leaves targets out of its mean (``ignore_index``), without reading it to the host.
+
+    Args:
+        loss: As for :func:`find_cross_entropy`.
+
+    Returns:
+        A scalar of dtype bool on the loss's device, or None where the graph shows no cross-entropy.
+    """
+    node = loss.grad_fn
+    while node is not None and node.name() in ("DivBackward0", "MulBackward0") and len(_next(node)) == 1:
+        node = _next(node)[0]
+    nll, _ = _match_cross_entropy(node) if node is not None else (None, None)
+    return None if nll is None else nll._saved_total_weight < nll._saved_target.numel()
 
 
 def _next(node: Any) -> list[Any]:
+    """The nodes below one, without the inputs that need no gradient."""
     return [following for following, _ in node.next_functions if following is not None]
 
 
@@ -165,26 +178,28 @@ def _match_cross_entropy(node: Any) -> tuple[Any, Any]:
 
 _SHAPE_NODES = frozenset(
     f"{name}Backward{version}"
-    for name in ("T", "Transpose", "View", "UnsafeView", "ToCopy", "Permute", "Squeeze", "Unsqueeze", "Clone", "Select")
+    for name in ("T", "Transpose", "View", "UnsafeView", "ToCopy", "Permute", "Squeeze", "Unsqueeze", "Clone")
     for version in (0, 1)
 )
 _AFFINE_NODES = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "ConvolutionBackward0")
 
 
-def _head_weight(log_softmax: Any) -> nn.Parameter | None:
-    """The weight of the affine map that feeds the log-softmax through nothing but changes of shape and type."""
+def _head_weight(log_softmax: Any) -> tuple[nn.Parameter | None, tuple[str, ...]]:
+    """The weight of the affine map that feeds the log-softmax, or the names of the nodes that stand between."""
     node = _next(log_softmax)[0]
     while node.name() in _SHAPE_NODES:
         node = _next(node)[0]
+    if node.name().startswith("CompiledFunction"):
+        return None, ()
     if node.name() not in _AFFINE_NODES:
-        return None
+        return None, ("LogSoftmax", *_names(node))
     for leaf in map(_leaf, _next(node)):
-        if leaf is not None and leaf.ndim > 1:
-            return leaf
-    return None
+        if isinstance(leaf, nn.Parameter) and leaf.ndim > 1:
+            return leaf, ()
+    return None, ()
 
 
-def _leaf(node: Any) -> nn.Parameter | None:
+def _leaf(node: Any) -> Tensor | None:
     while node.name() in _SHAPE_NODES:
         node = _next(node)[0]
     return getattr(node, "variable", None)
@@ -199,7 +214,12 @@ def _names(node: Any, limit: int = 4) -> list[str]:
 
 
 def weight_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Largest Euclidean norm of a parameter tensor of an optimizer, a scalar of dtype float32 on their device."""
-    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    """Largest Euclidean norm of a parameter tensor of an optimizer, a scalar of dtype float32 on their device.
+
+    Where some groups have weight decay and others have none, those that have it count.
+    """
+    groups = optimizer.param_groups
+    decayed = [group for group in groups if group.get("weight_decay", 0)] or groups
+    parameters = [p.detach() for group in decayed for p in group["params"]]
     norms = torch._foreach_norm(parameters, dtype=torch.float32)
     return torch.stack([norm.to(norms[0].device) for norm in norms]).max()

@@ -13,22 +13,23 @@ from lit_lipschitz.statistics import RunningMaximum
 
 
 class Probe:
-    """A pre-hook that measures a module's input in training forwards, on the device and under torch.compile.
+    """A pre-hook that measures a module's input while it is armed, on the device and under torch.compile.
 
     Args:
         name: The module's name.
         head: The module.
-        root: The module whose ``training`` tells training from evaluation.
         statistic: Takes in the inputs.
         clock: Counts the calls of all probes, on the device.
     """
 
-    def __init__(self, name: str, head: nn.Module, root: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
+    def __init__(self, name: str, head: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
         self.name, self.head, self.statistic = name, head, statistic
         self.ran_at = torch.zeros_like(clock)
+        self.armed = False
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if root.training and torch.is_grad_enabled():
+            # A deep copy of the network (a moving average, a teacher) brings the hook along, with another module.
+            if self.armed and module is head and torch.is_grad_enabled():
                 activations = args[0] if args else kwargs["input"]
                 statistic.update(inspection.head_rows(module, activations))
                 self.ran_at.copy_(clock.add_(1))
@@ -62,9 +63,10 @@ class Probes:
         device: torch.device,
         stored: dict[str, Any] | None = None,
     ) -> None:
+        self._root, self._automatic = root, head == "auto"
         clock = torch.zeros((), dtype=torch.int64, device=device)
         self._candidates = [
-            Probe(name, module, root, statistic(module), clock)
+            Probe(name, module, statistic(module), clock)
             for name, module in inspection.head_candidates(root, head).items()
         ]
         self._chosen: Probe | None = None
@@ -72,6 +74,11 @@ class Probes:
         self._restored: Probe | None = None
         if stored is not None:
             self.load_state_dict(stored)
+
+    def arm(self, armed: bool) -> None:
+        """Measures from now on, or no longer: what runs between training batches is no training."""
+        for probe in self._candidates:
+            probe.armed = armed
 
     @property
     def chosen(self) -> Probe | None:
@@ -85,8 +92,8 @@ class Probes:
             weight: The head's weight, where the loss's graph names it.
 
         Raises:
-            ConfigurationError: None has run.
-            LitLipschitzError: The state of a resumed run belongs to another head or norm.
+            ConfigurationError: None has run, or the weight belongs to none of them.
+            LitLipschitzError: The state of a resumed run belongs to another head.
         """
         ran = [probe for probe in self._candidates if int(probe.ran_at) > 0]
         if not ran:
@@ -96,13 +103,19 @@ class Probes:
                 "name (head=...) if it is another module, and add the callback before a compiled model first runs"
             )
         owners = [probe for probe in ran if weight is not None and probe.head.weight is weight]
+        if weight is not None and not owners and self._automatic:
+            names = [name for name, parameter in self._root.named_parameters() if parameter is weight]
+            raise ConfigurationError(
+                f"LipschitzLR looked for the torch.nn.Linear or 1x1 Conv2d that makes the logits and found that the "
+                f"parameter {' '.join(map(repr, names)) or 'of no module'} of shape {tuple(weight.shape)} makes them; "
+                "pass head= with the name of the affine map to measure"
+            )
         chosen = owners[-1] if owners else max(ran, key=lambda probe: int(probe.ran_at))
         if self._stored is not None and chosen is not self._restored:
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r} with "
-                f"norm={self._stored['norm']!r}, and this run's head is {chosen.name!r} with "
-                f"norm={chosen.statistic.norm!r}; resume with the network and the settings that it was saved with, or "
-                "start anew without the checkpoint"
+                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r}, and this run's head "
+                f"is {chosen.name!r} or of another width; resume with the network that it was saved with, or start "
+                "anew without the checkpoint"
             )
         for probe in self._candidates:
             if probe is not chosen:
@@ -114,13 +127,13 @@ class Probes:
         if self._chosen is None:
             return self._stored
         statistic = self._chosen.statistic
-        return {"head": self._chosen.name, "norm": statistic.norm, "statistic": statistic.state_dict()}
+        return {"head": self._chosen.name, "statistic": statistic.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts a statistic where the next batch adds to it, before it is known whether that is the head again."""
         self._stored = state
         for probe in self._candidates:
-            if (probe.name, probe.statistic.norm) == (state["head"], state["norm"]):
+            if probe.name == state["head"]:
                 with suppress(ValueError):
                     probe.statistic.load_state_dict(state["statistic"])
                     self._restored = probe

@@ -13,10 +13,12 @@ class RuleState:
     Attributes:
         updates: Constants seen so far.
         average: Exponential moving average of the constant, started at 0, not corrected for that start.
+        weight: The same average of 1, which corrects for it.
     """
 
     updates: int = 0
     average: float = 0.0
+    weight: float = 0.0
 
 
 Rule = Callable[[float, RuleState, Mapping[str, Any]], tuple[float, RuleState]]
@@ -38,19 +40,19 @@ def inverse(constant: float, state: RuleState, settings: Mapping[str, Any]) -> t
         R. Yedida, S. Saha, arXiv 1902.07399, section 3.
     """
     _check_constant(constant)
-    return 1.0 / constant, RuleState(state.updates + 1, constant)
+    return 1.0 / constant, RuleState(state.updates + 1, constant, 1.0)
 
 
 def adamo(constant: float, state: RuleState, settings: Mapping[str, Any]) -> tuple[float, RuleState]:
     """Momentum with a moving average of the constant ("AdaMo").
 
     The paper steps by v / K with v = b v + (1 - b) g and K = b K + (1 - b) L. torch accumulates v = b v + (1 - d) g,
-    which is (1 - d) / (1 - b) times as long, so rate = (1 - b) / ((1 - d) K). K is corrected for its start at 0 by
-    1 - b^t, as in Adam, so the first K is the first L.
+    which is (1 - d) / (1 - b) times as long, so rate = (1 - b) / ((1 - d) K). K is corrected for its start at 0 as in
+    Adam, by 1 - b^t where b is constant, so the first K is the first L.
 
     Args:
         constant: Lipschitz constant L, positive.
-        state: State of the rule: t and the uncorrected K.
+        state: State of the rule: the uncorrected K and its weight.
         settings: The optimizer's ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
 
     Returns:
@@ -68,10 +70,10 @@ def adamo(constant: float, state: RuleState, settings: Mapping[str, Any]) -> tup
         raise ValueError(f"momentum={momentum}: expected 0 <= momentum < 1")
     if not dampening < 1:
         raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
-    updates = state.updates + 1
     average = momentum * state.average + (1 - momentum) * constant
-    corrected = average / (1 - momentum**updates)
-    return (1 - momentum) / ((1 - dampening) * corrected), RuleState(updates, average)
+    weight = momentum * state.weight + (1 - momentum)
+    rate = (1 - momentum) / ((1 - dampening) * (average / weight))
+    return rate, RuleState(state.updates + 1, average, weight)
 
 
 def _check_constant(constant: float) -> None:

@@ -47,19 +47,23 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
         The singular value (a scalar; from below, since the iteration is cut off) and the unit vector reached.
     """
     matrix = activations.float()
+
+    def image_of(vector: Tensor) -> Tensor:
+        image = matrix @ vector[: matrix.shape[1]]
+        return image + vector[-1] if bias else image
+
     for _ in range(POWER_ITERATIONS):
-        image = matrix @ direction[: matrix.shape[1]]
-        if bias:
-            image = image + direction[-1]
+        image = _unit_vector(image_of(direction))
         direction = matrix.T @ image
         if bias:
             direction = torch.cat([direction, image.sum().reshape(1)])
-        length = torch.linalg.vector_norm(direction)
-        direction = direction / length.clamp(min=torch.finfo(torch.float32).tiny)
-    image = matrix @ direction[: matrix.shape[1]]
-    if bias:
-        image = image + direction[-1]
-    return torch.linalg.vector_norm(image), direction
+        direction = _unit_vector(direction)
+    return torch.linalg.vector_norm(image_of(direction)), direction
+
+
+def _unit_vector(vector: Tensor) -> Tensor:
+    """The vector at length 1, or as it is where it is all zeros."""
+    return vector / torch.linalg.vector_norm(vector).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 _NORMS = {"frobenius": frobenius, "sample": sample, "unit": unit}
@@ -94,8 +98,10 @@ class RunningMaximum:
         activations = activations.detach()
         rows = activations.shape[0]
         if self.norm == "spectral":
-            value, direction = spectral(activations, self.direction, self.bias)
-            self.direction.copy_(torch.where(torch.isfinite(direction).all(), direction, self.direction))
+            with torch.autocast(activations.device.type, enabled=False):
+                value, direction = spectral(activations, self.direction, self.bias)
+            usable = torch.isfinite(direction).all() & direction.any()
+            self.direction.copy_(torch.where(usable, direction, self.direction))
         else:
             value = _NORMS[self.norm](activations, self.bias)
         if self.mean:

@@ -1,6 +1,6 @@
 """Writes a learning rate into an optimizer's parameter groups, together with whatever schedulers do to them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,18 +17,24 @@ class RateWriter:
     over it is a factor. A scheduler computes its next value from the one in the group, so with one the rate stands
     there only while the optimizer steps; without one it stays.
 
+    Without a scheduler, a group that is added while training counts relative to the first group's rate at that time.
+
     Args:
         optimizer: The optimizer, as configured: neither stepped nor restored.
         schedulers: Its learning-rate schedulers.
+        stored: :attr:`references` of the run that is resumed, for the groups that were added in it.
 
     Raises:
         ConfigurationError: The reference is 0.
     """
 
-    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
+    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = (), stored: Sequence[float] = ()) -> None:
         self.optimizer = optimizer
+        self.steps = 0
+        schedulers = list(_flat(schedulers))
         self.scheduled = bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
         self._references = [_reference(group, i, schedulers) for i, group in enumerate(optimizer.param_groups)]
+        self._stored = list(stored)
         if self._references[0] <= 0:
             raise ConfigurationError(
                 "LipschitzLR scales the optimizer's configured rates; the first parameter group's is "
@@ -47,6 +53,11 @@ class RateWriter:
         """The rate that counts as a factor of 1."""
         return self._references[0]
 
+    @property
+    def references(self) -> list[float]:
+        """The configured rate of every group."""
+        return list(self._references)
+
     def write(self, rate: float | None) -> list[float]:
         """Sets the rate for the step that is under way or comes next.
 
@@ -56,6 +67,7 @@ class RateWriter:
         Returns:
             The rates that the step uses, one a group.
         """
+        self._add_groups()
         self._rate = rate
         # A GradScaler runs the closure before the optimizer's step, and perhaps no step at all; else it runs inside.
         if self._stepping or not self.scheduled:
@@ -64,9 +76,10 @@ class RateWriter:
         return self._rates()
 
     def close(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Takes the hooks off the optimizer, and restores what a step that broke off has left."""
         for handle in self._handles:
             handle.remove()
+        self._restore()
 
     def _rates(self) -> list[float]:
         groups = self.optimizer.param_groups
@@ -74,10 +87,20 @@ class RateWriter:
         if self._rate is None:
             return nominal
         if not self.scheduled:
-            # What stands in a group is what was written last; a group that was added since brings its own rate.
-            self._references += nominal[len(self._references) :]
             nominal = self._references
         return [self._rate * (lr / self.reference) for lr in nominal]
+
+    def _add_groups(self) -> None:
+        """Takes in groups that were added since the last step."""
+        groups = self.optimizer.param_groups
+        for i in range(len(self._references), len(groups)):
+            lr = float(groups[i]["lr"])
+            if i < len(self._stored):
+                lr = self._stored[i]
+            elif self._rate is not None and not self.scheduled:
+                # Whoever adds a group sees the written rate in the first one, and measures by it.
+                lr *= self.reference / self._rate
+            self._references.append(lr)
 
     def _apply(self) -> None:
         for group, lr in zip(self.optimizer.param_groups, self._rates(), strict=True):
@@ -91,10 +114,21 @@ class RateWriter:
 
     def _after_step(self, *_: Any) -> None:
         self._stepping = False
+        self.steps += 1
+        self._restore()
+
+    def _restore(self) -> None:
         if self._nominal is not None:
             for group, lr in zip(self.optimizer.param_groups, self._nominal, strict=True):
                 _set(group, lr)
             self._nominal = None
+
+
+def _flat(schedulers: Sequence[Any]) -> Iterator[Any]:
+    """The schedulers, with those that SequentialLR and ChainedScheduler hold."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _flat(getattr(scheduler, "_schedulers", ()))
 
 
 def _reference(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> float:

@@ -1,3 +1,4 @@
+import copy
 import csv
 import itertools
 import math
@@ -7,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import CLASSES, WIDTH, Classifier, Steps, examples, loader, trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -316,6 +317,100 @@ def test_manual_optimization_with_one_optimizer():
     assert fit(LipschitzLR(), Manual)[1] == fit(LipschitzLR())[1]
 
 
+class Unfreezing(BaseFinetuning):
+    """The body of the network joins the optimizer after the first epoch, at a tenth of the head's rate."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.1])
+def test_a_group_that_joins_later_keeps_its_ratio(lr):
+    module = Classifier(lambda p: torch.optim.SGD([q for q in p if q.requires_grad], lr=lr))
+    _, rates = fit(LipschitzLR(), module, more=[Unfreezing()], max_epochs=3)
+    assert [len(groups) for groups in rates] == [1] * 6 + [2] * 12
+    assert all(body == pytest.approx(head / 10) for head, body in rates[6:])
+
+
+class Failing(Classifier):
+    """Breaks in the third batch of its first run, and keeps its optimizer for the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1000)
+        self.fails = True
+
+    def configure_optimizers(self):
+        return [self.optimizer], [self.scheduler]
+
+    def training_step(self, batch, batch_idx):
+        if self.fails and batch_idx == 2:
+            raise KeyError("broken")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_run_that_failed_leaves_no_hook_behind():
+    module = Failing()
+    with pytest.raises(KeyError):
+        fit(LipschitzLR(), module)
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    module.fails = False
+    after = fit(LipschitzLR(initial_lr=0.5), module, max_epochs=1)[1]
+    assert after == [[0.5]] * 6
+
+
+def test_forwards_outside_the_training_batches_and_of_copies_are_not_measured():
+    class Peeking(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.net(torch.full((16, WIDTH), 1e6))
+            copy.deepcopy(pl_module.net)(torch.full((16, WIDTH), 1e6))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            copy.deepcopy(pl_module.net)(torch.full((16, WIDTH), 1e6))
+
+    assert fit(LipschitzLR(), more=[Peeking()])[1] == fit(LipschitzLR())[1]
+
+
+class Skipping(Classifier):
+    """Gives up every epoch at its fourth batch."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+
+def test_an_epoch_that_is_given_up_ends_its_interval_with_the_next_step():
+    callback, whole = LipschitzLR(bound="paper"), LipschitzLR(bound="paper")
+    _, rates = fit(callback, Skipping, max_epochs=4)
+    assert len(rates) == 12
+    assert callback._intervals == 3
+    assert rates[:3] == fit(whole, max_epochs=1)[1][:3]
+    assert rates[3] == rates[2]  # m is not doubled by the batch that was skipped
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_a_batch_without_a_loss_is_passed_over(skipped):
+    class Skips(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == skipped else super().training_step(batch, batch_idx)
+
+    callback = LipschitzLR()
+    fit(callback, Skips, max_epochs=2)
+    assert callback.rate is not None
+    assert callback._intervals == 2
+
+
+def test_bfloat16_training_measures_in_float32():
+    inputs = Inputs()
+    _, rates = fit(LipschitzLR(), more=[inputs], max_steps=1, precision="bf16-mixed")
+    assert inputs.seen[0].dtype == torch.bfloat16
+    assert rates[0][0] == pytest.approx(strict_rate(inputs.seen[0].float()), rel=1e-6)
+
+
 class Reads:
     """Counts reads of tensors to the host from inside the library."""
 
@@ -414,12 +509,21 @@ def test_a_checkpoint_of_a_run_without_the_callback_loads_and_the_other_way_roun
         assert len(steps.rates) == 6
 
 
-def test_a_checkpoint_of_another_norm_is_refused():
-    run = trainer(LipschitzLR(bound="smooth", update=4), max_epochs=1)
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"bound": "smooth"}, {}, "saved with bound='smooth', and this run has bound='strict'"),
+        ({"norm": "sample"}, {}, "saved with norm='sample'"),
+        ({"rule": "inverse"}, {}, "saved with rule='inverse'"),
+        ({"head": "net.0", "loss": "cross_entropy"}, {}, "of the head 'net.0', and this run's head is 'net.2'"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
+    run = trainer(LipschitzLR(update=4, **before), max_epochs=1)
     run.fit(Classifier(), loader())
     run.save_checkpoint("some.ckpt")
-    with pytest.raises(LitLipschitzError, match="of the head 'net.2' with norm='spectral'"):
-        trainer(LipschitzLR(), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
+    with pytest.raises(LitLipschitzError, match=message):
+        trainer(LipschitzLR(update=4, **after), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
 
 
 def test_every_logger_and_the_progress_bar_get_the_values():
@@ -462,6 +566,7 @@ def test_a_compiled_network_is_measured_like_an_eager_one():
         ({"update": 0}, "update=0"),
         ({"update": "step"}, "update='step'"),
         ({"initial_lr": 0.0}, "initial_lr=0.0"),
+        ({"initial_lr": 2.0, "max_lr": 1.0}, r"initial_lr=2\.0"),
         ({"min_lr": 2.0, "max_lr": 1.0}, r"min_lr=2\.0"),
         ({"max_growth": 0.5}, "max_growth=0.5"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore'"),
@@ -504,8 +609,38 @@ class OwnBackward(Classifier):
 
 
 class Ignoring(Classifier):
+    """The first targets that are ignored come in the fourth batch."""
+
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=0)
+        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=0 if batch_idx >= 3 else -100)
+
+
+class Tempered(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]) / 0.05, batch[1])
+
+
+class Tied(Classifier):
+    """The logits come from a weight that no affine module owns, and an affine module runs beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, 16)
+
+    def training_step(self, batch, batch_idx):
+        self.net(batch[0])
+        return F.cross_entropy(F.linear(self.net[:-1](batch[0]), self.embedding.weight), batch[1])
+
+
+class RawOptimizer(OwnBackward):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        self.optimizers(use_pl_optimizer=False).step()
+
+
+def two_momenta(parameters):
+    groups = [{"params": [p], "momentum": 0.9 if i else 0.0} for i, p in enumerate(parameters)]
+    return torch.optim.SGD(groups, lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +655,21 @@ class Ignoring(Classifier):
         (lambda: Classifier(torch.optim.Adam), [LipschitzLR()], "Adam; known: SGD"),
         (OwnBackward, [LipschitzLR()], "call self.manual_backward"),
         (Ignoring, [LipschitzLR()], "norm='sample'"),
+        (Tempered, [LipschitzLR()], "found LogSoftmax > Div > Addmm"),
+        (Tied, [LipschitzLR()], r"the parameter 'embedding.weight' of shape \(3, 16\) makes them"),
+        (RawOptimizer, [LipschitzLR()], r"call self.optimizers\(\).step\(\)"),
+        (lambda: Classifier(torch.optim.Adam), [LipschitzLR(rule="adamo")], "the setting 'momentum', found Adam"),
+        (
+            lambda: Classifier(lambda p: torch.optim.SGD(p, momentum=0.9, dampening=1.0)),
+            [LipschitzLR(bound="paper")],
+            "dampening=1.0",
+        ),
+        (lambda: Classifier(two_momenta), [LipschitzLR(bound="paper")], "needs the same momentum"),
+        (
+            lambda: Classifier(net=nn.Sequential(nn.LazyLinear(CLASSES))),
+            [LipschitzLR(bound="smooth")],
+            "a lazy one has none yet",
+        ),
     ],
 )
 def test_what_can_not_be_found_out_is_asked_for(module, callbacks, message):

@@ -27,7 +27,7 @@ def test_a_cross_entropy_is_recognised_with_its_head(make, coefficient):
     found = inspection.find_cross_entropy(make())
     assert found.head_weight is HEAD.weight
     assert found.coefficient == pytest.approx(coefficient)
-    assert not found.ignored
+    assert found.chain == ()
 
 
 def test_the_head_is_found_under_autocast_and_without_a_bias():
@@ -43,16 +43,45 @@ def test_a_convolution_can_be_the_head():
     assert inspection.find_cross_entropy(loss).head_weight is head.weight
 
 
-def test_a_head_that_the_graph_does_not_name_is_none():
-    logits = HEAD(INPUTS).relu()
-    assert inspection.find_cross_entropy(F.cross_entropy(logits, TARGETS)).head_weight is None
+@pytest.mark.parametrize(
+    ("logits", "chain"),
+    [
+        (lambda: HEAD(INPUTS) / 0.05, ("LogSoftmax", "Div", "Addmm")),
+        (lambda: HEAD(INPUTS).relu(), ("LogSoftmax", "Relu", "Addmm")),
+        (lambda: HEAD(INPUTS.expand(2, 5, 4)).mean(dim=0), ("LogSoftmax", "Mean")),
+        (lambda: HEAD(INPUTS[:, None].expand(5, 7, 4))[:, 0], ("LogSoftmax", "Select")),
+        (lambda: torch.cat([HEAD(INPUTS[:2]), HEAD(INPUTS[2:])]), ("LogSoftmax", "Cat", "Addmm")),
+    ],
+    ids=["temperature", "activation", "pooling", "class token", "two calls"],
+)
+def test_what_stands_between_the_head_and_the_loss_is_named(logits, chain):
+    found = inspection.find_cross_entropy(F.cross_entropy(logits(), TARGETS))
+    assert found.head_weight is None
+    assert found.chain[: len(chain)] == chain
 
 
-def test_ignored_targets_are_noticed():
+def test_a_frozen_head_and_a_compiled_one_are_not_named_and_not_refused():
+    frozen = nn.Linear(4, 3).requires_grad_(False)
+    inputs = INPUTS.clone().requires_grad_()
+    compiled = torch.compile(HEAD, backend="aot_eager")
+    for logits in (frozen(inputs), compiled(INPUTS)):
+        found = inspection.find_cross_entropy(F.cross_entropy(logits, TARGETS))
+        assert (found.head_weight, found.chain) == (None, ())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_targets_are_noticed(smoothing):
     targets = TARGETS.clone()
     targets[0] = -100
-    assert inspection.find_cross_entropy(F.cross_entropy(HEAD(INPUTS), targets)).ignored
-    assert inspection.find_cross_entropy(F.cross_entropy(HEAD(INPUTS), TARGETS, ignore_index=2)).ignored
+
+    def ignored(targets, **settings):
+        loss = F.cross_entropy(HEAD(INPUTS), targets, label_smoothing=smoothing, **settings) / 2
+        return bool(inspection.ignored_targets(loss))
+
+    assert ignored(targets)
+    assert ignored(TARGETS, ignore_index=2)
+    assert not ignored(TARGETS)
+    assert inspection.ignored_targets(F.mse_loss(HEAD(INPUTS), torch.zeros(5, 3))) is None
 
 
 @pytest.mark.parametrize(
@@ -114,4 +143,7 @@ def test_rows_are_examples_tokens_or_pixels(head, shape, rows):
 
 def test_the_weight_norm_is_the_largest_tensors():
     parameters = [nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([[1.0]]))]
-    assert inspection.weight_norm(torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)).item() == 5
+    groups = [{"params": [p]} for p in parameters]
+    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0)).item() == 5
+    groups = [{"params": [p], "weight_decay": p.ndim - 1} for p in parameters]
+    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0)).item() == 1

@@ -37,6 +37,14 @@ def test_adamo_makes_torch_walk_as_the_paper_writes(momentum, dampening):
     torch.testing.assert_close(parameter.data, weights, rtol=1e-12, atol=0)
 
 
+def test_adamo_corrects_for_the_start_whatever_the_momentum_was():
+    # Schedulers may cycle the momentum; with a constant L the average is L all the same.
+    state = rules.RuleState()
+    for momentum in (0.85, 0.95, 0.95, 0.85):
+        rate, state = rules.adamo(2.0, state, {"momentum": momentum})
+        assert rate == pytest.approx((1 - momentum) / 2.0, rel=1e-12)
+
+
 def test_a_rule_does_not_change_the_state_it_is_given():
     state = rules.RuleState()
     rules.adamo(1.0, state, {"momentum": 0.9})

@@ -76,6 +76,32 @@ def test_a_batch_that_is_not_finite_is_left_out_and_counted(norm, poison):
     assert statistic.values[0].item() == pytest.approx(clean.values[0].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_reach_the_statistic(dtype):
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(64, 512, generator=generator).relu()
+    inside, outside = RunningMaximum("spectral", 512, bias=True), RunningMaximum("spectral", 512, bias=True)
+    outside.update(activations)
+    with torch.autocast("cpu", dtype=dtype):
+        inside.update(activations)
+    assert torch.equal(inside.values, outside.values)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_power_iteration_at_any_scale_and_after_a_batch_of_zeros(scale):
+    statistic = RunningMaximum("spectral", 5)
+    batch = torch.from_numpy(batches()[1]).float() * scale
+    for _ in range(20):
+        statistic.update(batch)
+    before = statistic.values[0].item()
+    assert before == pytest.approx(np.linalg.svd(batch.double().numpy(), compute_uv=False)[0], rel=1e-4)
+    statistic.reset()
+    statistic.update(torch.zeros(3, 5))
+    assert statistic.values.tolist() == [0, 3, 0]
+    statistic.update(batch)
+    assert statistic.values[0].item() == pytest.approx(before, rel=1e-5)
+
+
 def test_merging_is_seeing_both():
     first, second, both = (RunningMaximum("sample", 5) for _ in range(3))
     for i, batch in enumerate(batches()):

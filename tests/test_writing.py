@@ -27,6 +27,12 @@ SCHEDULERS = {
         ),
         0.1,
     ),
+    "ChainedScheduler of OneCycleLR": (
+        lambda o: schedulers.ChainedScheduler(
+            [schedulers.OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=False)]
+        ),
+        0.5,
+    ),
     "ChainedScheduler": (
         lambda o: schedulers.ChainedScheduler([schedulers.ConstantLR(o, 0.5, 3), schedulers.ExponentialLR(o, 0.9)]),
         0.1,
@@ -102,11 +108,29 @@ def test_a_step_that_a_scaler_skips_leaves_the_schedulers_value():
     assert rates(ours) == [0.05, 0.01]
 
 
-def test_a_group_added_later_brings_its_own_rate():
+def add_group(optim, lr):
+    optim.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr})
+
+
+def test_a_group_added_later_counts_relative_to_the_first_ones_rate():
     ours = optimizer()
     writer = RateWriter(ours)
-    writer.write(1.0)
-    ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.05})
+    writer.write(4.0)
+    add_group(ours, rates(ours)[0] / 10)  # as Lightning's BackboneFinetuning does
+    assert writer.write(2.0) == pytest.approx([2.0, 0.4, 0.2])
+
+    # A run that is resumed has the group before it has written a rate.
+    again = optimizer()
+    resumed = RateWriter(again, stored=writer.references)
+    add_group(again, 0.2)
+    assert resumed.write(2.0) == pytest.approx([2.0, 0.4, 0.2])
+
+
+def test_with_a_scheduler_a_group_added_later_brings_its_configured_rate():
+    ours = optimizer()
+    writer = RateWriter(ours, [schedulers.ExponentialLR(ours, 0.5)])
+    writer.write(4.0)
+    add_group(ours, 0.05)
     assert writer.write(2.0) == pytest.approx([2.0, 0.4, 1.0])
 
 
