@@ -39,6 +39,8 @@ def find_config(name: str) -> str:
     if file_name in known:
         # Packages are installed as plain files, so the resource has a path of its own.
         return str(resources.files(_PACKAGE) / file_name)
+    if Path(name).is_dir():
+        raise ConfigurationError(f"--config {name}: expected a file, found a folder")
     close = difflib.get_close_matches(Path(name).stem, [key.removesuffix(".yaml") for key in known], n=3, cutoff=0.4)
     hint = f"closest: {', '.join(f'{key}.yaml' for key in close)}" if close else f"bundled: {', '.join(known)}"
     raise ConfigurationError(f"--config {name}: no such file and no bundled config of that name; {hint}")
@@ -58,6 +60,8 @@ def check_config(path: str) -> str:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(f"--config {path}{place}: not YAML: {getattr(error, 'problem', error)}") from None
+    if content is None:
+        raise ConfigurationError(f"--config {path}: the file is empty")
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path}: expected a mapping of keys to values, found {content!r:.40}")
     return path

@@ -1,6 +1,8 @@
 """The LightningCLI behind `fit`, `validate`, `test` and `predict`, and what becomes of its errors."""
 
+import logging
 import os
+import pickle
 import sys
 import time
 import warnings
@@ -13,14 +15,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
 from lit_lipschitz.cli.reporting import EpochLines, PredictionFile
+from lit_lipschitz.data import ImageDataModule
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.module import ImageClassifier
 
 
 class OneLineParser(LightningArgumentParser):
@@ -49,8 +53,9 @@ class SaveConfig(SaveConfigCallback):
         """Does nothing yet."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves it."""
-        super().setup(trainer, pl_module, "fit")
+        """Saves it in the logger's folder; without one there is none that is the run's own."""
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, "fit")
 
 
 class Command(LightningCLI):
@@ -74,8 +79,15 @@ class Command(LightningCLI):
         path = config.get("ckpt_path")
         if path == "last":
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
-        if path and path != "best":
+        if path == "best":
+            raise ConfigurationError("--ckpt_path best: no run of this process has found one; pass last, or a path")
+        if path and path not in ("hpc", "registry"):
             check_checkpoint(Path(path))
+        if self.config["subcommand"] != "fit":
+            if not path:
+                print("lit-lipschitz: warning: no --ckpt_path: these are the initial weights", file=sys.stderr)
+            if config.trainer.logger is None:
+                config.trainer.logger = False  # an evaluation has no curves
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer.
@@ -86,19 +98,26 @@ class Command(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"trainer: {_sentence(error)}; this machine has {torch.cuda.device_count()} CUDA devices and "
-                f"{os.cpu_count()} CPU cores: change trainer.accelerator, trainer.devices or the key that is named"
-            ) from error
+            cause = _sentence(error)
+            hint = "change the key that is named"
+            if any(word in cause.lower() for word in ("device", "accelerator", "backend", "xla", "not available")):
+                hint = (
+                    f"this machine has {torch.cuda.device_count()} CUDA devices and {os.cpu_count()} CPU cores: change "
+                    "trainer.accelerator or trainer.devices"
+                )
+            raise ConfigurationError(f"trainer: {cause}; {hint}") from error
 
     def after_instantiate_classes(self) -> None:
-        """What fails from here on fails at run time."""
+        """Makes sure that network and data fit; what fails from here on fails at run time."""
+        if isinstance(self.model, ImageClassifier) and isinstance(self.datamodule, ImageDataModule):
+            self.model.check(self.datamodule.image_shape, self.datamodule.num_classes)
         self.running = True
 
     def after_fit(self) -> None:
         """Tests the final weights on the test set."""
         wanted = self._get(self.config, "test_after_fit") and not self.trainer.interrupted
-        possible = is_overridden("test_step", self.model) and is_overridden("test_dataloader", self.datamodule)
+        loaders = any(is_overridden("test_dataloader", source) for source in (self.model, self.datamodule))
+        possible = loaders and is_overridden("test_step", self.model)
         if not (wanted and possible):
             return
         results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -124,9 +143,17 @@ def check_checkpoint(path: Path) -> None:
         LitLipschitzError: It is something else, or a part.
     """
     if not path.is_file():
-        raise ConfigurationError(f"--ckpt_path {path}: no such file")
-    if not zipfile.is_zipfile(path):
+        raise ConfigurationError(f"--ckpt_path {path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
+    try:
+        content = (
+            torch.load(path, weights_only=True, map_location="cpu", mmap=True) if zipfile.is_zipfile(path) else None
+        )
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
+        content = None
+    if content is None:
         raise LitLipschitzError(f"--ckpt_path {path}: not a checkpoint, or only a part of one; pass another")
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
+        raise LitLipschitzError(f"--ckpt_path {path}: not saved by Lightning; pass a checkpoint of `lit-lipschitz fit`")
 
 
 def run() -> int:
@@ -138,7 +165,7 @@ def run() -> int:
     try:
         command.__init__(  # type: ignore[misc]
             model_class=L.LightningModule,
-            datamodule_class=L.LightningDataModule,
+            datamodule_class=None,  # any, or none for a module with loaders of its own
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=OneLineParser,
@@ -150,6 +177,12 @@ def run() -> int:
             },
             auto_configure_optimizers=False,
         )
+    except SIGTERMException:
+        return 143
+    except SystemExit as end:
+        # Lightning ends a run that SIGINT has interrupted by exit(1).
+        interrupted = getattr(getattr(command, "trainer", None), "interrupted", False)
+        return 130 if interrupted and end.code == 1 else end.code if isinstance(end.code, int) else 0
     except Exception as error:
         _discard_run(command, started)
         answer = _explain(error, command.running)
@@ -167,11 +200,11 @@ def run() -> int:
 def _explain(error: Exception, running: bool) -> tuple[str, int] | None:
     """The line to print and the exit code, or None for what only a traceback can explain."""
     if isinstance(error, LitLipschitzError):
-        return str(error), 2 if isinstance(error, ConfigurationError) else 1
+        return condense(str(error)), 2 if isinstance(error, ConfigurationError) else 1
     if isinstance(error, MisconfigurationException):
         return str(error), 1 if running else 2
     if isinstance(error, (ValueError, TypeError)) and not running:
-        return str(error), 2
+        return condense(str(error)), 2
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
@@ -201,9 +234,8 @@ def _sentence(error: BaseException) -> str:
 
 def _foreign_checkpoint(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[1] if len(lines) > 1 else lines[0]
-    shown = first if len(first) <= 100 else f"{first[:100]}..."
-    return f"the checkpoint is of another network: {shown}; pass the config that it was trained with"
+    first = (lines[1] if len(lines) > 1 else lines[0]).split(", ")[0].rstrip(". ")
+    return f"the checkpoint is of another network: {first} and so on; pass the config that it was trained with"
 
 
 def _quieten() -> None:
@@ -218,4 +250,9 @@ def _quieten() -> None:
         ".*Couldn't infer the batch indices.*",
     ):
         warnings.filterwarnings("ignore", message)
+    # Lightning advertises and lists what is absent; errors of one line are to be seen.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(
+            lambda record: not record.getMessage().startswith(("💡", "TPU available: False", "GPU available: False"))
+        )
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

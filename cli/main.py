@@ -16,10 +16,10 @@ commands:
   fit         train a network, and test it at the end
   validate    evaluate a checkpoint on the validation set
   test        evaluate a checkpoint on the test set
-  predict     write the class probabilities of the test set to predictions.csv
+  predict     write the classes of the test set and their probabilities to predictions.csv
   configs     list the bundled configs
 
-common options (all of them: lit-lipschitz fit --help):
+common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --data.help lit_lipschitz.MNISTDataModule):
   --config NAME               a YAML file, or a bundled config; later ones overlay earlier ones
   --trainer.max_epochs N      length of the run
   --trainer.devices N         devices; with --trainer.strategy ddp a process each
@@ -33,14 +33,15 @@ common options (all of them: lit-lipschitz fit --help):
 example: lit-lipschitz fit --config digits.yaml
 """
 COMMANDS = ("fit", "validate", "test", "predict", "configs")
-"""What the first argument can be; LightningCLI's --config may stand before it."""
+"""What the first argument can be."""
 
 
 def main() -> int:
     """Runs the command line in ``sys.argv``.
 
     Returns:
-        The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration.
+        The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration, 130 and 143 for a run that
+        was ended by SIGINT and SIGTERM.
     """
     arguments = sys.argv[1:]
     try:
@@ -57,9 +58,12 @@ def main() -> int:
         sys.argv[1:] = resolve_configs(arguments)
     except ConfigurationError as error:
         return fail(error, 2)
-    from lit_lipschitz.cli.command import run
+    try:
+        from lit_lipschitz.cli.command import run
 
-    return run()
+        return run()
+    except KeyboardInterrupt:
+        return 130
 
 
 def check_command(name: str) -> None:
@@ -68,7 +72,9 @@ def check_command(name: str) -> None:
     Raises:
         ConfigurationError: It names the closest one.
     """
-    if name not in COMMANDS and not name.startswith("-"):
+    if name.startswith("-"):
+        raise ConfigurationError(f"{name}: expected a command first, as in lit-lipschitz fit {name} ...")
+    if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         raise ConfigurationError(f"{name}: no such command; closest: {close[0]}; all of them: {', '.join(COMMANDS)}")
 

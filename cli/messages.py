@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+import lit_lipschitz
+
 
 def condense(message: str, known: Iterable[str] = ()) -> str:
     """The cause in an error of jsonargparse, which lists every branch of a union that it tried.
@@ -31,20 +33,28 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     one = re.search(r"Expected an? ([^-]+?)\. Got value: (.+?)(?: - | Given value|$)", text)
     if one:
         return f"{path}: expected {_readable(one[1])}, found {one[2]!r}"
+    given = re.search(r"Given value: (.+)$", text)
+    no_subclass = re.search(r"Not a valid subclass of (\w+)", text)
+    if no_subclass and given:
+        return f"{path}: expected a class_path and init_args of a {no_subclass[1]}, found {given[1]!r}"
     for branch in _branches(message):
         if not branch.startswith(("Expected a", "Does not validate")):
-            return f"{path}.{branch}"
+            # The keys of inner errors are in the path already.
+            cause = re.sub(r'^(?:Parser key "[^"]+": )+', "", branch)
+            return f"{path}.{cause}" if path else cause
     no_class = re.search(r"Expected a dot import path string: (\S+)", text)
     if no_class:
-        return f"{path}: expected the import path of a class, found {no_class[1]!r}"
+        close = difflib.get_close_matches(no_class[1], lit_lipschitz.__all__, n=2)
+        hint = f"; closest: {', '.join(f'lit_lipschitz.{name}' for name in close)}" if close else ""
+        return f"{path}: expected the name or the import path of a class, found {no_class[1]!r}{hint}"
     types = [_readable(kind) for kind in re.findall(r"Expected an? (<class '[\w.]+'>)", text)]
-    given = re.search(r"Given value: (.+)$", text)
     if types and given:
         return f"{path}: expected {' or '.join(dict.fromkeys(types))}, found {given[1]!r}"
     missing = re.search(r"following arguments are required: (.+)$", text)
     if missing:
-        keys = [key.strip().partition(".")[2] or key.strip() for key in missing[1].split(",")]
-        return f"{' and '.join(keys)} must be given; pass a config, such as --config digits.yaml"
+        keys = [re.sub(r"^(fit|validate|test|predict)\.", "", key.strip()) for key in missing[1].split(",")]
+        config = "; pass a config, such as --config digits.yaml" if keys[0] in ("data", "model") else ""
+        return f"{' and '.join(keys)} must be given{config}"
     return text
 
 

@@ -52,7 +52,7 @@ class PredictionFile(BasePredictionWriter):
     ) -> None:
         """Writes the file and says where it is."""
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{suffix}.csv"
+        path = Path(trainer.default_root_dir) / f"predictions{suffix}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:

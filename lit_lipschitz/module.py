@@ -36,10 +36,13 @@ class ImageClassifier(L.LightningModule):
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate scheduler from the optimizer. Where it has an argument ``total_steps`` that
             is left open, it is given the optimizer steps of the run.
-        scheduler_interval: When the scheduler steps; ``"auto"`` is every optimizer step for one with ``total_steps``
-            and every epoch for others.
+        scheduler_interval: When the scheduler steps; ``"auto"`` is every optimizer step for one that has an argument
+            ``total_steps`` and every epoch for others.
         monitor: The logged value that ReduceLROnPlateau looks at.
         label_smoothing: Probability that is spread over all classes, in [0, 1].
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ConfigurationError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
         self.network = network
         self.label_smoothing = label_smoothing
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
@@ -62,22 +67,58 @@ class ImageClassifier(L.LightningModule):
         """Logits of shape (batch, classes)."""
         return self.network(images)
 
+    def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
+        """Makes sure that the network takes images of a shape and tells as many classes apart.
+
+        Args:
+            image_shape: Shape of one image, (channels, height, width).
+            num_classes: Classes of the data.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+        training = self.network.training
+        try:
+            with torch.no_grad():
+                outputs = self.network.eval()(torch.zeros(2, *image_shape))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ConfigurationError(
+                f"the network {type(self.network).__name__} takes no images of shape {image_shape}, the data's "
+                f"({str(error).splitlines()[0]}); choose another model.network or other data"
+            ) from None
+        finally:
+            self.network.train(training)
+        if outputs.ndim != 2 or outputs.shape[1] < num_classes:
+            raise ConfigurationError(
+                f"the network {type(self.network).__name__} makes outputs of shape {tuple(outputs.shape)} from 2 "
+                f"images, and the data have {num_classes} classes: expected (2, {num_classes}); change model.network"
+            )
+
     def configure_optimizers(self) -> Any:
-        """One optimizer over all parameters, and its scheduler where there is one."""
+        """One optimizer over all parameters, and its scheduler where there is one.
+
+        Raises:
+            ConfigurationError: The scheduler can't be made.
+        """
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        stepwise = _lacks_total_steps(self._make_scheduler)
-        scheduler = self._make_scheduler(optimizer, **({"total_steps": self._total_steps()} if stepwise else {}))
+        stepwise, given = _total_steps_of(self._make_scheduler)
+        length = {} if given or not stepwise else {"total_steps": self._total_steps()}
+        try:
+            scheduler = self._make_scheduler(optimizer, **length)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"the scheduler can't be made: {error}") from None
         interval = self._interval if self._interval != "auto" else "step" if stepwise else "epoch"
         config = {"scheduler": scheduler, "interval": interval, "monitor": self._monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if not 1 <= steps < math.inf:
             raise ConfigurationError(
-                "the scheduler needs the length of the run, which is open: set trainer.max_epochs or trainer.max_steps"
+                f"the scheduler needs the length of the run, found {steps} optimizer steps; set trainer.max_epochs or "
+                "trainer.max_steps, and trainer.limit_train_batches above 0"
             )
         return int(steps)
 
@@ -135,10 +176,11 @@ class ImageClassifier(L.LightningModule):
         )
 
 
-def _lacks_total_steps(factory: Callable[..., Any]) -> bool:
-    """Whether a scheduler's factory has an argument total_steps that nobody has given."""
+def _total_steps_of(factory: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether what a factory makes has an argument total_steps, and whether the factory gives it."""
+    given = False
     while isinstance(factory, functools.partial):
-        if "total_steps" in factory.keywords:
-            return factory.keywords["total_steps"] is None
-        factory = factory.func
-    return "total_steps" in inspect.signature(factory).parameters
+        given = given or factory.keywords.get("total_steps") is not None
+        # jsonargparse's factories pass the class as an argument.
+        factory = next((part for part in factory.args if isinstance(part, type)), factory.func)
+    return "total_steps" in inspect.signature(factory).parameters, given

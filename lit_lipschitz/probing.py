@@ -104,11 +104,11 @@ class Probes:
             )
         owners = [probe for probe in ran if weight is not None and probe.head.weight is weight]
         if weight is not None and not owners and self._automatic:
-            names = [name for name, parameter in self._root.named_parameters() if parameter is weight]
+            owner = next((repr(name) for name, part in self._root.named_parameters() if part is weight), "of no module")
             raise ConfigurationError(
-                f"LipschitzLR looked for the torch.nn.Linear or 1x1 Conv2d that makes the logits and found that the "
-                f"parameter {' '.join(map(repr, names)) or 'of no module'} of shape {tuple(weight.shape)} makes them; "
-                "pass head= with the name of the affine map to measure"
+                "LipschitzLR looked for the torch.nn.Linear or 1x1 Conv2d that makes the logits and found that the "
+                f"parameter {owner} of shape {tuple(weight.shape)} makes them; pass head= with the name of the affine "
+                "map to measure"
             )
         chosen = owners[-1] if owners else max(ran, key=lambda probe: int(probe.ran_at))
         if self._stored is not None and chosen is not self._restored:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,8 @@ def test_all_ways_to_write_it_are_resolved_and_nothing_else():
         (["fit", "--config"], "expected the name of a config"),
         (["ft"], "no such command; closest: fit"),
         (["configs", "all"], "takes no arguments, found all"),
+        (["--config", "digits", "fit"], "expected a command first, as in lit-lipschitz fit --config"),
+        (["fit", "--config", "."], "expected a file, found a folder"),
     ],
 )
 def test_mistakes_that_are_told_at_once(lit, arguments, message):
@@ -90,7 +93,11 @@ def test_mistakes_that_are_told_at_once(lit, arguments, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("trainer: [1, {", "line 1, column 15: not YAML"), ("- 1\n- 2", "expected a mapping"), ("", "expected a mapping")],
+    [
+        ("trainer: [1, {", "line 1, column 15: not YAML"),
+        ("- 1\n- 2", "expected a mapping"),
+        ("# no", "the file is empty"),
+    ],
 )
 def test_a_file_that_is_no_config_is_told_at_once(lit, text, message):
     Path("mine.yaml").write_text(text)
@@ -143,7 +150,8 @@ def test_fit_prints_rates_writes_curves_and_tests_and_runs_again_in_the_same_fol
 
     code, out, _ = lit("predict", "--config", "digits", "--ckpt_path", "last", "--trainer.accelerator", "cpu")
     assert code == 0
-    with open(re.search(r"^predictions: (.+)$", out, re.M)[1], newline="") as file:
+    assert Path(re.search(r"^predictions: (.+)$", out, re.M)[1]) == Path("predictions.csv").absolute()
+    with open("predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["row"]) for row in rows] == list(range(360))
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
@@ -151,6 +159,35 @@ def test_fit_prints_rates_writes_curves_and_tests_and_runs_again_in_the_same_fol
     code, out, _ = lit("validate", "--config", "digits", "--ckpt_path", "last", "--trainer.accelerator", "cpu")
     assert code == 0
     assert "val_acc" in out
+    assert len(list(Path("lightning_logs").iterdir())) == 2
+
+
+def test_evaluating_initial_weights_is_said(lit):
+    code, _, err = lit("validate", "--config", "digits", "--trainer.accelerator", "cpu")
+    assert code == 0
+    assert "warning: no --ckpt_path: these are the initial weights" in err
+    assert list(Path(".").iterdir()) == []
+
+
+def test_without_a_logger_no_file_of_the_users_is_overwritten(lit):
+    Path("config.yaml").write_text("mine: true\n")
+    code, _, _ = lit("fit", "--config", "digits", *SHORT, "--trainer.logger", "false")
+    assert code == 0
+    assert Path("config.yaml").read_text() == "mine: true\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_the_code_that_shells_expect(number, code):
+    arguments = [str(SCRIPT), "fit", "--config", "digits", "--trainer.max_epochs", "10000"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not re.match(r"epoch +3/", run.stdout.readline()):
+            assert run.poll() is None
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in err
+    assert "test_acc" not in out
+    assert list(Path("lightning_logs").glob("*/checkpoints/last.ckpt"))
 
 
 def test_configs_overlay_and_the_callback_is_configured_under_lipschitz(lit):
@@ -198,14 +235,14 @@ def test_every_bundled_config_is_whole(lit, name):
         (["--data.batch_size", "x"], 2, "data.batch_size: expected int, found 'x'"),
         (["--data.batch_size", "5000"], 2, "the training set has 1293 examples: choose a smaller data.batch_size"),
         (["--data.val_split", "2"], 2, "val_split=2.0: expected a fraction"),
-        (["--data", "Nothing"], 2, "data: expected the import path of a class, found 'Nothing'"),
+        (["--data", "Nothing"], 2, "data: expected the name or the import path of a class, found 'Nothing'"),
         (["--model.network", "lit_lipschitz.MPL"], 2, "model.network: lit_lipschitz.MPL can't be used"),
         (["--model.scheduler.warmup", "x"], 2, "model.scheduler.warmup: expected float, found 'x'"),
         (["--trainer.accelerator", "tpu"], 2, "this machine has"),
         (
             ["--trainer.accelerator", "cuda", "--trainer.devices", "99"],
             2,
-            "change trainer.accelerator, trainer.devices",
+            "change trainer.accelerator or trainer.devices",
         ),
         (["--ckpt_path", "nothing.ckpt"], 2, "--ckpt_path nothing.ckpt: no such file"),
         (["--ckpt_path", "last"], 2, "has left a checkpoint; pass a path"),
@@ -213,6 +250,24 @@ def test_every_bundled_config_is_whole(lit, name):
         (["--ckpt_path", "truncated.ckpt"], 1, "not a checkpoint, or only a part of one"),
         (["--ckpt_path", "foreign.ckpt"], 1, "the checkpoint is of another network: Missing key(s)"),
         (["--model.optimizer", "torch.optim.Adam"], 2, "optimizer Adam; known: SGD"),
+        (
+            ["--model.network.num_classes", "5"],
+            2,
+            "outputs of shape (2, 5) from 2 images, and the data have 10 classes",
+        ),
+        (["--model.network", "lit_lipschitz.MNISTCNN"], 2, "MNISTCNN takes no images of shape (1, 8, 8), the data's"),
+        (["--model.network.hiden", "3"], 2, "model.network.hiden: no such option; closest: hidden"),
+        (["--model.scheduler.warmup", "3"], 2, "the scheduler can't be made: warmup=3.0: expected a fraction"),
+        (["--model.scheduler", "StepLR"], 2, "error: model.scheduler.step_size must be given"),
+        (["--model.label_smoothing", "2"], 2, "label_smoothing=2.0: expected a number from 0 to 1"),
+        (["--trainer.limit_train_batches", "0"], 2, "found -1 optimizer steps; set trainer.max_epochs"),
+        (["--data.batch_size", "0"], 2, "error: batch_size=0: expected at least 1"),
+        (["--data.val_split", "0.9999"], 2, "leaves none of 1437 examples to train on"),
+        (["--data", "DigitDataModule"], 2, "closest: lit_lipschitz.DigitsDataModule"),
+        (["--config", "scalar.yaml"], 2, "model: expected a class_path and init_args of a LightningModule, found '3'"),
+        (["--ckpt_path", "best"], 2, "pass last, or a path"),
+        (["--ckpt_path", "plain.ckpt"], 1, "not saved by Lightning"),
+        (["--ckpt_path", "."], 2, "a folder, not a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -222,6 +277,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(lit, arguments, code, message)
     empty = {"callbacks": {}, "loops": {}, "optimizer_states": [], "lr_schedulers": [], "epoch": 0, "global_step": 0}
     checkpoint = {"state_dict": {"net.weight": torch.zeros(2)}, "pytorch-lightning_version": "2.6.6", **empty}
     torch.save(checkpoint, "foreign.ckpt")
+    torch.save({"weight": torch.zeros(2)}, "plain.ckpt")
+    Path("scalar.yaml").write_text("model: 3\n")
     before = sorted(Path(".").rglob("*"))
     defaults = [] if "--trainer.accelerator" in arguments else ["--trainer.accelerator", "cpu"]
     found, _, err = lit("fit", "--config", "digits", *defaults, *arguments)
@@ -247,7 +304,7 @@ def test_no_data_and_no_network_ends_with_one_line_and_code_1_and_leaves_nothing
 def test_the_data_of_a_config_without_a_model_is_asked_for(lit):
     code, _, err = lit("fit")
     assert code == 2
-    assert "data and model must be given; pass a config" in error_line(err)
+    assert "model must be given; pass a config" in error_line(err)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

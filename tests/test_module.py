@@ -28,26 +28,24 @@ def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "stepwise"),
+    ("scheduler", "total_steps"),
     [
-        (LinearWarmupDecay, True),
-        (partial(LinearWarmupDecay, warmup=0.5), True),
-        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=None), True),
-        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=80), False),
-        (partial(lr_scheduler.StepLR, step_size=1), False),
+        (LinearWarmupDecay, 20),
+        (partial(LinearWarmupDecay, warmup=0.5), 20),
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=None), 20),
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=80), 80),
+        (partial(lr_scheduler.StepLR, step_size=1), None),
     ],
 )
-def test_a_scheduler_that_lacks_the_length_of_the_run_is_given_it(scheduler, stepwise):
+def test_a_scheduler_that_lacks_the_length_of_the_run_is_given_it(scheduler, total_steps):
     module = ImageClassifier(MLP(), scheduler=scheduler)
     run = trainer(callback := LipschitzLR(), max_epochs=2)
     run.fit(module, datamodule=DigitsDataModule(batch_size=128))
     (config,) = run.lr_scheduler_configs
-    assert config.interval == ("step" if stepwise else "epoch")
-    if stepwise:
-        assert config.scheduler.last_epoch == run.global_step == 20
-        assert callback.lr <= 0.1 * callback.rate
-    else:
-        assert config.scheduler.last_epoch == 2
+    assert config.interval == ("step" if total_steps else "epoch")
+    assert config.scheduler.last_epoch == (run.global_step if total_steps else 2)
+    assert getattr(config.scheduler, "total_steps", None) in (total_steps, None)
+    assert (callback.lr <= 0.1 * callback.rate) == (total_steps == 20 or total_steps is None)
 
 
 def test_predictions_are_probabilities():

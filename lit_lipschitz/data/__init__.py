@@ -5,6 +5,7 @@ from lit_lipschitz.data.datamodules import (
     CIFAR100DataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    ImageDataModule,
     MNISTDataModule,
 )
 from lit_lipschitz.data.loader import DeviceLoader
@@ -15,5 +16,6 @@ __all__ = [
     "DeviceLoader",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "ImageDataModule",
     "MNISTDataModule",
 ]

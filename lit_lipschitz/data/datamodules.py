@@ -39,6 +39,7 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     num_classes: ClassVar[int] = 10
+    image_shape: ClassVar[tuple[int, int, int]]
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
 
@@ -85,6 +86,15 @@ class ImageDataModule(L.LightningDataModule):
             order = order[: self.train_subset]
             held_out = round(len(order) * self.val_split)
             val, train = order[:held_out], order[held_out:]
+            if not len(train):
+                raise ConfigurationError(
+                    f"val_split={self.val_split} leaves none of {len(order)} examples to train on: choose a smaller one"
+                )
+            if stage == "validate" and not len(val):
+                raise ConfigurationError(
+                    f"val_split={self.val_split} leaves none of {len(order)} examples to validate on: choose a larger "
+                    "one"
+                )
             self._train, self._val = (images[train], labels[train]), (images[val], labels[val])
         if stage in ("test", "predict") and self._test is None:
             self._test = self.load(train=False)
@@ -157,6 +167,7 @@ class MNISTDataModule(FileDataModule):
     """MNIST: 60,000 + 10,000 digits, 1x28x28; rotation up to 15 degrees, zoom and shift of 10 %."""
 
     source = "MNIST"
+    image_shape = (1, 28, 28)
     mean, std = (0.1307,), (0.3081,)
 
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -168,6 +179,7 @@ class FashionMNISTDataModule(FileDataModule):
     """Fashion-MNIST: 60,000 + 10,000 images of clothes, 1x28x28; crop with padding 2, and flip."""
 
     source = "FashionMNIST"
+    image_shape = (1, 28, 28)
     mean, std = (0.2860,), (0.3530,)
 
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -179,6 +191,7 @@ class CIFAR10DataModule(FileDataModule):
     """CIFAR-10: 50,000 + 10,000 images of 10 classes, 3x32x32; crop with padding 4, and flip."""
 
     source = "CIFAR10"
+    image_shape = (3, 32, 32)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,6 +214,7 @@ class DigitsDataModule(ImageDataModule):
     whatever the seed. Rotation up to 10 degrees, zoom and shift of 10 %.
     """
 
+    image_shape = (1, 8, 8)
     mean, std = (0.3053,), (0.3760,)
 
     def load(self, train: bool) -> Pixels:

@@ -126,10 +126,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(path: Path, why: str = "") -> DataError:
     return DataError(
-        f"{path} can't be read: it is truncated or of another format ({_first_line(error)}); remove it to have it "
-        "downloaded anew"
+        f"{path} can't be read: it is truncated or of another format{why}; remove it to have it downloaded anew"
     )
 
 
@@ -138,8 +137,8 @@ def _read_idx(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
     for path, read in zip(paths, (read_image_file, read_label_file), strict=True):
         try:
             parts.append(read(str(path)))
-        except Exception as error:  # torchvision asserts, numpy and torch raise, each in its own way
-            raise _unreadable(path, error) from None
+        except Exception:  # torchvision asserts, numpy and torch raise, each in its own way
+            raise _unreadable(path) from None
     images, labels = parts
     if len(images) != len(labels):
         raise DataError(
@@ -158,7 +157,7 @@ def _cifar_reader(label_key: str) -> Callable[[tuple[Path, ...]], tuple[Tensor, 
                 pixels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
                 targets = np.asarray(batch[label_key], dtype=np.int64)
             except Exception as error:  # a broken pickle can raise anything
-                raise _unreadable(path, error) from None
+                raise _unreadable(path, f" ({_first_line(error)})") from None
             if len(pixels) != len(targets):
                 raise DataError(f"{path} has {len(pixels)} images and {len(targets)} labels; expected as many")
             images.append(torch.from_numpy(pixels.copy()))
