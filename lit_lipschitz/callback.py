@@ -105,9 +105,8 @@ class LipschitzLR(Callback):
         self._micro_batches = 0  # batches since the last optimizer step
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
-        self._stored: dict[
-            str, Any
-        ] = {}  # what a checkpoint brings for the probes and the writer, until they are there
+        # What a checkpoint brings for the probes and the writer, until they are there.
+        self._stored: dict[str, Any] = {}
         self._ignored: Tensor | None = None  # whether the loss left targets out, on the device
         self._probes: Probes | None = None
         self._writer: RateWriter | None = None

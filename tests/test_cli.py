@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_data import write_idx
 
 from lit_lipschitz.cli.bundled import bundled_configs, find_config, resolve_configs
 from lit_lipschitz.cli.main import main
@@ -299,6 +300,18 @@ def test_no_data_and_no_network_ends_with_one_line_and_code_1_and_leaves_nothing
                  "--data.data_dir", "LIT_LIPSCHITZ_DATA"):  # fmt: skip
         assert part in line
     assert list(Path(".").iterdir()) == []
+
+
+@pytest.mark.parametrize(("victim", "keep"), [("train-images-idx3-ubyte", 1000), ("t10k-labels-idx1-ubyte", 0)])
+def test_a_truncated_data_file_is_one_line_with_code_1_and_leaves_nothing(lit, victim, keep):
+    file = write_idx(Path("data")) / victim
+    file.write_bytes(file.read_bytes()[:keep])
+    code, _, err = lit(
+        "fit" if "train" in victim else "test", "--config", "mnist", "--data.batch_size", "4", *SHORT[:2]
+    )
+    assert code == 1
+    assert f"{victim} can't be read: it is truncated" in error_line(err)
+    assert [path.name for path in Path(".").iterdir()] == ["data"]
 
 
 def test_the_data_of_a_config_without_a_model_is_asked_for(lit):

@@ -3,11 +3,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import Steps, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LinearWarmupDecay, LipschitzLR
+from lit_lipschitz import MLP, ConfigurationError, DigitsDataModule, ImageClassifier, LinearWarmupDecay, LipschitzLR
 
 
 def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
@@ -83,6 +84,47 @@ def test_dropout_and_augmentation_resume_bit_for_bit(stop):
     _, rates, weights = run(3, ckpt_path="stopped.ckpt", weights_only=True)
     assert rates == all_rates[20 * stop :]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_checkpoint_from_mid_epoch_resumes_bit_for_bit():
+    def run(max_steps, **settings):
+        torch.manual_seed(7)
+        module = ImageClassifier(MLP(dropout=0.3), scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.9))
+        save = ModelCheckpoint(".", filename=f"at{max_steps}", every_n_train_steps=max_steps, save_top_k=-1)
+        run = trainer(LipschitzLR(), steps := Steps(), save, enable_checkpointing=True, max_epochs=-1,
+                      max_steps=max_steps)  # fmt: skip
+        run.fit(module, datamodule=DigitsDataModule(batch_size=64), **settings)
+        return steps.rates, [p.detach().clone() for p in module.parameters()]
+
+    all_rates, expected = run(50)
+    for stopped in (13, 33):
+        run(stopped)
+        rates, weights = run(50, ckpt_path=f"at{stopped}.ckpt", weights_only=True)
+        assert rates == all_rates[stopped:]
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (MLP(num_classes=5), r"outputs of shape \(2, 5\) from 2 images, and the data have 10 classes"),
+        (MLP((3, 8, 8)), r"takes no images of shape \(1, 8, 8\)"),
+        (nn.Identity(), "expected \\(2, 10\\)"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data_is_refused(network, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ImageClassifier(network).check((1, 8, 8), 10)
+
+
+def test_checking_a_network_changes_nothing():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 12))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    ImageClassifier(network).check((1, 8, 8), 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_any_network_and_optimizer():
