@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 EXAMPLES, WIDTH, CLASSES = 96, 6, 3
+REAL_DATA = os.environ.get("LIT_LIPSCHITZ_DATA")
 
 
 class Classifier(L.LightningModule):
@@ -73,8 +74,9 @@ class Steps(L.Callback):
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each test runs in an empty folder, with a seed, and without Lightning's advice."""
+    """Each test runs in an empty folder, with a seed, without the caller's data and without Lightning's advice."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_LIPSCHITZ_DATA", raising=False)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         for advice in (
@@ -91,10 +93,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of MNIST and CIFAR-10."""
-    folder = os.environ.get("LIT_LIPSCHITZ_DATA")
-    if not folder:
+    if not REAL_DATA:
         pytest.skip("LIT_LIPSCHITZ_DATA is not set: no real MNIST and CIFAR-10 here")
-    return Path(folder)
+    return Path(REAL_DATA)
 
 
 @pytest.fixture
