@@ -180,11 +180,21 @@ def test_without_a_logger_no_file_of_the_users_is_overwritten(lit):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_with_the_code_that_shells_expect(number, code):
     arguments = [str(SCRIPT), "fit", "--config", "digits", "--trainer.max_epochs", "10000"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    # A shell that runs in the background ignores SIGINT and hands that down.
+    run = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
         while not re.match(r"epoch +3/", run.stdout.readline()):
             assert run.poll() is None
         run.send_signal(number)
         out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == code
     assert "Traceback" not in err
     assert "test_acc" not in out
