@@ -77,7 +77,7 @@ class ImageClassifier(L.LightningModule):
         Raises:
             ConfigurationError: It does not.
         """
-        training = self.network.training
+        modes = [(module, module.training) for module in self.network.modules()]
         try:
             with torch.no_grad():
                 outputs = self.network.eval()(torch.zeros(2, *image_shape))
@@ -87,7 +87,8 @@ class ImageClassifier(L.LightningModule):
                 f"({str(error).splitlines()[0]}); choose another model.network or other data"
             ) from None
         finally:
-            self.network.train(training)
+            for module, training in modes:
+                module.training = training
         if outputs.ndim != 2 or outputs.shape[1] < num_classes:
             raise ConfigurationError(
                 f"the network {type(self.network).__name__} makes outputs of shape {tuple(outputs.shape)} from 2 "

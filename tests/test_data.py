@@ -156,9 +156,11 @@ def test_downloading_can_be_off():
 
 
 def test_files_that_are_there_are_left_alone(monkeypatch):
-    write_idx(Path("."))
+    raw = write_idx(Path("."))
+    before = {path: path.stat().st_mtime_ns for path in raw.iterdir()}
     monkeypatch.setattr("urllib.request.urlopen", offline)
     sources.SOURCES["MNIST"].fetch(Path("."), download=True)
+    assert {path: path.stat().st_mtime_ns for path in raw.iterdir()} == before
 
 
 def test_a_folder_without_write_permission_is_named():

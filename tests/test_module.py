@@ -119,11 +119,12 @@ def test_a_network_that_does_not_fit_the_data_is_refused(network, message):
 
 def test_checking_a_network_changes_nothing():
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 12))
+    network[1].eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = torch.get_rng_state()
     ImageClassifier(network).check((1, 8, 8), 10)
     assert torch.equal(torch.get_rng_state(), state)
-    assert network.training
+    assert [module.training for module in network.modules()] == [True, True, False, True, True]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

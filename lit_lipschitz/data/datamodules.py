@@ -1,5 +1,6 @@
 """The data sets of the bundled configs as LightningDataModules."""
 
+import abc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ Pixels = tuple[Tensor, Tensor]
 """uint8 images of shape (examples, channels, height, width) and int64 labels."""
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(L.LightningDataModule, abc.ABC):
     """Small images for classification, kept as uint8 tensors on the training device.
 
     The validation set is cut from the training set; the official test set serves ``test`` and ``predict`` alone.
@@ -70,13 +71,13 @@ class ImageDataModule(L.LightningDataModule):
         self._val: Pixels | None = None
         self._test: Pixels | None = None
 
+    @abc.abstractmethod
     def load(self, train: bool) -> Pixels:
         """Reads the training or the test set."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augments a batch of images of dtype float32 with values 0 to 255."""
-        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs and cuts the validation set."""
