@@ -258,7 +258,8 @@ class LipschitzLR(Callback):
         rates = self._writer.write(self._decision.lr if self._decision else None)
         self._applied = (self._decision or Decision(rates[0]), rates)
         if changed or (trainer.global_step + 1) % _logging_interval(trainer) == 0:
-            metrics = self._metrics()
+            # As tensors of the host: Lightning would copy numbers to the device, and wait.
+            metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._metrics().items()}
             pl_module.log("lipschitz/lr", metrics.pop("lipschitz/lr"), prog_bar=True, batch_size=1)
             pl_module.log_dict(metrics, batch_size=1)
 

@@ -540,7 +540,7 @@ def test_every_logger_and_the_progress_bar_get_the_values():
         assert row["lipschitz/lr"] == pytest.approx(1 / row["lipschitz/constant"], rel=1e-6)
         assert row["lipschitz/activation_norm"] > 0
         assert row["lipschitz/weight_norm"] > 0
-    assert "lipschitz/lr" in run.progress_bar_metrics
+    assert run.progress_bar_metrics["lipschitz/lr"] == run.callback_metrics["lipschitz/lr"].item() == steps.rates[11][0]
 
 
 def test_a_second_fit_starts_afresh():
