@@ -121,6 +121,17 @@ class LipschitzLR(Callback):
         """The first parameter group's learning rate in the last optimizer step; None before the first one."""
         return self._applied[1][0] if self._applied else None
 
+    @property
+    def constant(self) -> float | None:
+        """The Lipschitz constant behind the last optimizer step; None where there is none, as with a fixed rate."""
+        return (self._applied[0].constant or None) if self._applied else None
+
+    @property
+    def head_name(self) -> str | None:
+        """The name of the head, once the first step has told which module it is."""
+        chosen = self._probes.chosen if self._probes else None
+        return chosen.name if chosen else None
+
     # -- attach ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

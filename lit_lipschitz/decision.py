@@ -133,9 +133,9 @@ class Policy:
             batch_size=measured.batch_size,
             bound=self.bound,
             norm=self.norm,
-            weight_decay=max(float(group.get("weight_decay", 0.0)) for group in groups),
-            weight_norm=measured.weight_norm,
         )
+        decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
+        constant += constants.l2(decay, measured.weight_norm, bound=self.bound)
         if not 0 < constant < math.inf:
             return None
         rate, state = rules.RULES[self.rule_for(optimizer, groups)](constant, state, groups[0])

@@ -16,9 +16,10 @@ LAYERS = [
     {"constants", "rules", "schedules"},
     {"decision"},
     {"statistics"},
-    {"inspection", "writing"},
+    {"regression", "inspection", "writing"},
     {"probing"},
     {"callback"},
+    {"audit"},
     {"models", "data"},
     {"module"},
 ]
