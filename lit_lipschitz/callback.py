@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from lit_lipschitz import constants, inspection, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.inference import inference_pass
 from lit_lipschitz.probing import Probes
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
@@ -41,8 +43,18 @@ class LipschitzLR(Callback):
         norm: How the head's inputs are measured: ``"frobenius"`` (of the batch), ``"sample"`` (largest row),
             ``"unit"`` (largest entry), ``"spectral"``; ``"auto"`` is the family's own.
         update: ``"epoch"``, or the number of optimizer steps between updates.
-        rule: ``"auto"`` follows the optimizer; ``"inverse"`` is 1/L, ``"adamo"`` the paper's rule for momentum.
-        initial_lr: Rate to use until the first interval is over, in place of a measured one.
+        measure: ``"running"`` measures the training batches themselves; ``"pass"`` makes a pass in inference mode over
+            the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.inference`).
+        rule: ``"auto"`` follows the optimizer; a name of :data:`lit_lipschitz.rules.RULES` forces a rule: ``"inverse"``
+            is 1/L, ``"adamo"`` the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
+        squared: The estimate of L squared that the rules of RMSprop and Adam use
+            (:func:`lit_lipschitz.constants.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
+            ``"constant"`` for others.
+        weight_decay: Coefficient of the L2 term in L; None is the optimizer's, where it adds it to the gradient.
+        weights: Whose largest norm is W in the L2 term: ``"decayed"`` and all ``"parameters"`` of the optimizer, or
+            ``"all"`` tensors of the network, moving statistics included, as in the authors' scripts.
+        initial_lr: Rate to use until the first interval is over, in place of a measured one. The authors' rule for
+            momentum starts its average from the same number.
         min_lr: No rate below this one.
         max_lr: No rate above this one.
         max_growth: No rate above this many times the one before.
@@ -67,7 +79,21 @@ class LipschitzLR(Callback):
         bound: constants.Bound = "strict",
         norm: Literal["auto", "frobenius", "sample", "unit", "spectral"] = "auto",
         update: Literal["epoch"] | int = "epoch",
-        rule: Literal["auto", "inverse", "adamo"] = "auto",
+        measure: Literal["running", "pass"] = "running",
+        rule: Literal[
+            "auto",
+            "inverse",
+            "adamo",
+            "rmsprop",
+            "adam",
+            "adamax",
+            "adamo_authors",
+            "rmsprop_authors",
+            "adam_authors",
+        ] = "auto",
+        squared: Literal["auto", "constant", "text", "scripts"] = "auto",
+        weight_decay: float | None = None,
+        weights: inspection.Weights = "decayed",
         initial_lr: float | None = None,
         min_lr: float = 0.0,
         max_lr: float | None = None,
@@ -77,6 +103,10 @@ class LipschitzLR(Callback):
         super().__init__()
         _check_choice("loss", loss, ("auto", "cross_entropy"))
         _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
+        _check_choice("measure", measure, ("running", "pass"))
+        _check_choice("weights", weights, ("decayed", "parameters", "all"))
+        if measure == "pass" and update != "epoch":
+            raise ConfigurationError(f"LipschitzLR(measure='pass', update={update!r}): a pass is made every epoch")
         if update != "epoch" and not (type(update) is int and update >= 1):
             raise ConfigurationError(f"LipschitzLR(update={update!r}): expected 'epoch' or a number of steps >= 1")
         if initial_lr is not None and not 0 < initial_lr < math.inf:
@@ -89,8 +119,8 @@ class LipschitzLR(Callback):
             resolved = constants.resolve_norm(bound, norm)
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
-        self.policy = Policy(bound, resolved, rule, min_lr, max_lr, max_growth)
-        self.loss, self.head, self.update = loss, head, update
+        self.policy = Policy(bound, resolved, rule, squared, weight_decay, min_lr, max_lr, max_growth)
+        self.loss, self.head, self.update, self.measure, self.weights = loss, head, update, measure, weights
         self.initial_lr, self.on_nonfinite = initial_lr, on_nonfinite
         self._forget()
 
@@ -98,10 +128,13 @@ class LipschitzLR(Callback):
         """The state before any run."""
         self._decision: Decision | None = None
         self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
-        self._rule_state = rules.RuleState()
+        self._rule_state = rules.initial_state(self.policy.rule, self.initial_lr)
         self._steps = 0  # optimizer steps since the interval began
         self._intervals = 0  # intervals that are over
         self._epoch = 0  # in which the interval began
+        self._passes = 0  # epochs that began with a pass, or with a rate set by hand in place of the first one
+        self._passed = -1  # the epoch of the last one
+        self._pass_weights: Tensor | None = None  # W at a pass that no decision has used yet
         self._micro_batches = 0  # batches since the last optimizer step
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
@@ -154,6 +187,11 @@ class LipschitzLR(Callback):
                 f"LipschitzLR sets the rate of one optimizer; configure_optimizers of {type(pl_module).__name__} "
                 f"returned {len(trainer.optimizers)}: return one, or remove the callback"
             )
+        if self.measure == "pass" and not is_overridden("forward", pl_module):
+            raise ConfigurationError(
+                f"LipschitzLR(measure='pass') calls the module, and {type(pl_module).__name__} has no forward; define "
+                "one, or use measure='running'"
+            )
         optimizer = trainer.optimizers[0]
         self.policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -172,7 +210,8 @@ class LipschitzLR(Callback):
             )
         rigorous = self.policy.bound != "paper"
         bias = rigorous and getattr(head, "bias", None) is not None
-        return RunningMaximum(self.policy.norm, width, bias=bias, mean=rigorous and self._of_batch, device=device)
+        mean, squares = rigorous and self._of_batch, self.policy.estimate == "scripts"
+        return RunningMaximum(self.policy.norm, width, bias=bias, mean=mean, squares=squares, device=device)
 
     @property
     def _of_batch(self) -> bool:
@@ -231,10 +270,30 @@ class LipschitzLR(Callback):
         """Forgets batches that an epoch left without a step."""
         self._micro_batches = 0
 
+    def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The pass of an epoch, unless it has had one: a checkpoint may have interrupted it since."""
+        assert self._probes is not None
+        if self._passed == trainer.current_epoch:
+            return
+        self._passed = trainer.current_epoch
+        self._passes += 1
+        if self._passes == 1 and self.initial_lr is not None:
+            return
+        self._probes.reset()
+        self._probes.arm("inference")
+        try:
+            inference_pass(trainer, pl_module)
+        finally:
+            self._probes.arm("off")
+        self._pass_weights = inspection.weight_norm(trainer.optimizers[0], pl_module, self.weights)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measures from here to the batch's end, and counts the batches that make one optimizer step."""
         assert self._probes is not None
-        self._probes.arm(True)
+        if self.measure == "pass":
+            # Not in on_train_epoch_start, which Lightning leaves out where it resumes at the end of an epoch.
+            self._measure_by_pass(trainer, pl_module)
+        self._probes.arm("training" if self.measure == "running" else "watching")
         self._micro_batches += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -258,9 +317,12 @@ class LipschitzLR(Callback):
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
-        if first and self.initial_lr is not None:
+        if self._pass_weights is not None:
+            self._decide(trainer, optimizer, interval_over=True)
+            self._pass_weights = None
+        elif first and self.initial_lr is not None:
             self._decision = self._decision or Decision(self.initial_lr)
-        elif first and self._steps & (self._steps - 1) == 0:
+        elif first and self.measure == "running" and self._steps & (self._steps - 1) == 0:
             self._decide(trainer, optimizer, interval_over=False)
         self._write(trainer, pl_module, changed=self._steps == 1 or self._decision is not before)
 
@@ -280,13 +342,13 @@ class LipschitzLR(Callback):
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
         assert self._probes is not None
         assert self._writer is not None
-        self._probes.arm(False)
+        self._probes.arm("off")
         if self._applied is None and self._writer.steps and not pl_module.automatic_optimization:
             raise ConfigurationError(
                 "LipschitzLR writes the rate when Lightning's optimizer steps, and a step went past it; call "
                 "self.optimizers().step(), not the step of the optimizer inside"
             )
-        if self._probes.chosen is None:
+        if self._probes.chosen is None or self.measure == "pass":
             return
         over = self._steps >= int(self.update) if self.update != "epoch" else self._epoch_over(trainer)
         if over and self._steps:
@@ -305,12 +367,23 @@ class LipschitzLR(Callback):
         assert self._probes is not None
         assert self._probes.chosen is not None
         measured = self._reduce(trainer, optimizer, self._probes.chosen.statistic)
+        if self.measure == "pass" and not measured.batch_size and not measured.dropped:
+            raise ConfigurationError(
+                f"LipschitzLR(measure='pass') called {type(trainer.lightning_module).__name__} with the inputs of "
+                f"the training batches, and the head {self._probes.chosen.name!r} did not run; let forward() go "
+                "through the head, or use measure='running'"
+            )
         if measured.ignored:
             raise ConfigurationError(
                 f"LipschitzLR found targets that the loss ignores (ignore_index), and norm={self.policy.norm!r} needs "
                 "to know how many; pass bound='strict', norm='sample', which holds for any number"
             )
         _, num_classes = inspection.head_size(self._probes.chosen.head)
+        if num_classes < 2:
+            raise ConfigurationError(
+                f"LipschitzLR: the head {self._probes.chosen.name!r} has 1 output, and the cross-entropy needs at "
+                "least 2 classes; pass head= with the name of the map that makes the logits"
+            )
         outcome = self.policy.decide(
             measured,
             num_classes=num_classes,
@@ -330,14 +403,17 @@ class LipschitzLR(Callback):
             self._rule_state = rule_state
 
     def _reduce(self, trainer: Trainer, optimizer: Optimizer, statistic: RunningMaximum) -> Measurement:
-        """The one collective of an update: MAX over ranks of running maximum, rows, dropped, W and ignored."""
+        """The one collective of an update: MAX over ranks of the statistic's four values, W and ignored."""
         assert self._ignored is not None
-        weights = inspection.weight_norm(optimizer).to(statistic.values.device).reshape(1)
+        weights = self._pass_weights
+        if weights is None:
+            weights = inspection.weight_norm(optimizer, trainer.lightning_module, self.weights)
+        weights = weights.to(statistic.values.device).reshape(1)
         # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
         weights = torch.where(torch.isfinite(weights), weights, -1.0)
         values = torch.cat([statistic.values, weights, self._ignored.float().reshape(1)])
         reduced = trainer.strategy.reduce(values, reduce_op="max")
-        largest, rows, dropped, weight_norm, ignored = (float(value) for value in reduced.tolist())
+        largest, rows, dropped, squares, weight_norm, ignored = (float(value) for value in reduced.tolist())
         pieces = trainer.world_size * self._accumulated
         batch_size = int(rows) * pieces
         if statistic.mean:
@@ -345,7 +421,8 @@ class LipschitzLR(Callback):
         elif self._of_batch:
             largest *= math.sqrt(pieces)
         weight_norm = weight_norm if weight_norm >= 0 else math.nan
-        return Measurement(largest, weight_norm, batch_size, int(dropped), ignored > 0)
+        squares *= math.sqrt(pieces)
+        return Measurement(largest, weight_norm, batch_size, int(dropped), ignored > 0, squares)
 
     def _report(self, measured: Measurement, usable: bool) -> None:
         """Says once, or raises, what was not finite."""
@@ -385,15 +462,30 @@ class LipschitzLR(Callback):
             metrics["lipschitz/capped"] = float(bool(decision.cap))
         return metrics
 
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was saved."""
+        policy = self.policy
+        return {
+            "bound": policy.bound,
+            "norm": policy.norm,
+            "rule": policy.rule,
+            "squared": policy.squared,
+            "weight_decay": policy.weight_decay,
+            "measure": self.measure,
+            "weights": self.weights,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
         return {
-            "policy": {"bound": self.policy.bound, "norm": self.policy.norm, "rule": self.policy.rule},
+            "settings": self._settings(),
             "decision": asdict(self._decision) if self._decision else None,
             "rule_state": asdict(self._rule_state),
             "steps": self._steps,
             "intervals": self._intervals,
             "epoch": self._epoch,
+            "passes": self._passes,
+            "passed": self._passed,
             "accumulated": self._accumulated,
             "warned": self._warned,
             "measured": self._probes.state_dict() if self._probes else self._stored.get("measured"),
@@ -404,20 +496,22 @@ class LipschitzLR(Callback):
         """Takes the state of :meth:`state_dict`.
 
         Raises:
-            LitLipschitzError: It was saved with another bound, norm or rule.
+            LitLipschitzError: It was saved with other settings of what is measured and computed.
         """
-        for name, value in state_dict["policy"].items():
-            if value != getattr(self.policy, name):
+        settings = self._settings()
+        for name, value in state_dict["settings"].items():
+            if value != settings[name]:
                 raise LitLipschitzError(
                     f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
-                    f"{name}={getattr(self.policy, name)!r}; resume with the settings that it was saved with, or start "
-                    "anew without the checkpoint"
+                    f"{name}={settings[name]!r}; resume with the settings that it was saved with, or start anew "
+                    "without the checkpoint"
                 )
         self._decision = Decision(**state_dict["decision"]) if state_dict["decision"] else None
         self._rule_state = rules.RuleState(**state_dict["rule_state"])
         self._steps = state_dict["steps"]
         self._intervals = state_dict["intervals"]
         self._epoch = state_dict["epoch"]
+        self._passes, self._passed = state_dict["passes"], state_dict["passed"]
         self._accumulated = state_dict["accumulated"]
         self._warned = state_dict["warned"]
         self._stored = {"measured": state_dict["measured"], "references": state_dict["references"]}

@@ -3,10 +3,10 @@ r"""Lipschitz constants of a loss with respect to the weights of the last affine
 Pure functions of Python numbers. The size of the head's inputs (:mod:`lit_lipschitz.statistics`) comes in, the constant
 comes out; its inverse is a learning rate (:mod:`lit_lipschitz.rules`).
 
-What a loss contributes are three numbers of one example (or token, or pixel), suprema over everything that the head can
-put out: an estimate of the loss's slope in the outputs, a bound of it, and a bound of its curvature. What the batch
-contributes is the size K of the head's inputs and the number m of examples that the loss averages over. With these, each
-family of constants is the same for all losses:
+What a loss contributes are three numbers of one example (or token, or pixel), suprema over everything that the head
+can put out: an estimate of the loss's slope in the outputs, a bound of it, and a bound of its curvature. What the batch
+contributes is the size K of the head's inputs and the number m of examples that the loss averages over. With these,
+each family of constants is the same for all losses:
 
 ========== ============ ============================== =========================================================
 ``bound``  ``norm``     constant                       what it bounds
@@ -21,14 +21,15 @@ smooth     sample       curvature * K**2               the largest eigenvalue of
 
 The strict and the smooth family hold for inputs that carry a 1 for the bias where the head has one. K is, for
 ``frobenius`` and ``spectral``, a norm of the whole matrix of inputs, shape (m, width); for ``sample`` the largest
-Euclidean norm of a row, for ``unit`` the largest entry. The constants are in units of loss per unit of weight, the smooth
-ones per squared unit. Terms of the loss that depend on the weights alone (:func:`l2`, :func:`tikhonov`) are added.
+Euclidean norm of a row, for ``unit`` the largest entry. The constants are in units of loss per unit of weight, the
+smooth ones per squared unit. Terms of the loss that depend on the weights alone (:func:`l2`, :func:`tikhonov`) are
+added.
 
 References:
-    R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for the
-    papers' estimates of cross-entropy, binary cross-entropy and least squares; S. Saha et al.: LALR, arXiv 2006.13307,
-    2020, for mean absolute error and the quantile loss. The strict and the smooth constants follow from the inequality
-    that each function names.
+    R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for
+    the papers' estimates of cross-entropy, binary cross-entropy and least squares; S. Saha et al.: LALR, arXiv
+    2006.13307, 2020, for mean absolute error and the quantile loss. The strict and the smooth constants follow from
+    the inequality that each function names.
 """
 
 import math
@@ -159,8 +160,8 @@ def binary_cross_entropy(
 ) -> float:
     r"""Constant of the binary cross-entropy with logits, averaged over examples and outputs.
 
-    For one logit z, the probability s(z) of the sigmoid, a target t between ``label_smoothing`` / 2 and 1 minus that, and
-    the weight P = ``pos_weight`` of positive examples, the slope is (1 - t) s - P t (1 - s):
+    For one logit z, the probability s(z) of the sigmoid, a target t between ``label_smoothing`` / 2 and 1 minus that,
+    and the weight P = ``pos_weight`` of positive examples, the slope is (1 - t) s - P t (1 - s):
 
     - estimate: its largest size at z = 0, where the papers evaluate it; 1/2 without smoothing and weight;
     - slope: its supremum, max(P, 1)(1 - label_smoothing / 2); 1 without;
@@ -216,9 +217,9 @@ def mean_squared_error(
     Args:
         activation_norm: K, not negative.
         batch_size: m, examples in the loss, at least 1.
-        output_norm: A bound of the outputs' size, in the same norm as K: for ``frobenius`` that of the matrix (m, n), for
-            ``sample`` the largest norm of a row, for ``unit`` the largest entry. Not used by the smooth family. Where a
-            bound of the difference is known, pass it here and a ``target_norm`` of 0.
+        output_norm: A bound of the outputs' size, in the same norm as K: for ``frobenius`` that of the matrix (m, n),
+            for ``sample`` the largest norm of a row, for ``unit`` the largest entry. Not used by the smooth family.
+            Where a bound of the difference is known, pass it here and a ``target_norm`` of 0.
         target_norm: The targets' size, likewise.
         num_outputs: n, outputs of one example.
         half: The papers' loss, sum of squares over 2m, in place of torch's ``mse_loss``, sum of squares over mn.
@@ -406,8 +407,8 @@ def tikhonov(gamma_norm: float, weight_norm: float, *, bound: Bound = "strict") 
     """What a term ``norm(Gamma w)^2`` of the loss adds to its constant.
 
     Args:
-        gamma_norm: Norm of Gamma'Gamma (of Gamma squared, where Gamma is symmetric), not negative: the spectral norm, or
-            any larger one.
+        gamma_norm: Norm of Gamma'Gamma (of Gamma squared, where Gamma is symmetric), not negative: the spectral norm,
+            or any larger one.
         weight_norm: Bound of norm(w), not negative.
         bound: Family of the constant that it is added to.
 
@@ -424,6 +425,49 @@ def tikhonov(gamma_norm: float, weight_norm: float, *, bound: Bound = "strict") 
     _check_range("gamma_norm", gamma_norm, 0.0)
     _check_range("weight_norm", weight_norm, 0.0)
     return 2 * gamma_norm if bound == "smooth" else 2 * gamma_norm * weight_norm
+
+
+Estimate = Literal["constant", "text", "scripts"]
+
+
+def squared(
+    data: float, l2: float = 0.0, *, estimate: Estimate = "constant", activation_norm: float = 1.0, squares: float = 0.0
+) -> float:
+    """An estimate of the squared constant, for the rules of RMSprop and Adam.
+
+    With D the constant of the data, R that of the L2 term, L = D + R, and D = c K:
+
+    - ``constant``: L^2;
+    - ``text``: c^2 K^2 + R^2, as the paper writes it;
+    - ``scripts``: c^2 S + 2 R c K, as the authors' scripts compute it, S being the Frobenius norm of the matrix of
+      squared activations, the largest over the batches. S is far below K^2, the sum of its entries.
+
+    Args:
+        data: D, not negative.
+        l2: R, not negative.
+        estimate: Which one.
+        activation_norm: K, positive; for ``scripts``.
+        squares: S, not negative; for ``scripts``.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    References:
+        R. Yedida, S. Saha, arXiv 1902.07399, section on RMSprop, and the scripts published with it.
+    """
+    for name, value in (("data", data), ("l2", l2), ("squares", squares)):
+        _check_range(name, value, 0.0)
+    _check_positive("activation_norm", activation_norm)
+    if estimate == "constant":
+        return (data + l2) ** 2
+    if estimate == "text":
+        return data**2 + l2**2
+    if estimate == "scripts":
+        return (data / activation_norm) ** 2 * squares + 2 * l2 * data
+    raise ValueError(f"estimate={estimate!r}: expected one of constant, text, scripts")
 
 
 # -- from one example to the batch -------------------------------------------------------------------------------------

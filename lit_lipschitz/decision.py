@@ -19,6 +19,7 @@ class Measurement:
         batch_size: Examples (tokens, pixels) in the global batch.
         dropped: Batches with non-finite activations on the rank that had most.
         ignored: Whether the loss left targets out of its mean.
+        squares: Frobenius norm of the matrix of squared activations, for the estimate of the authors' scripts.
     """
 
     activation_norm: float
@@ -26,6 +27,7 @@ class Measurement:
     batch_size: int
     dropped: int
     ignored: bool = False
+    squares: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Policy:
     bound: constants.Bound = "strict"
     norm: constants.Norm = "frobenius"
     rule: Literal["auto"] | rules.RuleName = "auto"
+    squared: Literal["auto"] | constants.Estimate = "auto"
+    weight_decay: float | None = None
     min_lr: float = 0.0
     max_lr: float | None = None
     max_growth: float | None = None
@@ -65,12 +69,37 @@ class Policy:
     def __post_init__(self) -> None:
         if self.rule not in ("auto", *rules.RULES):
             raise ConfigurationError(f"LipschitzLR(rule={self.rule!r}): expected one of 'auto', {_quoted(rules.RULES)}")
+        if self.squared not in ("auto", "constant", "text", "scripts"):
+            raise ConfigurationError(
+                f"LipschitzLR(squared={self.squared!r}): expected one of 'auto', 'constant', 'text', 'scripts'"
+            )
+        if self.estimate == "scripts" and (self.bound, self.norm) != ("paper", "frobenius"):
+            raise ConfigurationError(
+                f"LipschitzLR(squared='scripts') is the estimate of the authors' scripts, for bound='paper' and "
+                f"norm='frobenius'; found {self.bound!r} and {self.norm!r}: change them, or pass squared='constant'"
+            )
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise ConfigurationError(f"LipschitzLR(weight_decay={self.weight_decay}): expected at least 0, or null")
         if self.max_lr is not None and not 0 < self.max_lr < math.inf:
             raise ConfigurationError(f"LipschitzLR(max_lr={self.max_lr}): expected a positive number")
         if not 0 <= self.min_lr <= (math.inf if self.max_lr is None else self.max_lr):
             raise ConfigurationError(f"LipschitzLR(min_lr={self.min_lr}): expected 0 <= min_lr <= max_lr")
         if self.max_growth is not None and not self.max_growth >= 1:
             raise ConfigurationError(f"LipschitzLR(max_growth={self.max_growth}): expected a factor of at least 1")
+
+    @property
+    def estimate(self) -> constants.Estimate:
+        """The estimate of the squared constant; the authors' rules bring the authors' own."""
+        if self.squared != "auto":
+            return self.squared
+        return "scripts" if self.rule in ("rmsprop_authors", "adam_authors") else "constant"
+
+    def decay_of(self, optimizer: str, groups: Sequence[Mapping[str, Any]]) -> float:
+        """The coefficient of the L2 term in the loss: a weight decay that the optimizer adds to the gradient."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        coupled = [g for g in groups if optimizer != "AdamW" and not g.get("decoupled_weight_decay", False)]
+        return max((float(group.get("weight_decay", 0.0)) for group in coupled), default=0.0)
 
     @property
     def limited(self) -> bool:
@@ -86,19 +115,20 @@ class Policy:
         try:
             momentous = max(groups, key=lambda group: group.get("momentum", 0.0))
             name = self.rule if self.rule != "auto" else rules.rule_for(optimizer, momentous, self.bound)
-            rules.RULES[name](1.0, rules.RuleState(), groups[0])
+            rules.RULES[name](rules.Observation(1.0, 1.0), rules.RuleState(), groups[0])
         except KeyError as missing:
             raise ConfigurationError(
                 f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found {optimizer}"
             ) from None
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
-        if name == "adamo" and len({(group["momentum"], group["dampening"]) for group in groups}) > 1:
-            raise ConfigurationError(
-                "LipschitzLR: the rule 'adamo' needs the same momentum and dampening in all parameter groups; found "
-                f"momentum {', '.join(str(group['momentum']) for group in groups)}: make them equal, or pass "
-                "rule='inverse'"
-            )
+        needed = [key for key in ("momentum", "dampening", "alpha", "betas", "eps") if key in groups[0]]
+        for key in needed if name != "inverse" else ():
+            if len({str(group[key]) for group in groups}) > 1:
+                raise ConfigurationError(
+                    f"LipschitzLR: the rule {name!r} needs the same {key} in all parameter groups; found "
+                    f"{', '.join(str(group[key]) for group in groups)}: make them equal, or pass rule='inverse'"
+                )
         return name
 
     def decide(
@@ -124,21 +154,29 @@ class Policy:
         Returns:
             The decision and the rule's new state, or None where the measurement gives no rate.
         """
-        finite = math.isfinite(measured.activation_norm) and math.isfinite(measured.weight_norm)
+        finite = all(map(math.isfinite, (measured.activation_norm, measured.weight_norm, measured.squares)))
         if not finite or measured.activation_norm == 0 or measured.batch_size < 1:
             return None
-        constant = constants.cross_entropy(
+        data = constants.cross_entropy(
             measured.activation_norm,
             num_classes=num_classes,
             batch_size=measured.batch_size,
             bound=self.bound,
             norm=self.norm,
         )
-        decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
-        constant += constants.l2(decay, measured.weight_norm, bound=self.bound)
-        if not 0 < constant < math.inf:
+        l2 = constants.l2(self.decay_of(optimizer, groups), measured.weight_norm, bound=self.bound)
+        constant = data + l2
+        squared = constants.squared(
+            data,
+            l2,
+            estimate=self.estimate,
+            activation_norm=measured.activation_norm,
+            squares=measured.squares,
+        )
+        if not (0 < constant < math.inf and 0 < squared < math.inf):
             return None
-        rate, state = rules.RULES[self.rule_for(optimizer, groups)](constant, state, groups[0])
+        seen = rules.Observation(constant, squared, measured.activation_norm)
+        rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
         return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -213,13 +213,29 @@ def _names(node: Any, limit: int = 4) -> list[str]:
     return names
 
 
-def weight_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Largest Euclidean norm of a parameter tensor of an optimizer, a scalar of dtype float32 on their device.
+Weights = Literal["decayed", "parameters", "all"]
 
-    Where some groups have weight decay and others have none, those that have it count.
+
+def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
+    """Largest Euclidean norm of a weight tensor.
+
+    Args:
+        optimizer: Whose parameters.
+        module: Whose tensors.
+        which: ``"decayed"`` are the parameters in groups with weight decay, or all where no group has any;
+            ``"parameters"`` all parameters of the optimizer; ``"all"`` every floating-point tensor of the module,
+            BatchNorm's moving statistics included, as in the scripts of the papers' authors.
+
+    Returns:
+        A scalar of dtype float32, on the tensors' device.
     """
     groups = optimizer.param_groups
-    decayed = [group for group in groups if group.get("weight_decay", 0)] or groups
-    parameters = [p.detach() for group in decayed for p in group["params"]]
-    norms = torch._foreach_norm(parameters, dtype=torch.float32)
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).max()
+    if which == "decayed":
+        groups = [group for group in groups if group.get("weight_decay", 0)] or groups
+    tensors = [p.detach() for group in groups for p in group["params"]]
+    if which == "all":
+        tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
+    # torch takes no norm in a narrower type than the tensor's.
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    norms = torch._foreach_norm(tensors, dtype=torch.float64 if double else torch.float32)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).max().float()

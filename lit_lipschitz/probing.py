@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,12 @@ from lit_lipschitz import inspection
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.statistics import RunningMaximum
 
+Mode = Literal["off", "training", "inference", "watching"]
+"""What probes do: nothing; measure forwards with gradients, or without; or only tell which of them run."""
+
 
 class Probe:
-    """A pre-hook that measures a module's input while it is armed, on the device and under torch.compile.
+    """A pre-hook that measures a module's input, on the device and under torch.compile.
 
     Args:
         name: The module's name.
@@ -25,14 +28,16 @@ class Probe:
     def __init__(self, name: str, head: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
         self.name, self.head, self.statistic = name, head, statistic
         self.ran_at = torch.zeros_like(clock)
-        self.armed = False
+        self.mode: Mode = "off"
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # A deep copy of the network (a moving average, a teacher) brings the hook along, with another module.
-            if self.armed and module is head and torch.is_grad_enabled():
+            if self.mode == "off" or module is not head or torch.is_grad_enabled() == (self.mode == "inference"):
+                return
+            if self.mode != "watching":
                 activations = args[0] if args else kwargs["input"]
                 statistic.update(inspection.head_rows(module, activations))
-                self.ran_at.copy_(clock.add_(1))
+            self.ran_at.copy_(clock.add_(1))
 
         self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
 
@@ -75,10 +80,15 @@ class Probes:
         if stored is not None:
             self.load_state_dict(stored)
 
-    def arm(self, armed: bool) -> None:
-        """Measures from now on, or no longer: what runs between training batches is no training."""
+    def arm(self, mode: Mode) -> None:
+        """Says what to do from now on: what runs between training batches is no training."""
         for probe in self._candidates:
-            probe.armed = armed
+            probe.mode = mode
+
+    def reset(self) -> None:
+        """Forgets what was measured."""
+        for probe in self._candidates:
+            probe.statistic.reset()
 
     @property
     def chosen(self) -> Probe | None:

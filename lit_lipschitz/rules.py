@@ -1,9 +1,51 @@
-"""From a Lipschitz constant to a learning rate, for one optimizer each: state in, (rate, state) out."""
+r"""From a Lipschitz constant to a learning rate, for one optimizer each: state in, (rate, state) out.
+
+A rule treats the constant as the optimizer treats the gradient, so that the step is one gradient over one constant:
+momentum averages both, RMSprop and Adam divide both by the root of an average square. With L the constant of an update,
+:math:`\bar L` and :math:`\overline{L^2}` its averages, and the optimizer's settings under torch's names:
+
+=========== =============================================== ================================================
+rule        rate                                            averages
+=========== =============================================== ================================================
+inverse     1 / L
+adamo       (1 - momentum) / ((1 - dampening) Lbar)         momentum
+rmsprop     (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
+adam        (sqrt(L2bar) + eps) / Lbar                      betas
+adamax      (max + eps) / Lbar, max a decaying maximum      betas
+=========== =============================================== ================================================
+
+The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
+scripts of the papers' authors compute: no correction, an average that may start from a value set by hand, and RMSprop's
+root divided by K_z, the size of the activations, in place of L.
+
+By construction the rates of ``rmsprop`` and ``adam`` are near 1 for a constant L, since these optimizers have
+normalised the gradient already: far above what networks bear. They are the papers' rules, not a recommendation.
+
+References:
+    R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019,
+    sections on momentum, RMSprop and Adam, and the scripts published with it. ``adamax``, the momentum of ``rmsprop``
+    and AMSGrad are not in the paper: derived in the same way.
+"""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a rule sees at an update.
+
+    Attributes:
+        constant: Lipschitz constant L, positive.
+        squared: An estimate of its square, positive (:func:`lit_lipschitz.constants.squared`).
+        activation_norm: Size of the head's inputs, K_z, positive.
+    """
+
+    constant: float
+    squared: float
+    activation_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -11,86 +53,203 @@ class RuleState:
     """What a rule remembers between updates.
 
     Attributes:
-        updates: Constants seen so far.
-        average: Exponential moving average of the constant, started at 0, not corrected for that start.
-        weight: The same average of 1, which corrects for it.
+        updates: Updates so far.
+        average: Moving average of the constant, not corrected for its start.
+        weight: The same average of 1, from 0: what corrects for it.
+        square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
+        square_weight: The same average of 1, from 0.
+        largest: Largest :attr:`square` so far, for AMSGrad.
     """
 
     updates: int = 0
     average: float = 0.0
     weight: float = 0.0
+    square: float = 0.0
+    square_weight: float = 0.0
+    largest: float = 0.0
+
+    def averaged(self, decay: float, constant: float) -> "RuleState":
+        """The state with a constant taken into the average."""
+        average = decay * self.average + (1 - decay) * constant
+        return replace(self, average=average, weight=decay * self.weight + (1 - decay))
+
+    def squared(self, decay: float, square: float) -> "RuleState":
+        """The state with a squared constant taken into its average."""
+        square = decay * self.square + (1 - decay) * square
+        weight = decay * self.square_weight + (1 - decay)
+        return replace(self, square=square, square_weight=weight, largest=max(self.largest, square))
 
 
-Rule = Callable[[float, RuleState, Mapping[str, Any]], tuple[float, RuleState]]
-RuleName = Literal["inverse", "adamo"]
+Settings = Mapping[str, Any]
+Rule = Callable[[Observation, RuleState, Settings], tuple[float, RuleState]]
+RuleName = Literal["inverse", "adamo", "rmsprop", "adam", "adamax", "adamo_authors", "rmsprop_authors", "adam_authors"]
 
 
-def inverse(constant: float, state: RuleState, settings: Mapping[str, Any]) -> tuple[float, RuleState]:
+def inverse(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
     """Gradient descent: rate = 1 / L.
 
     Args:
-        constant: Lipschitz constant L, positive.
-        state: State of the rule.
+        seen: The constant.
+        state: State of the rule; not used.
         settings: The optimizer's settings; not used.
 
     Returns:
         The rate and the new state.
 
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399, section 3.
+    Raises:
+        ValueError: The constant is not a positive finite number.
     """
-    _check_constant(constant)
-    return 1.0 / constant, RuleState(state.updates + 1, constant, 1.0)
+    state = _next(seen, state)
+    return 1.0 / seen.constant, state
 
 
-def adamo(constant: float, state: RuleState, settings: Mapping[str, Any]) -> tuple[float, RuleState]:
+def adamo(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
     """Momentum with a moving average of the constant ("AdaMo").
 
     The paper steps by v / K with v = b v + (1 - b) g and K = b K + (1 - b) L. torch accumulates v = b v + (1 - d) g,
-    which is (1 - d) / (1 - b) times as long, so rate = (1 - b) / ((1 - d) K). K is corrected for its start at 0 as in
-    Adam, by 1 - b^t where b is constant, so the first K is the first L.
+    which is (1 - d) / (1 - b) times as long, so rate = (1 - b) / ((1 - d) K). Nesterov's step g + b v is as long as v
+    while the gradient stays the same, so it has the same rate.
 
     Args:
-        constant: Lipschitz constant L, positive.
-        state: State of the rule: the uncorrected K and its weight.
+        seen: The constant.
+        state: State of the rule.
         settings: The optimizer's ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
 
     Returns:
         The rate and the new state.
 
     Raises:
-        ValueError: A setting is outside its range.
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399, section on gradient descent with momentum.
+        ValueError: A setting is outside its range, or the constant is not a positive finite number.
     """
-    _check_constant(constant)
-    momentum, dampening = float(settings["momentum"]), float(settings.get("dampening", 0.0))
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum}: expected 0 <= momentum < 1")
-    if not dampening < 1:
-        raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
-    average = momentum * state.average + (1 - momentum) * constant
-    weight = momentum * state.weight + (1 - momentum)
-    rate = (1 - momentum) / ((1 - dampening) * (average / weight))
-    return rate, RuleState(state.updates + 1, average, weight)
+    momentum, length = _momentum(settings)
+    state = _next(seen, state).averaged(momentum, seen.constant)
+    return length / (state.average / state.weight), state
 
 
-def _check_constant(constant: float) -> None:
-    if not (math.isfinite(constant) and constant > 0):
-        raise ValueError(f"constant={constant!r}: expected a positive finite number")
+def adamo_authors(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """:func:`adamo` without a correction for the average's start; arguments, result and errors are the same.
+
+    From 0 the first rate is 1 / (1 - momentum) times too large; the authors set the first average, and the first
+    rate, to a number by hand (:func:`initial_state`).
+    """
+    momentum, length = _momentum(settings)
+    state = _next(seen, state).averaged(momentum, seen.constant)
+    return length / state.average, state
 
 
-RULES: dict[str, Rule] = {"inverse": inverse, "adamo": adamo}
-KNOWN_OPTIMIZERS = ("SGD",)
+def rmsprop(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """RMSprop: rate = (sqrt(K2) + eps) / L with K2 the moving average of the squared constant.
+
+    torch's momentum m makes the step 1 / (1 - m) times as long, which the rate takes back.
+
+    Args:
+        seen: The constant and its square.
+        state: State of the rule.
+        settings: The optimizer's ``alpha`` in [0, 1), ``eps``, and ``momentum`` in [0, 1) (0 if absent).
+
+    Returns:
+        The rate and the new state.
+
+    Raises:
+        ValueError: A setting is outside its range, or the constant is not a positive finite number.
+    """
+    state = _next(seen, state).squared(_decay("alpha", settings["alpha"]), seen.squared)
+    root = math.sqrt(state.square / state.square_weight) + float(settings["eps"])
+    return (1 - _decay("momentum", settings.get("momentum", 0.0))) * root / seen.constant, state
 
 
-def rule_for(optimizer: str, settings: Mapping[str, Any], bound: str) -> RuleName:
+def rmsprop_authors(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """:func:`rmsprop` without correction, divided by K_z; arguments, result and errors are the same.
+
+    K_z is L k m / (k - 1) where there is no L2 term, so the rate is smaller by that factor.
+    """
+    state = _next(seen, state).squared(_decay("alpha", settings["alpha"]), seen.squared)
+    root = math.sqrt(state.square) + float(settings["eps"])
+    return (1 - _decay("momentum", settings.get("momentum", 0.0))) * root / seen.activation_norm, state
+
+
+def adam(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """Adam, AdamW, NAdam and RAdam ("auto-Adam"): rate = (sqrt(K2) + eps) / K1 with the averages of L^2 and L.
+
+    Args:
+        seen: The constant and its square.
+        state: State of the rule.
+        settings: The optimizer's ``betas``, both in [0, 1), ``eps``, and ``amsgrad`` (false if absent), with which the
+            largest K2 counts as torch's largest average square does.
+
+    Returns:
+        The rate and the new state.
+
+    Raises:
+        ValueError: A setting is outside its range, or the constant is not a positive finite number.
+    """
+    state = _adam_averages(seen, state, settings)
+    square = state.largest if settings.get("amsgrad", False) else state.square
+    root = math.sqrt(square / state.square_weight) + float(settings["eps"])
+    return root / (state.average / state.weight), state
+
+
+def adam_authors(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """:func:`adam` without correction; arguments, result and errors are the same.
+
+    With an update an epoch and torch's betas, the root creeps towards its value for thousands of epochs.
+    """
+    state = _adam_averages(seen, state, settings)
+    square = state.largest if settings.get("amsgrad", False) else state.square
+    return (math.sqrt(square) + float(settings["eps"])) / state.average, state
+
+
+def adamax(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    """Adamax: as :func:`adam`, with the decaying maximum of L in place of the root of an average square."""
+    first, second = (_decay("betas", beta) for beta in settings["betas"])
+    state = _next(seen, state).averaged(first, seen.constant)
+    state = replace(state, square=max(second * state.square, seen.constant))
+    return (state.square + float(settings["eps"])) / (state.average / state.weight), state
+
+
+RULES: dict[str, Rule] = {
+    "inverse": inverse,
+    "adamo": adamo,
+    "rmsprop": rmsprop,
+    "adam": adam,
+    "adamax": adamax,
+    "adamo_authors": adamo_authors,
+    "rmsprop_authors": rmsprop_authors,
+    "adam_authors": adam_authors,
+}
+RULE_OF_OPTIMIZER: dict[str, RuleName] = {
+    "SGD": "inverse",
+    "RMSprop": "rmsprop",
+    "Adam": "adam",
+    "AdamW": "adam",
+    "NAdam": "adam",
+    "RAdam": "adam",
+    "Adamax": "adamax",
+}
+"""The rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""
+
+
+def initial_state(rule: str, first: float | None) -> RuleState:
+    """The state before the first update.
+
+    Args:
+        rule: A key of :data:`RULES`.
+        first: The rate that is set by hand for the time before the first update, or None. The authors' AdaMo takes the
+            same number for the average's start.
+
+    Returns:
+        The state.
+    """
+    return RuleState(average=first) if rule == "adamo_authors" and first is not None else RuleState()
+
+
+def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     """Name of the rule for an optimizer's class and settings.
 
     SGD steps by 1/L. With momentum the paper family takes the paper's own rule, ``adamo``; the strict and the smooth
     constant are bounds, and heavy-ball momentum b is stable on a quadratic of smoothness L for rates below
-    2 (1 + b) / L, so there the rate stays 1/L.
+    2 (1 + b) / L, so there the rate stays 1/L. The papers' rules for optimizers that normalise the gradient are taken
+    for the paper family alone: they promise nothing that a bound would give.
 
     Args:
         optimizer: Class name of the optimizer.
@@ -101,12 +260,48 @@ def rule_for(optimizer: str, settings: Mapping[str, Any], bound: str) -> RuleNam
         A key of :data:`RULES`.
 
     Raises:
-        ValueError: No rule is known for the optimizer.
+        ValueError: No rule is known for the optimizer and the family.
     """
-    if optimizer not in KNOWN_OPTIMIZERS:
-        known = ", ".join(KNOWN_OPTIMIZERS)
-        forced = ", ".join(f"rule={name!r}" for name in RULES)
+    forced = f"rule= with one of {', '.join(map(repr, RULES))} would force one"
+    name = RULE_OF_OPTIMIZER.get(optimizer)
+    if name is None:
+        known = ", ".join(RULE_OF_OPTIMIZER)
+        raise ValueError(f"no learning-rate rule is known for the optimizer {optimizer}; known: {known}; {forced}")
+    if name == "inverse":
+        return "adamo" if bound == "paper" and settings.get("momentum", 0) else "inverse"
+    if bound != "paper":
         raise ValueError(
-            f"no learning-rate rule is known for the optimizer {optimizer}; known: {known}; {forced} would force one"
+            f"bound={bound!r} bounds what gradient descent does, and {optimizer} normalises the gradient: no rule "
+            "with a guarantee is known for it; use SGD, or bound='paper' for the paper's rule, whose rate is near 1; "
+            f"{forced}"
         )
-    return "adamo" if bound == "paper" and settings.get("momentum", 0) else "inverse"
+    if settings.get("centered", False):
+        raise ValueError(f"no learning-rate rule is known for RMSprop with centered=True; use centered=False; {forced}")
+    return name
+
+
+def _next(seen: Observation, state: RuleState) -> RuleState:
+    for name in ("constant", "squared", "activation_norm"):
+        value = getattr(seen, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: expected a positive finite number")
+    return replace(state, updates=state.updates + 1)
+
+
+def _momentum(settings: Settings) -> tuple[float, float]:
+    """The momentum, and the length of an averaged gradient over that of torch's velocity."""
+    momentum, dampening = _decay("momentum", settings["momentum"]), float(settings.get("dampening", 0.0))
+    if not dampening < 1:
+        raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
+    return momentum, (1 - momentum) / (1 - dampening)
+
+
+def _adam_averages(seen: Observation, state: RuleState, settings: Settings) -> RuleState:
+    first, second = (_decay("betas", beta) for beta in settings["betas"])
+    return _next(seen, state).averaged(first, seen.constant).squared(second, seen.squared)
+
+
+def _decay(name: str, value: Any) -> float:
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"{name}={float(value)}: expected 0 <= {name} < 1")
+    return float(value)

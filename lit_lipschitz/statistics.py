@@ -18,21 +18,34 @@ def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
 
     Returns:
         A scalar of dtype float32.
+
+    Raises:
+        ValueError: There are no rows.
     """
-    norm = torch.linalg.vector_norm(activations, dtype=torch.float32)
+    _check_rows(activations)
+    norm = torch.linalg.vector_norm(_single(activations), dtype=torch.float32)
     return torch.sqrt(norm * norm + activations.shape[0]) if bias else norm
 
 
 def sample(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest Euclidean norm of a row; arguments and result as for :func:`frobenius`."""
-    norm = torch.linalg.vector_norm(activations, dim=1, dtype=torch.float32).max()
+    """Largest Euclidean norm of a row; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    norm = torch.linalg.vector_norm(_single(activations), dim=1, dtype=torch.float32).max()
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
 def unit(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest absolute activation; arguments and result as for :func:`frobenius`."""
-    norm = torch.linalg.vector_norm(activations, ord=float("inf"), dtype=torch.float32)
+    """Largest absolute activation; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    norm = torch.linalg.vector_norm(_single(activations), ord=float("inf"), dtype=torch.float32)
     return norm.clamp(min=1.0) if bias else norm
+
+
+def squares(activations: Tensor) -> Tensor:
+    """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    norm = torch.linalg.vector_norm(_single(activations), ord=4, dtype=torch.float32)
+    return norm * norm
 
 
 def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,7 +58,11 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
 
     Returns:
         The singular value (a scalar; from below, since the iteration is cut off) and the unit vector reached.
+
+    Raises:
+        ValueError: There are no rows.
     """
+    _check_rows(activations)
     matrix = activations.float()
 
     def image_of(vector: Tensor) -> Tensor:
@@ -59,6 +76,16 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
             direction = torch.cat([direction, image.sum().reshape(1)])
         direction = _unit_vector(direction)
     return torch.linalg.vector_norm(image_of(direction)), direction
+
+
+def _single(activations: Tensor) -> Tensor:
+    """Activations that a norm can be taken of in fp32, which torch does not do for doubles."""
+    return activations.float() if activations.dtype == torch.float64 else activations
+
+
+def _check_rows(activations: Tensor) -> None:
+    if activations.ndim != 2 or not len(activations):
+        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
 
 
 def _unit_vector(vector: Tensor) -> Tensor:
@@ -80,21 +107,34 @@ class RunningMaximum:
         bias: Whether the head has a bias, whose input is a 1 appended to every row.
         mean: Divide the norm of a batch by the root of its number of rows, which makes batches of different sizes
             comparable (for ``frobenius`` the root mean square norm of a row).
+        squares: Whether to keep the largest :func:`squares` as well.
         device: Where the tensors live.
     """
 
     def __init__(
-        self, norm: Norm, width: int, *, bias: bool = False, mean: bool = False, device: torch.device | None = None
+        self,
+        norm: Norm,
+        width: int,
+        *,
+        bias: bool = False,
+        mean: bool = False,
+        squares: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.norm = norm
         self.bias = bias
         self.mean = mean
-        self.values = torch.zeros(3, dtype=torch.float32, device=device)
+        self.squares = squares
+        self.values = torch.zeros(4, dtype=torch.float32, device=device)
         self.direction = torch.ones(width + bias if norm == "spectral" else 0, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def update(self, activations: Tensor) -> None:
-        """Take in one batch of activations of shape (rows, width)."""
+        """Take in one batch of activations of shape (rows, width).
+
+        Raises:
+            ValueError: There are no rows.
+        """
         activations = activations.detach()
         rows = activations.shape[0]
         if self.norm == "spectral":
@@ -107,10 +147,12 @@ class RunningMaximum:
         if self.mean:
             value = value / rows**0.5
         finite = torch.isfinite(value)
-        largest, most_rows, dropped = self.values.unbind()
+        largest, most_rows, dropped, most_squares = self.values.unbind()
         largest.copy_(torch.maximum(largest, torch.where(finite, value, 0.0)))
         most_rows.clamp_(min=rows)
         dropped.add_(~finite)
+        if self.squares:
+            most_squares.copy_(torch.maximum(most_squares, torch.where(finite, squares(activations), 0.0)))
 
     def merge(self, other: "RunningMaximum") -> None:
         """Take in what another statistic has seen."""

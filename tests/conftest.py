@@ -25,6 +25,9 @@ class Classifier(L.LightningModule):
         self.net = net or nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES))
         self.make = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 

@@ -450,6 +450,9 @@ def test_nothing_is_read_to_the_host_between_updates(monkeypatch):
     assert [bool(count) for count in per_step[6:]] == [False] * 5 + [True] + [False] * 5 + [True]
 
 
+BY_PASS = {"bound": "paper", "measure": "pass", "rule": "adamo_authors", "initial_lr": 0.5}
+
+
 class Scheduled(Classifier):
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
@@ -457,9 +460,9 @@ class Scheduled(Classifier):
 
 
 @pytest.mark.parametrize("kind", [Classifier, Scheduled])
-@pytest.mark.parametrize("bound", ["strict", "smooth", "paper"])
+@pytest.mark.parametrize("settings", [{"bound": "strict"}, {"bound": "smooth"}, {"bound": "paper"}, BY_PASS])
 @pytest.mark.parametrize("stop", ["epoch's end", "mid-epoch"])
-def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, bound, stop):
+def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, settings, stop):
     class Resumable:
         """Batches in order, and a place to go on from."""
 
@@ -482,13 +485,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, bound, 
         def load_state_dict(self, state):
             self.position = state["position"]
 
-    def run(max_steps, **settings):
+    def run(max_steps, **rest):
         torch.manual_seed(1)
         module = kind()
         save = ModelCheckpoint(".", filename=f"at{max_steps}", every_n_train_steps=max_steps, save_top_k=-1)
-        run = trainer(LipschitzLR(bound=bound), steps := Steps(), save, enable_checkpointing=True, max_epochs=-1,
+        run = trainer(LipschitzLR(**settings), steps := Steps(), save, enable_checkpointing=True, max_epochs=-1,
                       max_steps=max_steps)  # fmt: skip
-        run.fit(module, Resumable(), weights_only=True, **settings)
+        run.fit(module, Resumable(), weights_only=True, **rest)
         return [p.detach().clone() for p in module.parameters()], steps.rates
 
     stopped = 12 if stop == "epoch's end" else 9
@@ -556,11 +559,38 @@ def test_a_compiled_network_is_measured_like_an_eager_one():
     assert fit(LipschitzLR(), compiled)[1] == fit(LipschitzLR(), eager)[1]
 
 
+def test_double_precision():
+    double, single = (fit(LipschitzLR(), precision=precision)[1] for precision in ("64-true", "32-true"))
+    assert [rate for (rate,) in double] == pytest.approx([rate for (rate,) in single], rel=1e-5)
+
+
+def test_a_head_with_one_output_is_refused_in_so_many_words():
+    class OneOutput(Classifier):
+        def __init__(self):
+            super().__init__(net=nn.Linear(WIDTH, 1))
+
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self.net(batch[0])[:, 0], batch[1].float())
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(ConfigurationError, match="the head 'net' has 1 output, .* needs at least 2 classes"):
+        fit(LipschitzLR(loss="cross_entropy"), OneOutput)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"loss": "hinge"}, "loss='hinge'"),
-        ({"rule": "adam"}, "rule='adam'"),
+        ({"rule": "lbfgs"}, "rule='lbfgs'"),
+        ({"squared": "mean"}, "squared='mean'"),
+        ({"squared": "scripts"}, "for bound='paper' and norm='frobenius'; found 'strict'"),
+        ({"rule": "adam_authors"}, "for bound='paper' and norm='frobenius'; found 'strict'"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"weights": "biases"}, "weights='biases'"),
+        ({"measure": "peek"}, "measure='peek'"),
+        ({"measure": "pass", "update": 5}, "measure='pass', update=5"),
         ({"bound": "loose"}, "bound='loose'"),
         ({"norm": "unit"}, "norm='unit'"),
         ({"update": 0}, "update=0"),
@@ -652,7 +682,7 @@ def two_momenta(parameters):
         (Classifier, [LipschitzLR(head="ne.2")], "no module of that name; pass one of 'net.2'"),
         (Classifier, [LipschitzLR(), LipschitzLR()], "found 2"),
         (TwoOptimizers, [LipschitzLR()], "returned 2"),
-        (lambda: Classifier(torch.optim.Adam), [LipschitzLR()], "Adam; known: SGD"),
+        (lambda: Classifier(torch.optim.Adam), [LipschitzLR()], "Adam normalises the gradient"),
         (OwnBackward, [LipschitzLR()], "call self.manual_backward"),
         (Ignoring, [LipschitzLR()], "norm='sample'"),
         (Tempered, [LipschitzLR()], "found LogSoftmax > Div > Addmm"),

@@ -17,7 +17,7 @@ LAYERS = [
     {"decision"},
     {"statistics"},
     {"regression", "inspection", "writing"},
-    {"probing"},
+    {"probing", "inference"},
     {"callback"},
     {"audit"},
     {"models", "data"},

@@ -144,6 +144,11 @@ def test_rows_are_examples_tokens_or_pixels(head, shape, rows):
 def test_the_weight_norm_is_the_largest_tensors():
     parameters = [nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([[1.0]]))]
     groups = [{"params": [p]} for p in parameters]
-    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0)).item() == 5
+    module = nn.BatchNorm1d(4)
+    module.running_var.fill_(10)
+    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0), module).item() == 5
     groups = [{"params": [p], "weight_decay": p.ndim - 1} for p in parameters]
-    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0)).item() == 1
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    assert inspection.weight_norm(optimizer, module).item() == 1
+    assert inspection.weight_norm(optimizer, module, "parameters").item() == 5
+    assert inspection.weight_norm(optimizer, module, "all").item() == 20

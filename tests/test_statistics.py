@@ -35,7 +35,7 @@ def test_the_maximum_over_batches_is_numpys(norm, bias, mean):
         statistic.update(torch.from_numpy(batch).float())
         seen = with_ones(batch) if bias else batch
         expected = max(expected, REFERENCE[norm](seen) / (math.sqrt(len(seen)) if mean else 1))
-    assert statistic.values.tolist() == pytest.approx([expected, 9, 0], rel=1e-6)
+    assert statistic.values.tolist() == pytest.approx([expected, 9, 0, 0], rel=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -97,9 +97,24 @@ def test_power_iteration_at_any_scale_and_after_a_batch_of_zeros(scale):
     assert before == pytest.approx(np.linalg.svd(batch.double().numpy(), compute_uv=False)[0], rel=1e-4)
     statistic.reset()
     statistic.update(torch.zeros(3, 5))
-    assert statistic.values.tolist() == [0, 3, 0]
+    assert statistic.values.tolist() == [0, 3, 0, 0]
     statistic.update(batch)
     assert statistic.values[0].item() == pytest.approx(before, rel=1e-5)
+
+
+def test_the_squares_are_the_frobenius_norm_of_the_squared_matrix():
+    statistic = RunningMaximum("frobenius", 5, squares=True)
+    for batch in batches():
+        statistic.update(torch.from_numpy(batch).float())
+    statistic.update(torch.full((1, 5), math.nan))
+    expected = max(np.linalg.norm(np.square(batch)) for batch in batches())
+    assert statistic.values[3].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+def test_an_empty_batch_is_refused(norm):
+    with pytest.raises(ValueError, match=r"shape \(0, 5\): expected \(rows, width\) with at least 1 row"):
+        RunningMaximum(norm, 5).update(torch.zeros(0, 5))
 
 
 def test_merging_is_seeing_both():
@@ -116,7 +131,7 @@ def test_reset_forgets_the_batches():
     statistic = RunningMaximum("frobenius", 5)
     statistic.update(torch.ones(2, 5))
     statistic.reset()
-    assert statistic.values.tolist() == [0, 0, 0]
+    assert statistic.values.tolist() == [0, 0, 0, 0]
 
 
 def test_the_state_goes_through_a_weights_only_file(tmp_path):
@@ -139,3 +154,13 @@ def test_no_graph_is_built():
     statistic = RunningMaximum("frobenius", 5)
     statistic.update(torch.ones(2, 5, requires_grad=True))
     assert not statistic.values.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+def test_double_precision_is_measured_too(norm):
+    double, single = (RunningMaximum(norm, 5, squares=True) for _ in range(2))
+    for batch in batches():
+        double.update(torch.from_numpy(batch).double())
+        single.update(torch.from_numpy(batch).float())
+    assert double.values.dtype == torch.float32
+    torch.testing.assert_close(double.values, single.values)
