@@ -1,45 +1,79 @@
 """Residual networks for 32x32 images."""
 
+from collections import OrderedDict
+from typing import Literal, get_args
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lit_lipschitz.models.keras_style import (
+    StridedConv3x3,
+    batch_norm,
+    conv_norm_relu,
+    init_convolutions_,
+    init_he_head_,
+)
+
+Variant = Literal["he", "keras"]
 
 
 class ResNetV1(nn.Module):
     """ResNet for CIFAR: a 3x3 stem, three stages of basic blocks of width 16, 32 and 64, average pooling, the head.
 
-    Depth 20 has 272,474 parameters. Where a stage begins, the shortcut is a strided 1x1 convolution with BatchNorm.
+    Where stages 2 and 3 begin, the shortcut is a strided 1x1 convolution, in two variants.
+
+    "he": convolutions without bias, BatchNorm on the shortcut as well. Depth 20 has 272,474 parameters.
+
+    "keras": the Keras example, with which the LipschitzLR paper's runs were made. Convolutions with bias; BatchNorm
+    with Keras's defaults, none on the shortcut; Keras's "same" padding; kernels, the head's included, start as Keras's
+    `he_normal` and biases as zero. The convolutions' kernels are the parameters that match `*conv*.weight`. Depth 20
+    has 273,066 parameters.
 
     Args:
-        depth: Layers with weights, 6 n + 2 (20, 32, 44, 56, 110).
+        depth: Layers with weights on the longest path, 6 n + 2 (20, 32, 44, 56, 110).
         num_classes: Outputs.
         in_channels: Channels of the images.
         width: Channels of the first stage.
+        variant: "he" or "keras".
 
     Raises:
-        ValueError: The depth is not 6 n + 2.
+        ValueError: The depth is not 6 n + 2, or there is no such variant.
 
     References:
-        K. He, X. Zhang, S. Ren, J. Sun: Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2.
+        K. He, X. Zhang, S. Ren, J. Sun: Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2;
+        the Keras example cifar10_resnet, version 1, as used by R. Yedida, S. Saha, arXiv 1902.07399.
     """
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+    def __init__(
+        self, depth: int = 20, num_classes: int = 10, in_channels: int = 3, width: int = 16, variant: Variant = "he"
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth={depth}: expected 6 n + 2, such as 8, 20 or 56")
-        self.stem = nn.Sequential(_conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU())
+        if variant not in get_args(Variant):
+            raise ValueError(f"variant={variant!r}: expected 'he' or 'keras'")
+        if variant == "keras":
+            self.stem = conv_norm_relu(in_channels, width)
+        else:
+            self.stem = nn.Sequential(_conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU())
+        make_block = KerasBasicBlock if variant == "keras" else BasicBlock
         blocks: list[nn.Module] = []
         channels = width
         for stage in range(3):
             for block in range((depth - 2) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(BasicBlock(channels, width * 2**stage, stride))
+                blocks.append(make_block(channels, width * 2**stage, stride))
                 channels = width * 2**stage
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        if variant == "keras":
+            init_convolutions_(self)
+            init_he_head_(self.head)
+        else:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""
@@ -73,6 +107,37 @@ class BasicBlock(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         """ReLU of the residual plus the shortcut."""
         return F.relu(self.residual(activations) + self.shortcut(activations))
+
+
+class KerasBasicBlock(nn.Module):
+    """The Keras example's `BasicBlock`: biases, and no BatchNorm on the shortcut.
+
+    Args:
+        in_channels: Channels that come in.
+        out_channels: Channels that go out.
+        stride: Stride of the first convolution, 1 or 2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            OrderedDict(
+                conv1=StridedConv3x3(in_channels, out_channels)
+                if stride == 2
+                else nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                norm1=batch_norm(out_channels),
+                relu1=nn.ReLU(),
+                conv2=nn.Conv2d(out_channels, out_channels, 3, padding=1),
+                norm2=batch_norm(out_channels),
+            )
+        )
+        self.shortcut_conv: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut_conv = nn.Conv2d(in_channels, out_channels, 1, stride)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """ReLU of the residual plus the shortcut."""
+        return F.relu(self.residual(activations) + self.shortcut_conv(activations))
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
