@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
@@ -71,11 +72,16 @@ class Command(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Test the final weights at the end of fit."
         )
+        parser.add_argument(
+            "--audit", type=int, default=0, help="Audit the gradients every so many optimizer steps of fit; 0 is off."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, finds the checkpoint, and makes sure that it is one before anybody opens it."""
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
+        if config["audit"] < 0:
+            raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
         path = config.get("ckpt_path")
         if path == "last":
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
@@ -96,7 +102,7 @@ class Command(LightningCLI):
             ConfigurationError: It can't be had as configured, on this machine.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
             cause = _sentence(error)
             hint = "change the key that is named"
@@ -106,6 +112,9 @@ class Command(LightningCLI):
                     "trainer.accelerator or trainer.devices"
                 )
             raise ConfigurationError(f"trainer: {cause}; {hint}") from error
+        if every := self._get(self.config, "audit"):
+            trainer.callbacks.append(LipschitzAudit(every))  # type: ignore[attr-defined]
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Makes sure that network and data fit; what fails from here on fails at run time."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_lipschitz.audit import LipschitzAudit
     from lit_lipschitz.callback import LipschitzLR
     from lit_lipschitz.data import (
         CIFAR10DataModule,
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
         MNISTDataModule,
     )
     from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
-    from lit_lipschitz.models import MLP, MNISTCNN, ResNetV1
+    from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNetV1, ResNetV2
     from lit_lipschitz.module import ImageClassifier
-    from lit_lipschitz.schedules import LinearWarmupDecay
+    from lit_lipschitz.schedules import LinearWarmupDecay, TimeDecay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,22 +27,27 @@ __all__ = [
     "CIFAR100DataModule",
     "ConfigurationError",
     "DataError",
+    "DenseNet",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageClassifier",
     "LinearWarmupDecay",
+    "LipschitzAudit",
     "LipschitzLR",
     "LitLipschitzError",
     "MNISTDataModule",
     "ResNetV1",
+    "ResNetV2",
+    "TimeDecay",
 ]
 
 _HOMES = {
     **dict.fromkeys(["ConfigurationError", "DataError", "LitLipschitzError"], "errors"),
-    **dict.fromkeys(["MLP", "MNISTCNN", "ResNetV1"], "models"),
+    **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNetV1", "ResNetV2"], "models"),
     **{name: "data" for name in __all__ if name.endswith("DataModule")},
     "ImageClassifier": "module",
-    "LinearWarmupDecay": "schedules",
+    **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "schedules"),
+    "LipschitzAudit": "audit",
     "LipschitzLR": "callback",
 }
 

@@ -1,5 +1,6 @@
 """``ImageClassifier``: the LightningModule that the bundled configs train."""
 
+import fnmatch
 import functools
 import inspect
 import math
@@ -40,6 +41,8 @@ class ImageClassifier(L.LightningModule):
             ``total_steps`` and every epoch for others.
         monitor: The logged value that ReduceLROnPlateau looks at.
         label_smoothing: Probability that is spread over all classes, in [0, 1].
+        decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
+            decay is for, the others having none; None is all.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -53,12 +56,14 @@ class ImageClassifier(L.LightningModule):
         scheduler_interval: Literal["auto", "step", "epoch"] = "auto",
         monitor: str = "val_loss",
         label_smoothing: float = 0.0,
+        decayed: list[str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
             raise ConfigurationError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
         self.network = network
         self.label_smoothing = label_smoothing
+        self.decayed = decayed
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._interval, self._monitor = scheduler_interval, monitor
         self._seed: int | None = None
@@ -99,9 +104,9 @@ class ImageClassifier(L.LightningModule):
         """One optimizer over all parameters, and its scheduler where there is one.
 
         Raises:
-            ConfigurationError: The scheduler can't be made.
+            ConfigurationError: The scheduler can't be made, or a pattern in ``decayed`` fits no parameter.
         """
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = self._make_optimizer(self.parameters() if self.decayed is None else self._groups(self.decayed))
         if self._make_scheduler is None:
             return optimizer
         stepwise, given = _total_steps_of(self._make_scheduler)
@@ -113,6 +118,24 @@ class ImageClassifier(L.LightningModule):
         interval = self._interval if self._interval != "auto" else "step" if stepwise else "epoch"
         config = {"scheduler": scheduler, "interval": interval, "monitor": self._monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _groups(self, patterns: list[str]) -> list[dict[str, Any]]:
+        """Parameter groups with and without weight decay."""
+        parameters = dict(self.network.named_parameters())
+        for pattern in patterns:
+            if not fnmatch.filter(parameters, pattern):
+                raise ConfigurationError(
+                    f"decayed: no parameter of {type(self.network).__name__} fits {pattern!r}; they are called "
+                    f"{', '.join(list(parameters)[:3])} and so on"
+                )
+        chosen = {name for pattern in patterns for name in fnmatch.filter(parameters, pattern)}
+        return [
+            {"params": [parameter for name, parameter in parameters.items() if name in chosen]},
+            {
+                "params": [parameter for name, parameter in parameters.items() if name not in chosen],
+                "weight_decay": 0.0,
+            },
+        ]
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches

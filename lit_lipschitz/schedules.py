@@ -1,7 +1,32 @@
 """Learning-rate schedules that the callback composes with as factors, like torch's own."""
 
+import math
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+class TimeDecay(LambdaLR):
+    r"""Divides the optimizer's rate by 1 + decay t at step t, the first one being 0; stepped every optimizer step.
+
+    This is the argument ``decay`` of Keras' optimizers, with which the experiments of the papers were run: what their
+    tables call weight decay. The rate that was applied at step t is :math:`\frac{1}{L (1 + decay\, t)}`.
+
+    Args:
+        optimizer: Whose rates to set.
+        decay: Per optimizer step, not negative.
+
+    Raises:
+        ValueError: The decay is negative or not finite.
+
+    References:
+        The scripts published with R. Yedida, S. Saha, arXiv 1902.07399.
+    """
+
+    def __init__(self, optimizer: Optimizer, decay: float) -> None:
+        if not 0 <= decay < math.inf:
+            raise ValueError(f"decay={decay}: expected a finite number of at least 0")
+        super().__init__(optimizer, lambda step: 1 / (1 + decay * step))
 
 
 class LinearWarmupDecay(LambdaLR):

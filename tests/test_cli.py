@@ -260,7 +260,7 @@ def test_every_bundled_config_is_whole(lit, name):
         (["--config", "extra.yaml"], 2, "trainer.max_epoch: no such option; closest: trainer.max_epochs"),
         (["--ckpt_path", "truncated.ckpt"], 1, "not a checkpoint, or only a part of one"),
         (["--ckpt_path", "foreign.ckpt"], 1, "the checkpoint is of another network: Missing key(s)"),
-        (["--model.optimizer", "torch.optim.Adam"], 2, "optimizer Adam; known: SGD"),
+        (["--model.optimizer", "torch.optim.Adam"], 2, "Adam normalises the gradient"),
         (
             ["--model.network.num_classes", "5"],
             2,
@@ -335,3 +335,42 @@ def test_the_data_of_a_config_without_a_model_is_asked_for(lit):
 
 def test_an_unknown_message_stays_as_it_is_in_one_line():
     assert condense("something\n  else") == "something else"
+
+
+# -- audit -------------------------------------------------------------------------------------------------------------
+
+
+def test_audit_prints_a_table_on_stderr_and_writes_curves(lit):
+    code, out, err = lit("fit", "--config", "digits", *SHORT, "--audit", "5", "--test_after_fit", "false")
+    assert code == 0
+    assert "audited" not in out
+    assert "Gradients before clipping, in 16 audited steps (one in 5)" in err
+    rows = [line.split()[0] for line in err.splitlines() if line.startswith("network.")]
+    assert rows == ["network.features.1", "network.features.4", "network.head"]
+    assert len(re.findall(r"^L bounded (?:the head|every layer)'s gradient in \d+ of 16 steps; ", err, re.M)) == 2
+    (folder,) = Path("lightning_logs").iterdir()
+    curves = scalars(folder)
+    for name in ("largest_is_head", *(f"{row}/ratio" for row in rows)):
+        assert [step for step, _ in curves[f"audit/{name}"]] == list(range(0, 80, 5))
+
+
+def test_without_audit_nothing_is_audited(lit):
+    code, _, err = lit("fit", "--config", "digits", *SHORT, "--test_after_fit", "false")
+    assert code == 0
+    assert "audited" not in err
+    (folder,) = Path("lightning_logs").iterdir()
+    assert not [name for name in scalars(folder) if name.startswith("audit/")]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("-1", "--audit -1: expected a number of optimizer steps, or 0 for none"),
+        ("x", "audit: expected int, found 'x'"),
+    ],
+)
+def test_a_bad_audit_is_one_line_and_leaves_nothing(lit, value, message):
+    code, _, err = lit("fit", "--config", "digits", "--audit", value)
+    assert code == 2
+    assert message in error_line(err)
+    assert list(Path(".").iterdir()) == []

@@ -1,6 +1,7 @@
 """Random crop, flip and affine maps of a whole batch at once, on the device that holds it."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,9 +35,14 @@ def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 def random_affine(
-    images: Tensor, degrees: float, zoom: float, shift: float, generator: torch.Generator | None = None
+    images: Tensor,
+    degrees: float,
+    zoom: float,
+    shift: float,
+    generator: torch.Generator | None = None,
+    outside: Literal["zeros", "border"] = "zeros",
 ) -> Tensor:
-    """Rotates, zooms and shifts every image at random, by bilinear interpolation; what comes in from outside is 0.
+    """Rotates, zooms and shifts every image at random, by bilinear interpolation.
 
     Args:
         images: Shape (batch, channels, height, width), floating point.
@@ -44,6 +50,7 @@ def random_affine(
         zoom: The size is multiplied by a factor that is uniform in 1 - zoom ... 1 + zoom, along each axis by itself.
         shift: The shift is uniform in -shift ... shift, as a fraction of the width and of the height.
         generator: Source of randomness, on the images' device.
+        outside: What comes in from outside of the image: 0, or its nearest pixel.
 
     Returns:
         Images of the same shape and dtype.
@@ -57,4 +64,4 @@ def random_affine(
     top = torch.stack([cosine * zoom_x, -sine * zoom_y * height / width, 2 * shift * draw[3]], dim=1)
     bottom = torch.stack([sine * zoom_x * width / height, cosine * zoom_y, 2 * shift * draw[4]], dim=1)
     grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=outside, align_corners=False)

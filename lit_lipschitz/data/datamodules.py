@@ -4,7 +4,7 @@ import abc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import lightning as L
 import torch
@@ -30,6 +30,8 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         val_split: Fraction of the training set that is used for validation, in [0, 1).
         seed: Seed of the split, of the permutations and of the augmentation.
         augment: Whether training images are augmented.
+        preprocessing: ``"standard"``, or ``"papers"`` for that of the LipschitzLR papers' runs: pixels / 255, for CIFAR
+            minus the mean training image and with shifts up to 10 % in place of the padded crop.
         train_subset: Use this many examples of the training set, drawn by the seed; None is all.
         download: Whether to download missing files.
         verify: Whether to compare files with torchvision's checksums; false admits re-packed mirrors.
@@ -43,6 +45,7 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
     image_shape: ClassVar[tuple[int, int, int]]
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
+    centered: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         val_split: float = 0.1,
         seed: int = 0,
         augment: bool = True,
+        preprocessing: Literal["standard", "papers"] = "standard",
         train_subset: int | None = None,
         download: bool = True,
         verify: bool = True,
@@ -64,12 +68,16 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
                 raise ConfigurationError(f"{name}={value}: expected at least {least}")
         if train_subset is not None and train_subset < 1:
             raise ConfigurationError(f"train_subset={train_subset}: expected at least 1, or null for all examples")
+        if preprocessing not in ("standard", "papers"):
+            raise ConfigurationError(f"preprocessing={preprocessing!r}: expected 'standard' or 'papers'")
         self.folder = Path(data_dir or os.environ.get("LIT_LIPSCHITZ_DATA") or "data")
         self.batch_size, self.val_split, self.seed, self.augment = batch_size, val_split, seed, augment
-        self.train_subset, self.download, self.verify, self.num_workers = train_subset, download, verify, num_workers
+        self.preprocessing, self.train_subset = preprocessing, train_subset
+        self.download, self.verify, self.num_workers = download, verify, num_workers
         self._train: Pixels | None = None
         self._val: Pixels | None = None
         self._test: Pixels | None = None
+        self._center: Tensor | None = None  # the mean training image, in [0, 1]
 
     @abc.abstractmethod
     def load(self, train: bool) -> Pixels:
@@ -79,8 +87,15 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augments a batch of images of dtype float32 with values 0 to 255."""
 
+    def augment_like_the_papers(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augments a batch that ``preprocessing="papers"`` has scaled and centered."""
+        return self.augment_pixels(images, generator)
+
     def setup(self, stage: str) -> None:
         """Reads what the stage needs and cuts the validation set."""
+        if self.preprocessing == "papers" and self.centered and self._center is None:
+            images, _ = self.load(train=True)
+            self._center = (images.sum(dim=0, dtype=torch.int64) / (255 * len(images))).float()
         if stage in ("fit", "validate") and self._train is None:
             images, labels = self.load(train=True)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
@@ -104,6 +119,11 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         """Shuffled, augmented batches of the training set."""
         assert self._train is not None
         return self._loader(self._train, shuffle=True)
+
+    def lipschitz_dataloader(self) -> DeviceLoader:
+        """Batches of the training set in its order, not augmented, for ``LipschitzLR(measure="pass")``."""
+        assert self._train is not None
+        return self._loader(self._train)
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
         """Batches of the part that was held out; none with ``val_split`` 0."""
@@ -138,6 +158,8 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         )
 
     def _transform(self, augment: bool, device: torch.device) -> Callable[[Tensor, torch.Generator], Tensor]:
+        if self.preprocessing == "papers":
+            return self._transform_like_the_papers(augment, device)
         mean = 255 * torch.tensor(self.mean, device=device).reshape(-1, 1, 1)
         std = 255 * torch.tensor(self.std, device=device).reshape(-1, 1, 1)
 
@@ -146,6 +168,17 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
             if augment:
                 images = self.augment_pixels(images, generator)
             return images.sub_(mean).div_(std)
+
+        return transform
+
+    def _transform_like_the_papers(
+        self, augment: bool, device: torch.device
+    ) -> Callable[[Tensor, torch.Generator], Tensor]:
+        center = torch.zeros((), device=device) if self._center is None else self._center.to(device)
+
+        def transform(images: Tensor, generator: torch.Generator) -> Tensor:
+            images = images.float().div_(255).sub_(center)
+            return self.augment_like_the_papers(images, generator) if augment else images
 
         return transform
 
@@ -193,11 +226,17 @@ class CIFAR10DataModule(FileDataModule):
 
     source = "CIFAR10"
     image_shape = (3, 32, 32)
+    centered = True
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Crops and flips."""
         return random_flip(random_crop(images, 4, generator), generator)
+
+    def augment_like_the_papers(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Shifts up to 10 %, with the nearest pixel for what comes in, and flips."""
+        images = random_affine(images, degrees=0, zoom=0, shift=0.1, generator=generator, outside="border")
+        return random_flip(images, generator)
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
