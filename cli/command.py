@@ -73,6 +73,12 @@ class Command(LightningCLI):
             "--test_after_fit", type=bool, default=True, help="Test the final weights at the end of fit."
         )
         parser.add_argument(
+            "--fixed_rate",
+            type=bool,
+            default=False,
+            help="Train at the optimizer's own rate, without LipschitzLR: for baselines.",
+        )
+        parser.add_argument(
             "--audit", type=int, default=0, help="Audit the gradients every so many optimizer steps of fit; 0 is off."
         )
 
@@ -112,8 +118,11 @@ class Command(LightningCLI):
                     "trainer.accelerator or trainer.devices"
                 )
             raise ConfigurationError(f"trainer: {cause}; {hint}") from error
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self._get(self.config, "fixed_rate"):
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LipschitzLR)]
         if every := self._get(self.config, "audit"):
-            trainer.callbacks.append(LipschitzAudit(every))  # type: ignore[attr-defined]
+            callbacks.append(LipschitzAudit(every))
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -255,6 +264,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*does not have many workers.*",
         ".*exists and is not empty.*",
+        ".*Total length of `list` across ranks is zero.*",
         ".*The dirpath has changed.*",
         ".*Couldn't infer the batch indices.*",
     ):

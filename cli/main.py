@@ -26,6 +26,8 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
   --data.data_dir FOLDER      where the data are, or are downloaded to (default: $LIT_LIPSCHITZ_DATA, or ./data)
   --data.batch_size N         examples in a batch, on each device
   --lipschitz.bound FAMILY    strict, smooth or paper
+  --audit N                   every N steps, compare each layer's gradient with the Lipschitz constant
+  --fixed_rate true           train at the optimizer's own rate: a baseline
   --ckpt_path PATH            resume or evaluate a checkpoint; "last" is the newest run's
   --print_config              print the whole configuration and exit
   --version                   print the version and exit

@@ -28,9 +28,12 @@ class EpochLines(L.Callback):
             return
         epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else "?"
         parts = [f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LipschitzLR) and callback.rate is not None and callback.lr is not None:
-                parts.append(f"rate {callback.rate:<9.4g} lr {callback.lr:<9.4g}")
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        ours = next((callback for callback in callbacks if isinstance(callback, LipschitzLR)), None)
+        if ours is None and trainer.optimizers:
+            parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:<9.4g}")
+        elif ours is not None and ours.rate is not None and ours.lr is not None:
+            parts.append(f"rate {ours.rate:<9.4g} lr {ours.lr:<9.4g}")
         metrics = trainer.callback_metrics
         parts += [f"{name} {float(metrics[name]):.4f}" for name in self._COLUMNS if name in metrics]
         parts.append(f"{time.monotonic() - self._start:.1f} s")

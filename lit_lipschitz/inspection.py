@@ -171,7 +171,8 @@ def _match_cross_entropy(node: Any) -> tuple[Any, Any]:
     if not node.name().startswith("NllLoss"):
         return None, None
     below = _next(node)[0]
-    while below.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+    # Log-probabilities that are clamped have the gradient of the cross-entropy, or none: the constants hold.
+    while below.name() in ("ViewBackward0", "UnsafeViewBackward0", "ClampBackward0", "ClampBackward1"):
         below = _next(below)[0]
     return node, below if below.name() == "LogSoftmaxBackward0" else None
 

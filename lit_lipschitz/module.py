@@ -41,6 +41,9 @@ class ImageClassifier(L.LightningModule):
             ``total_steps`` and every epoch for others.
         monitor: The logged value that ReduceLROnPlateau looks at.
         label_smoothing: Probability that is spread over all classes, in [0, 1].
+        clip_probabilities: Clip the probabilities of the training loss to at least this number and at most 1 minus it,
+            so that an example beyond has no gradient, as Keras' loss does with 1e-7; 0 is no clipping. Not together
+            with label smoothing.
         decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
             decay is for, the others having none; None is all.
 
@@ -56,13 +59,22 @@ class ImageClassifier(L.LightningModule):
         scheduler_interval: Literal["auto", "step", "epoch"] = "auto",
         monitor: str = "val_loss",
         label_smoothing: float = 0.0,
+        clip_probabilities: float = 0.0,
         decayed: list[str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
             raise ConfigurationError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
+        if not 0 <= clip_probabilities < 0.5:
+            raise ConfigurationError(f"clip_probabilities={clip_probabilities}: expected a number from 0 to below 0.5")
+        if clip_probabilities and label_smoothing:
+            raise ConfigurationError(
+                f"clip_probabilities={clip_probabilities} and label_smoothing={label_smoothing}: expected one of them to "
+                "be 0"
+            )
         self.network = network
         self.label_smoothing = label_smoothing
+        self.clip_probabilities = clip_probabilities
         self.decayed = decayed
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._interval, self._monitor = scheduler_interval, monitor
@@ -167,7 +179,11 @@ class ImageClassifier(L.LightningModule):
         """The loss of one batch."""
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.clip_probabilities:
+            least, most = math.log(self.clip_probabilities), math.log1p(-self.clip_probabilities)
+            loss = F.nll_loss(F.log_softmax(logits, dim=1).clamp(least, most), labels)
+        else:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self._log("train", loss, logits, labels)
         return loss
 

@@ -89,3 +89,12 @@ def test_the_generator_decides(augment):
     assert torch.equal(augment(seeded(1)), augment(seeded(1)))
     assert not torch.equal(augment(seeded(1)), augment(seeded(2)))
     assert math.isfinite(augment(seeded(1)).sum().item())
+
+
+def test_what_comes_in_from_outside_can_be_the_nearest_pixel():
+    images = torch.full((50, 1, 8, 8), 3.0)
+    for outside, least in (("border", 3.0), ("zeros", 0.0)):
+        shifted = random_affine(
+            images, degrees=0, zoom=0, shift=0.5, generator=torch.Generator().manual_seed(0), outside=outside
+        )
+        assert shifted.min().item() == pytest.approx(least, abs=1e-5)

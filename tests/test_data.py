@@ -305,3 +305,47 @@ def test_real_data_are_whole_and_normalised(real_data, kind, counts):
     images = module._transform(augment=False, device=torch.device("cpu"))(module._train[0], None)
     assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-2
     assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def loaded(kind, folder, stage="fit", **settings):
+    data = getattr(lit_lipschitz, kind)(str(folder), download=False, verify=False, batch_size=10, **settings)
+    data.setup(stage)
+    return data
+
+
+def test_the_papers_cifar_is_centered_on_the_mean_training_image():
+    write_cifar(Path("."))
+    pixels, _ = sources.SOURCES["CIFAR10"].load(Path("."), True, verify=False)
+    test_pixels, _ = sources.SOURCES["CIFAR10"].load(Path("."), False, verify=False)
+    mean = np.mean(pixels.numpy() / 255.0, axis=0)
+    data = loaded("CIFAR10DataModule", ".", preprocessing="papers", val_split=0.0)
+    images = torch.cat([images for images, _ in data.lipschitz_dataloader()])
+    # In an order that the seed's split gives, and not augmented.
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(images.numpy(), pixels.numpy()[order] / 255.0 - mean, atol=1e-6)
+    # Also where nothing has read the training set yet.
+    alone = loaded("CIFAR10DataModule", ".", "test", preprocessing="papers")
+    images = torch.cat([images for images, _ in alone.test_dataloader()])
+    np.testing.assert_allclose(images.numpy(), test_pixels.numpy() / 255.0 - mean, atol=1e-6)
+
+
+def test_the_papers_mnist_is_scaled_and_no_more():
+    write_idx(Path("."))
+    data = loaded("MNISTDataModule", ".", preprocessing="papers", val_split=0.0)
+    (images, _), *_ = data.lipschitz_dataloader()
+    assert images.min() == 0
+    assert images.max() == 1
+
+
+def test_the_pass_sees_the_same_batches_every_time_and_training_does_not():
+    write_cifar(Path("."))
+    data = loaded("CIFAR10DataModule", ".", preprocessing="papers")
+    first, second = (torch.cat([i for i, _ in data.lipschitz_dataloader()]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (27, 3, 32, 32)
+    assert sum(len(i) for i, _ in data.train_dataloader()) == 20
+
+
+def test_an_unknown_preprocessing_is_refused():
+    with pytest.raises(ConfigurationError, match="preprocessing='keras': expected 'standard' or 'papers'"):
+        lit_lipschitz.MNISTDataModule(preprocessing="keras")

@@ -142,7 +142,7 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
     two_ranks(LipschitzLR(), model(), 8, Count(), max_epochs=3)
     # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; five numbers each.
     for rank in range(2):
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 5]
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6]
         assert len(reductions) == 4 + 2
 
 

@@ -16,12 +16,13 @@ INPUTS, TARGETS = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
         (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS), 1.0),
         (lambda: F.nll_loss(F.log_softmax(HEAD(INPUTS), dim=1), TARGETS), 1.0),
         (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS, label_smoothing=0.1), 1.0),
+        (lambda: F.nll_loss(F.log_softmax(HEAD(INPUTS), dim=1).clamp(-16, 0), TARGETS), 1.0),
         (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS) / 4, 0.25),
         (lambda: 3 * F.cross_entropy(HEAD(INPUTS), TARGETS) / 4, 0.75),
         (lambda: F.cross_entropy(HEAD(INPUTS.reshape(1, 5, 4)).transpose(1, 2), TARGETS.reshape(1, 5)), 1.0),
         (lambda: F.cross_entropy(HEAD(INPUTS.reshape(1, 5, 4)).reshape(-1, 3), TARGETS), 1.0),
     ],
-    ids=["plain", "nll of log-softmax", "smoothed", "divided", "scaled", "sequence", "flattened sequence"],
+    ids=["plain", "nll of log-softmax", "clipped", "smoothed", "divided", "scaled", "sequence", "flattened sequence"],
 )
 def test_a_cross_entropy_is_recognised_with_its_head(make, coefficient):
     found = inspection.find_cross_entropy(make())

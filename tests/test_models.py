@@ -104,9 +104,24 @@ def test_a_variant_that_there_is_not_is_refused():
         ResNetV1(8, variant="v2")
 
 
-@pytest.mark.parametrize("network", [MNISTCNN(), ResNetV1(20)])
-def test_convolutions_start_he_normal(network):
-    for module in network.modules():
+def assert_glorot_uniform(weight):
+    bound = (6 / sum(weight.shape)) ** 0.5
+    assert 0.9 * bound < weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_the_mnist_cnn_starts_as_keras_starts_it():
+    for module in MNISTCNN().modules():
+        if isinstance(module, nn.Conv2d):
+            assert_he_normal(module.weight)
+        if isinstance(module, nn.Linear):
+            assert_glorot_uniform(module.weight)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert not module.bias.any()
+
+
+def test_convolutions_start_he_normal():
+    for module in ResNetV1(20).modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
             fan_in = module.weight[0].numel()
             assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
@@ -121,9 +136,7 @@ def test_keras_style_networks_start_as_keras_starts_them(make):
             assert module.bias is None or not module.bias.any()
     assert not network.head.bias.any()
     if isinstance(network, DenseNet):
-        bound = (6 / (network.head.in_features + network.head.out_features)) ** 0.5  # Glorot-uniform, the Keras default
-        assert 0.9 * bound < network.head.weight.abs().max() <= bound
-        assert network.head.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert_glorot_uniform(network.head.weight)
     else:
         assert_he_normal(network.head.weight)
 

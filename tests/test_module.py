@@ -135,3 +135,58 @@ def test_any_network_and_optimizer():
     run = trainer(LipschitzLR(), max_epochs=3)
     run.fit(module, datamodule=DigitsDataModule(batch_size=32))
     assert run.callback_metrics["val_acc"] > 0.8
+
+
+def test_weight_decay_for_the_parameters_that_are_named():
+    module = ImageClassifier(
+        MLP(hidden=(4,)), partial(torch.optim.SGD, lr=0.5, weight_decay=0.1), decayed=["features.1.*", "*head.weight"]
+    )
+    run = trainer(Steps(), max_epochs=1, limit_train_batches=1)
+    before = {name: p.detach().clone() for name, p in module.network.named_parameters()}
+    gradients = {}
+    module.on_before_optimizer_step = lambda _: gradients.update(
+        {name: p.grad.clone() for name, p in module.network.named_parameters()}
+    )
+    run.fit(module, datamodule=DigitsDataModule())
+    for name, parameter in module.network.named_parameters():
+        decay = 0.0 if name == "head.bias" else 0.1
+        torch.testing.assert_close(parameter, before[name] - 0.5 * (gradients[name] + decay * before[name]))
+
+
+def test_a_pattern_that_fits_no_parameter_is_refused():
+    module = ImageClassifier(MLP(), decayed=["*conv*.weight"])
+    with pytest.raises(
+        ConfigurationError, match=r"no parameter of MLP fits '\*conv\*\.weight'; they are called features"
+    ):
+        trainer().fit(module, datamodule=DigitsDataModule())
+
+
+def test_clipped_probabilities_are_keras_loss():
+    """By Keras' definition: the clipped probability's negative logarithm, so no gradient beyond."""
+    images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+    network = MLP(hidden=())
+    with torch.no_grad():
+        network.head.weight.mul_(400)  # sure of itself, mostly wrong
+    module = ImageClassifier(network, clip_probabilities=1e-3)
+    module.log_dict = lambda *_, **__: None
+    loss = module.training_step((images, labels), 0)
+    logits = network(images).detach().requires_grad_()
+    reference = -logits.softmax(dim=1).clamp(1e-3, 1 - 1e-3)[range(6), labels].log().mean()
+    torch.testing.assert_close(loss, reference)
+    loss.backward()
+    (slope,) = torch.autograd.grad(reference, logits)
+    torch.testing.assert_close(network.head.weight.grad, slope.T @ images.flatten(1))
+    assert (slope == 0).all(dim=1).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"clip_probabilities": 0.5}, "clip_probabilities=0.5: expected a number from 0 to below 0.5"),
+        ({"clip_probabilities": -1e-7}, "clip_probabilities=-1e-07"),
+        ({"clip_probabilities": 1e-7, "label_smoothing": 0.1}, "expected one of them to be 0"),
+    ],
+)
+def test_clipping_out_of_its_range_is_named(settings, named):
+    with pytest.raises(ConfigurationError, match=named):
+        ImageClassifier(MLP(), **settings)

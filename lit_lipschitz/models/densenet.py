@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from lit_lipschitz.models.keras_style import batch_norm, init_convolutions_
+from lit_lipschitz.models.keras_style import batch_norm, init_convolutions_, init_glorot_
 
 _EPS = 1.1e-5
 
@@ -54,8 +54,7 @@ class DenseNet(nn.Module):
         self.pool = nn.Sequential(batch_norm(channels, _EPS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         init_convolutions_(self)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        init_glorot_(self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""

@@ -43,6 +43,12 @@ def init_he_head_(head: nn.Linear) -> None:
     nn.init.zeros_(head.bias)
 
 
+def init_glorot_(layer: nn.Linear) -> None:
+    """Starts a dense layer with Keras's defaults, a Glorot-uniform kernel and a bias of zero."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 def batch_norm(channels: int, eps: float = 1e-3) -> nn.BatchNorm2d:
     """BatchNorm with Keras's defaults: torch's momentum is the new batch's share, Keras's (0.99) the old average's."""
     return nn.BatchNorm2d(channels, eps=eps, momentum=0.01)

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from lit_lipschitz.models.keras_style import init_convolutions_, init_glorot_
+
 
 class MNISTCNN(nn.Module):
     """Five 3x3 convolutions, a dense layer with BatchNorm, and the head, with dropout.
@@ -12,7 +14,9 @@ class MNISTCNN(nn.Module):
         num_classes: Outputs.
 
     References:
-        R. Yedida, S. Saha, arXiv 1902.07399, section on experiments; convolutions start He-normal.
+        R. Yedida, S. Saha, arXiv 1902.07399, section on experiments, and its script: kernels start as Keras's
+        `he_normal`, dense layers Glorot-uniform, biases as zero. The size of the dense layer's outputs, and with it the
+        first rate, depends on that.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -40,10 +44,10 @@ class MNISTCNN(nn.Module):
             nn.Dropout(0.25),
         )
         self.head = nn.Linear(128, num_classes)
-        for module in self.features:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        init_convolutions_(self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_glorot_(module)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, 1, 28, 28)."""
