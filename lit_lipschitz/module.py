@@ -69,8 +69,8 @@ class ImageClassifier(L.LightningModule):
             raise ConfigurationError(f"clip_probabilities={clip_probabilities}: expected a number from 0 to below 0.5")
         if clip_probabilities and label_smoothing:
             raise ConfigurationError(
-                f"clip_probabilities={clip_probabilities} and label_smoothing={label_smoothing}: expected one of them to "
-                "be 0"
+                f"clip_probabilities={clip_probabilities} and label_smoothing={label_smoothing}: expected one of them "
+                "to be 0"
             )
         self.network = network
         self.label_smoothing = label_smoothing

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNetV1, ResNetV2
-from lit_lipschitz.models.keras_style import StridedConv3x3, he_normal_
+from lit_lipschitz.models.keras_style import KerasBatchNorm1d, KerasBatchNorm2d, StridedConv3x3, he_normal_
 
 KERAS_STYLE = {
     "ResNet v1": lambda: ResNetV1(8, variant="keras"),
@@ -221,3 +221,21 @@ def test_a_bottlenecks_shortcut_starts_before_batch_norm_and_relu():
     for block in network.blocks[1:3]:  # one with the identity, one with a strided convolution
         nn.init.zeros_(block.conv3.weight)
         assert torch.equal(block(activations), block.shortcut_conv(activations))
+
+
+@pytest.mark.parametrize(("norm", "shape"), [(KerasBatchNorm1d, (6, 4)), (KerasBatchNorm2d, (6, 4, 3, 3))])
+def test_moving_statistics_forget_their_start(norm, shape):
+    ours, torchs = norm(4), nn.BatchNorm1d(4, eps=1e-3) if len(shape) == 2 else nn.BatchNorm2d(4, eps=1e-3)
+    batches = [torch.randn(shape) * 3 + 7 for _ in range(5)]
+    axes = [axis for axis in range(len(shape)) if axis != 1]
+    for batch in batches:
+        torch.testing.assert_close(ours(batch), torchs(batch))
+    mean = variance = 0.0
+    for batch in batches:  # averages from 0, corrected at the end
+        mean = 0.99 * mean + 0.01 * batch.mean(dim=axes)
+        variance = 0.99 * variance + 0.01 * batch.var(dim=axes)
+    torch.testing.assert_close(ours.running_mean, mean / (1 - 0.99**5))
+    torch.testing.assert_close(ours.running_var, variance / (1 - 0.99**5))
+    ours.eval()
+    expected = (batches[0].movedim(1, -1) - ours.running_mean) / (ours.running_var + 1e-3).sqrt()
+    torch.testing.assert_close(ours(batches[0]), expected.movedim(-1, 1))

@@ -130,7 +130,7 @@ def data(tmp_path_factory):
 def test_every_config_trains_a_few_steps_under_the_short_overlay(name, data, monkeypatch, capsys):
     arguments = ["fit", "--config", name, "--config", "short", "--data.batch_size", "6", "--trainer.logger", "false"]
     arguments += ["--data.data_dir", str(data), "--data.verify", "false", "--data.download", "false"]
-    arguments += ["--trainer.accelerator", "cpu", "--trainer.enable_checkpointing", "false"]
+    arguments += ["--trainer.accelerator", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     assert main() == 0, capsys.readouterr().err
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from lit_lipschitz.models.keras_style import batch_norm, init_convolutions_, init_glorot_
+from lit_lipschitz.models.keras_style import KerasBatchNorm2d, init_convolutions_, init_glorot_
 
 _EPS = 1.1e-5
 
@@ -51,7 +51,7 @@ class DenseNet(nn.Module):
             )
             channels += layers * growth_rate
         self.features = nn.Sequential(features)
-        self.pool = nn.Sequential(batch_norm(channels, _EPS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.pool = nn.Sequential(KerasBatchNorm2d(channels, _EPS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         init_convolutions_(self)
         init_glorot_(self.head)
@@ -71,7 +71,7 @@ class DenseLayer(nn.Module):
 
     def __init__(self, in_channels: int, growth_rate: int) -> None:
         super().__init__()
-        self.norm = batch_norm(in_channels, _EPS)
+        self.norm = KerasBatchNorm2d(in_channels, _EPS)
         self.relu = nn.ReLU()
         self.conv = nn.Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
 
@@ -83,7 +83,7 @@ class DenseLayer(nn.Module):
 def _transition(channels: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
-            norm=batch_norm(channels, _EPS),
+            norm=KerasBatchNorm2d(channels, _EPS),
             relu=nn.ReLU(),
             conv=nn.Conv2d(channels, channels, 1, bias=False),
             pool=nn.AvgPool2d(2),

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,16 +50,59 @@ def init_glorot_(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def batch_norm(channels: int, eps: float = 1e-3) -> nn.BatchNorm2d:
-    """BatchNorm with Keras's defaults: torch's momentum is the new batch's share, Keras's (0.99) the old average's."""
-    return nn.BatchNorm2d(channels, eps=eps, momentum=0.01)
+class _KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose moving statistics forget their start, as those of Keras 2 on TensorFlow 1 did.
+
+    The moving averages are corrected for their start as Adam's are, by 1 - 0.99^t after t batches, so that the first
+    batch replaces the initial 0 and 1 and nothing of these stays. torch's keep a share of 0.99^t of them, a tenth after
+    an epoch of MNIST.
+
+    Args:
+        channels: Channels of the input.
+        eps: Added to the variance.
+
+    References:
+        Keras 2.2, `moving_average_update` with `zero_debias`; D. Kingma, J. Ba: Adam, arXiv 1412.6980, section 3.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-3) -> None:
+        # torch's momentum is the new batch's share, Keras's (0.99) the old average's.
+        super().__init__(channels, eps=eps, momentum=0.01)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, normalised by the batch's statistics while training and by the moving ones otherwise."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        output = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        share = self._share(self.num_batches_tracked.add_(1)).to(mean.dtype)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+        return output
+
+    def _share(self, batches: Tensor) -> Tensor:
+        """Of the new batch in an average that is corrected for its start."""
+        assert self.momentum is not None
+        return self.momentum / (1 - (1 - self.momentum) ** batches)
+
+
+class KerasBatchNorm1d(_KerasBatchNorm, nn.BatchNorm1d):
+    """For inputs of shape (batch, channels): moving statistics that forget their start."""
+
+
+class KerasBatchNorm2d(_KerasBatchNorm, nn.BatchNorm2d):
+    """For inputs of shape (batch, channels, height, width): moving statistics that forget their start."""
 
 
 def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """A 3x3 convolution with bias, BatchNorm and ReLU, as children conv, norm and relu."""
     return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, 3, padding=1), norm=batch_norm(out_channels), relu=nn.ReLU()
+            conv=nn.Conv2d(in_channels, out_channels, 3, padding=1), norm=KerasBatchNorm2d(out_channels), relu=nn.ReLU()
         )
     )
 

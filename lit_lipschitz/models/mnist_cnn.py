@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lit_lipschitz.models.keras_style import init_convolutions_, init_glorot_
+from lit_lipschitz.models.keras_style import KerasBatchNorm1d, init_convolutions_, init_glorot_
 
 
 class MNISTCNN(nn.Module):
@@ -40,7 +40,7 @@ class MNISTCNN(nn.Module):
             nn.Flatten(),
             nn.Linear(128 * 6 * 6, 128),
             nn.ReLU(),
-            nn.BatchNorm1d(128, eps=1e-3, momentum=0.01),
+            KerasBatchNorm1d(128),
             nn.Dropout(0.25),
         )
         self.head = nn.Linear(128, num_classes)

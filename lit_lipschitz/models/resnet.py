@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lipschitz.models.keras_style import (
+    KerasBatchNorm2d,
     StridedConv3x3,
-    batch_norm,
     conv_norm_relu,
     init_convolutions_,
     init_he_head_,
@@ -125,10 +125,10 @@ class KerasBasicBlock(nn.Module):
                 conv1=StridedConv3x3(in_channels, out_channels)
                 if stride == 2
                 else nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                norm1=batch_norm(out_channels),
+                norm1=KerasBatchNorm2d(out_channels),
                 relu1=nn.ReLU(),
                 conv2=nn.Conv2d(out_channels, out_channels, 3, padding=1),
-                norm2=batch_norm(out_channels),
+                norm2=KerasBatchNorm2d(out_channels),
             )
         )
         self.shortcut_conv: nn.Module = nn.Identity()

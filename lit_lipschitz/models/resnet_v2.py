@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_lipschitz.models.keras_style import batch_norm, conv_norm_relu, init_convolutions_, init_he_head_
+from lit_lipschitz.models.keras_style import KerasBatchNorm2d, conv_norm_relu, init_convolutions_, init_he_head_
 
 
 class ResNetV2(nn.Module):
@@ -42,7 +42,7 @@ class ResNetV2(nn.Module):
                 blocks.append(Bottleneck(channels, width, out_channels, stride, activated=not blocks))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.pool = nn.Sequential(batch_norm(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.pool = nn.Sequential(KerasBatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         init_convolutions_(self)
         init_he_head_(self.head)
@@ -69,11 +69,11 @@ class Bottleneck(nn.Module):
         self, in_channels: int, width: int, out_channels: int, stride: int = 1, activated: bool = False
     ) -> None:
         super().__init__()
-        self.activation = nn.Identity() if activated else nn.Sequential(batch_norm(in_channels), nn.ReLU())
+        self.activation = nn.Identity() if activated else nn.Sequential(KerasBatchNorm2d(in_channels), nn.ReLU())
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride)
-        self.norm2 = batch_norm(width)
+        self.norm2 = KerasBatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm3 = batch_norm(width)
+        self.norm3 = KerasBatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1)
         self.shortcut_conv: nn.Module = nn.Identity()
         if in_channels != out_channels:
