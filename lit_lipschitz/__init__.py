@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
     from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNetV1, ResNetV2
     from lit_lipschitz.module import ImageClassifier
+    from lit_lipschitz.optimizers import ZeroStartSGD
     from lit_lipschitz.schedules import LinearWarmupDecay, TimeDecay
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "ResNetV1",
     "ResNetV2",
     "TimeDecay",
+    "ZeroStartSGD",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     **{name: "data" for name in __all__ if name.endswith("DataModule")},
     "ImageClassifier": "module",
     **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "schedules"),
+    "ZeroStartSGD": "optimizers",
     "LipschitzAudit": "audit",
     "LipschitzLR": "callback",
 }

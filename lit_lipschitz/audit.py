@@ -288,7 +288,8 @@ class LipschitzAudit(Callback):
     parameters directly), the Euclidean norm of its gradient over all of these and its largest absolute entry, against
     the constant L that this very step's rate comes from. It costs one host read an audited step, and none on others.
 
-    Every logger of the trainer gets ``audit/<layer>/ratio`` (norm / L) and ``audit/largest_is_head`` (1 or 0, by norm).
+    Every logger of the trainer gets ``audit/<layer>/ratio`` (norm / L) and ``audit/largest_is_head`` (1 or 0, by norm),
+    and ``audit/largest_layer``, the place of the largest one among the layers that have a row in the table, from 0.
     Where a step has no L, or one that bounds the Hessian (``bound="smooth"``), it is ``audit/<layer>/gradient``, the
     norm. A table of the layers and the verdicts are printed on stderr at the end of fit; :meth:`summary` has the
     numbers.
@@ -394,8 +395,9 @@ class LipschitzAudit(Callback):
             metrics = {f"audit/{name}/ratio": norm / constant for name, (norm, _) in gradients.items()}
         else:
             metrics = {f"audit/{name}/gradient": norm for name, (norm, _) in gradients.items()}
+        largest = max(norm for norm, _ in gradients.values())
+        metrics["audit/largest_layer"] = float([norm for norm, _ in gradients.values()].index(largest))
         if head is not None and head in gradients:
-            largest = max(norm for norm, _ in gradients.values())
             metrics["audit/largest_is_head"] = float(gradients[head][0] == largest)
         if trainer.is_global_zero:
             for logger in trainer.loggers:

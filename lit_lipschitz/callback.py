@@ -132,9 +132,9 @@ class LipschitzLR(Callback):
         self._steps = 0  # optimizer steps since the interval began
         self._intervals = 0  # intervals that are over
         self._epoch = 0  # in which the interval began
-        self._passes = 0  # epochs that began with a pass, or with a rate set by hand in place of the first one
-        self._passed = -1  # the epoch of the last one
-        self._pass_weights: Tensor | None = None  # W at a pass that no decision has used yet
+        self._passed = -1  # the last epoch whose pass, or whose rate set by hand, an optimizer step has used
+        self._summed = False  # whether the loss is a sum over the examples
+        self._pass: tuple[int, Tensor] | None = None  # the epoch of a pass that no step has used yet, and W then
         self._micro_batches = 0  # batches since the last optimizer step
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
@@ -262,6 +262,7 @@ class LipschitzLR(Callback):
                 "feed the cross-entropy with the map's outputs, or pass head= with its name to have what comes after "
                 "it disregarded"
             )
+        self._summed = found.summed
         return found.head_weight
 
     # -- measure, reduce, decide, write ------------------------------------------------------------------------------
@@ -273,11 +274,10 @@ class LipschitzLR(Callback):
     def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The pass of an epoch, unless it has had one: a checkpoint may have interrupted it since."""
         assert self._probes is not None
-        if self._passed == trainer.current_epoch:
-            return
-        self._passed = trainer.current_epoch
-        self._passes += 1
-        if self._passes == 1 and self.initial_lr is not None:
+        epoch = trainer.current_epoch
+        made = self._pass is not None and self._pass[0] == epoch
+        by_hand = self._passed < 0 and self.initial_lr is not None
+        if made or by_hand or self._passed == epoch:
             return
         self._probes.reset()
         self._probes.arm("inference")
@@ -285,7 +285,7 @@ class LipschitzLR(Callback):
             inference_pass(trainer, pl_module)
         finally:
             self._probes.arm("off")
-        self._pass_weights = inspection.weight_norm(trainer.optimizers[0], pl_module, self.weights)
+        self._pass = epoch, inspection.weight_norm(trainer.optimizers[0], pl_module, self.weights)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measures from here to the batch's end, and counts the batches that make one optimizer step."""
@@ -313,17 +313,19 @@ class LipschitzLR(Callback):
         if self._steps == 1:
             self._epoch = trainer.current_epoch
         by_hand = not pl_module.automatic_optimization
-        self._accumulated = max(self._accumulated, self._micro_batches if by_hand else trainer.accumulate_grad_batches)
+        accumulated = self._micro_batches if by_hand else trainer.accumulate_grad_batches
+        self._accumulated = accumulated if self.measure == "pass" else max(self._accumulated, accumulated)
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
-        if self._pass_weights is not None:
+        if self._pass is not None:
             self._decide(trainer, optimizer, interval_over=True)
-            self._pass_weights = None
+            self._pass = None
         elif first and self.initial_lr is not None:
             self._decision = self._decision or Decision(self.initial_lr)
         elif first and self.measure == "running" and self._steps & (self._steps - 1) == 0:
             self._decide(trainer, optimizer, interval_over=False)
+        self._passed = trainer.current_epoch
         self._write(trainer, pl_module, changed=self._steps == 1 or self._decision is not before)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, changed: bool) -> None:
@@ -405,8 +407,9 @@ class LipschitzLR(Callback):
     def _reduce(self, trainer: Trainer, optimizer: Optimizer, statistic: RunningMaximum) -> Measurement:
         """The one collective of an update: MAX over ranks of the statistic's four values, W and ignored."""
         assert self._ignored is not None
-        weights = self._pass_weights
-        if weights is None:
+        if self._pass is not None:
+            _, weights = self._pass
+        else:
             weights = inspection.weight_norm(optimizer, trainer.lightning_module, self.weights)
         weights = weights.to(statistic.values.device).reshape(1)
         # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
@@ -422,7 +425,9 @@ class LipschitzLR(Callback):
             largest *= math.sqrt(pieces)
         weight_norm = weight_norm if weight_norm >= 0 else math.nan
         squares *= math.sqrt(pieces)
-        return Measurement(largest, weight_norm, batch_size, int(dropped), ignored > 0, squares)
+        # Ranks and accumulated batches are averaged whatever the loss does with the examples of one of them.
+        summed = int(rows) if self._summed else 1
+        return Measurement(largest, weight_norm, batch_size, int(dropped), ignored > 0, squares, summed)
 
     def _report(self, measured: Measurement, usable: bool) -> None:
         """Says once, or raises, what was not finite."""
@@ -484,7 +489,6 @@ class LipschitzLR(Callback):
             "steps": self._steps,
             "intervals": self._intervals,
             "epoch": self._epoch,
-            "passes": self._passes,
             "passed": self._passed,
             "accumulated": self._accumulated,
             "warned": self._warned,
@@ -499,6 +503,11 @@ class LipschitzLR(Callback):
             LitLipschitzError: It was saved with other settings of what is measured and computed.
         """
         settings = self._settings()
+        if set(state_dict.get("settings", ())) != set(settings):
+            raise LitLipschitzError(
+                "LipschitzLR's state in the checkpoint is of another version of lit-lipschitz; resume with the version "
+                "that it was saved with, or start anew without the checkpoint"
+            )
         for name, value in state_dict["settings"].items():
             if value != settings[name]:
                 raise LitLipschitzError(
@@ -511,7 +520,7 @@ class LipschitzLR(Callback):
         self._steps = state_dict["steps"]
         self._intervals = state_dict["intervals"]
         self._epoch = state_dict["epoch"]
-        self._passes, self._passed = state_dict["passes"], state_dict["passed"]
+        self._passed = state_dict["passed"]
         self._accumulated = state_dict["accumulated"]
         self._warned = state_dict["warned"]
         self._stored = {"measured": state_dict["measured"], "references": state_dict["references"]}

@@ -87,7 +87,7 @@ def cross_entropy(
     class_weights: Sequence[float] | None = None,
     reduction: Reduction = "mean",
 ) -> float:
-    r"""Constant of the softmax cross-entropy over k classes, as ``torch.nn.functional.cross_entropy`` defines it.
+    r"""Constant of the softmax cross-entropy over k classes, for targets that are classes, as torch defines it.
 
     With the probabilities p, the target q = (1-s) e_y + s/k for label smoothing s, and no class weights:
 
@@ -97,7 +97,9 @@ def cross_entropy(
 
     Class weights w make the loss a weighted mean. An example of class y then has the slope of w_y, and a batch in which
     the weights lie between ``lo`` and ``hi`` is at most (hi + lo) / (2 sqrt(hi lo)) times as steep as an unweighted one
-    (the converse of the Cauchy-Schwarz inequality) where K is a norm of the whole batch, and no steeper for ``sample``.
+    (the converse of the Cauchy-Schwarz inequality) where K is a norm of the whole batch, and no steeper for ``sample``;
+    the paper family has the same factor. Without weights everything holds for probabilities as targets too; with them
+    torch divides by m there, not by the weights, and this function is not for it.
 
     Args:
         activation_norm: K, not negative.
@@ -170,7 +172,8 @@ def binary_cross_entropy(
     Args:
         activation_norm: K, not negative.
         batch_size: m, examples in the loss, at least 1.
-        num_outputs: n, logits of one example, over which the loss averages too: the slope of one is divided by sqrt(n).
+        num_outputs: n, logits of one example, over which the loss averages too: the slope of one is divided by sqrt(n),
+            estimate and curvature by n.
         bound: Family of the constant.
         norm: What K measures; ``"auto"`` is the family's own norm.
         label_smoothing: How far targets are kept from 0 and 1, in [0, 1]; 0 admits soft targets of any kind.
@@ -211,8 +214,8 @@ def mean_squared_error(
 
     The loss has no bounded slope, so that of bounded outputs is taken: with Z and Y the (m, n) matrices of outputs and
     targets and R their difference, the gradient is 2/(mn) R'A, no longer than 2/(mn) (norm(Z) + norm(Y)) norm(A). This
-    is the papers' formula and it is rigorous, in the paper and the strict family alike; the latter's K carries a 1 for
-    the bias. The Hessian is 2/(mn) A'A whatever the outputs: curvature 2/n. Half of both with ``half``, and no n.
+    is the papers' formula, and with ``frobenius`` and a head without a bias it is the strict one too. The Hessian is
+    2/(mn) A'A whatever the outputs: curvature 2/n. Half of both with ``half``, and no n.
 
     Args:
         activation_norm: K, not negative.

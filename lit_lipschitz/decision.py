@@ -20,6 +20,7 @@ class Measurement:
         dropped: Batches with non-finite activations on the rank that had most.
         ignored: Whether the loss left targets out of its mean.
         squares: Frobenius norm of the matrix of squared activations, for the estimate of the authors' scripts.
+        summed: Examples that the loss sums up without dividing by their number; 1 for a mean.
     """
 
     activation_norm: float
@@ -28,6 +29,7 @@ class Measurement:
     dropped: int
     ignored: bool = False
     squares: float = 0.0
+    summed: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Policy:
             bound=self.bound,
             norm=self.norm,
         )
+        data *= measured.summed
         l2 = constants.l2(self.decay_of(optimizer, groups), measured.weight_norm, bound=self.bound)
         constant = data + l2
         squared = constants.squared(

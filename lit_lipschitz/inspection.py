@@ -77,19 +77,21 @@ class FoundLoss:
     """What the autograd graph tells of a loss.
 
     Attributes:
-        coefficient: Factor in front of the mean over the examples.
+        coefficient: Factor in front of the mean or the sum over the examples.
         head_weight: The weight of the affine map that made the logits, or None where the graph can't name it: the
             weight is frozen or computed, or the network is compiled.
         chain: What made the logits, from the log-softmax down, where that is no affine map; else empty.
+        summed: Whether it is the sum over the examples, not their mean.
     """
 
     coefficient: float
     head_weight: nn.Parameter | None
     chain: tuple[str, ...] = ()
+    summed: bool = False
 
 
 def find_cross_entropy(loss: Tensor) -> FoundLoss:
-    """Recognises a mean softmax cross-entropy by the autograd graph of its value.
+    """Recognises a softmax cross-entropy, a mean or a sum, by the autograd graph of its value.
 
     Args:
         loss: A scalar with a graph, as ``torch.nn.functional.cross_entropy`` returns it, with or without label
@@ -119,12 +121,13 @@ def find_cross_entropy(loss: Tensor) -> FoundLoss:
             "LipschitzLR found a cross-entropy with class weights, for which it has no constant; use one without "
             "weights, or pass loss='cross_entropy' to have the weights disregarded"
         )
-    if nll._saved_reduction != 1:
+    if nll._saved_reduction not in (1, 2):
         raise ConfigurationError(
-            "LipschitzLR found a cross-entropy that is not a mean over the batch; use reduction='mean'"
+            "LipschitzLR found a cross-entropy with reduction='none', expected one number for the batch: use "
+            "reduction='mean' or 'sum'"
         )
     weight, chain = _head_weight(log_softmax)
-    return FoundLoss(coefficient, weight, chain)
+    return FoundLoss(coefficient, weight, chain, summed=nll._saved_reduction == 2)
 
 
 def ignored_targets(loss: Tensor) -> Tensor | None:
@@ -165,7 +168,11 @@ def _match_cross_entropy(node: Any) -> tuple[Any, Any]:
     if node.name() == "AddBackward0" and len(_next(node)) == 2:
         # Label smoothing: (1 - s) * nll + s / k * sum of the log-probabilities; torch makes both terms by MulBackward1.
         terms = [_next(term)[0] for term in _next(node) if term.name() == "MulBackward1"]
-        if len(terms) != 2 or not terms[0].name().startswith("NllLoss") or terms[1].name() != "DivBackward0":
+        if (
+            len(terms) != 2
+            or not terms[0].name().startswith("NllLoss")
+            or terms[1].name() not in ("DivBackward0", "SumBackward0")
+        ):
             return None, None
         node = terms[0]
     if not node.name().startswith("NllLoss"):

@@ -140,7 +140,8 @@ def adamo_authors(seen: Observation, state: RuleState, settings: Settings) -> tu
 def rmsprop(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
     """RMSprop: rate = (sqrt(K2) + eps) / L with K2 the moving average of the squared constant.
 
-    torch's momentum m makes the step 1 / (1 - m) times as long, which the rate takes back.
+    torch's momentum m makes the step 1 / (1 - m) times as long, which the rate takes back. torch does not correct its
+    average square for its start, so the first steps are up to 1 / sqrt(1 - alpha) times longer, as with any rate.
 
     Args:
         seen: The constant and its square.
@@ -169,7 +170,9 @@ def rmsprop_authors(seen: Observation, state: RuleState, settings: Settings) -> 
 
 
 def adam(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
-    """Adam, AdamW, NAdam and RAdam ("auto-Adam"): rate = (sqrt(K2) + eps) / K1 with the averages of L^2 and L.
+    """Adam, AdamW and NAdam ("auto-Adam"): rate = (sqrt(K2) + eps) / K1 with the averages of L^2 and L.
+
+    NAdam's look ahead leaves a steady step as it is.
 
     Args:
         seen: The constant and its square.
@@ -219,11 +222,11 @@ RULES: dict[str, Rule] = {
 }
 RULE_OF_OPTIMIZER: dict[str, RuleName] = {
     "SGD": "inverse",
+    "ZeroStartSGD": "inverse",
     "RMSprop": "rmsprop",
     "Adam": "adam",
     "AdamW": "adam",
     "NAdam": "adam",
-    "RAdam": "adam",
     "Adamax": "adamax",
 }
 """The rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""

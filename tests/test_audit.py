@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lit_lipschitz import ConfigurationError, LipschitzLR
 from lit_lipschitz.audit import LipschitzAudit, _Ledger, _read
 
+LARGEST = ("audit/largest_is_head", "audit/largest_layer")
 LAYERS = ("net.0", "net.2")
 
 
@@ -84,11 +85,17 @@ def test_norms_and_constants_are_those_of_the_very_steps(first):
     assert len(set(seen.constants)) > 3
     assert [step for step, _ in points] == [0, 3, 6, 9]
     for step, metrics in points:
-        assert set(metrics) == {"audit/net.0/ratio", "audit/net.2/ratio", "audit/largest_is_head"}
+        assert set(metrics) == {
+            "audit/net.0/ratio",
+            "audit/net.2/ratio",
+            "audit/largest_is_head",
+            "audit/largest_layer",
+        }
         for name in LAYERS:
             expected = seen.norms[step][name] / seen.constants[step]
             assert metrics[f"audit/{name}/ratio"] == pytest.approx(expected, rel=1e-6)
         assert metrics["audit/largest_is_head"] == float(seen.norms[step]["net.2"] > seen.norms[step]["net.0"])
+        assert metrics["audit/largest_layer"] == metrics["audit/largest_is_head"]  # 0 or 1, of two layers
     for name in LAYERS:
         norms = [seen.norms[step][name] for step in (0, 3, 6, 9)]
         found = layer(audit, name)
@@ -236,7 +243,12 @@ def test_without_a_constant_that_bounds_gradients_norms_are_logged(lipschitz, re
     audit = LipschitzAudit(every=4)
     points, seen = fit(audit, lipschitz=lipschitz, max_epochs=1)
     for step, metrics in points:
-        assert set(metrics) == {"audit/net.0/gradient", "audit/net.2/gradient", "audit/largest_is_head"}
+        assert set(metrics) == {
+            "audit/net.0/gradient",
+            "audit/net.2/gradient",
+            "audit/largest_is_head",
+            "audit/largest_layer",
+        }
         assert metrics["audit/net.0/gradient"] == pytest.approx(seen.norms[step]["net.0"], rel=1e-6)
     assert reason in audit.summary().verdicts[1]
     assert layer(audit, "net.0").largest_ratio is None
@@ -320,7 +332,7 @@ def test_a_frozen_head_is_said_to_have_no_gradient():
     module.net[2].requires_grad_(False)
     audit = LipschitzAudit(every=1)
     points, _ = fit(audit, module, more=[], max_steps=1)
-    assert set(points[0][1]) == {"audit/net.0/ratio"}
+    assert set(points[0][1]) == {"audit/net.0/ratio", "audit/largest_layer"}
     assert audit.summary().verdicts[0] == "The head net.2 had no gradient of its own in any audited step."
 
 

@@ -132,6 +132,20 @@ def test_the_paper_family_with_momentum_follows_adamo():
     assert rates[12][0] == pytest.approx(0.1 / average, rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"bound": "smooth"}, {"bound": "paper"}])
+def test_a_summed_loss_has_the_rate_of_the_mean_over_the_examples(settings):
+    class Summed(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+    mean, summed = (fit(LipschitzLR(**settings), kind, max_steps=1)[1][0][0] for kind in (Classifier, Summed))
+    assert summed == pytest.approx(mean / 16, rel=1e-6)
+    accumulated = fit(LipschitzLR(**settings), Summed, batch_size=4, max_steps=1, accumulate_grad_batches=4)[1][0][0]
+    # The mean of four sums over 4 examples is 4 times the mean over the 16.
+    assert accumulated <= mean / 4 * (1 + 1e-6)
+    assert accumulated >= mean / 4 / 2
+
+
 def test_rule_inverse_forces_one_over_l():
     forced, automatic = (
         fit(
@@ -488,6 +502,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, setting
     def run(max_steps, **rest):
         torch.manual_seed(1)
         module = kind()
+        module.lipschitz_dataloader = loader
         save = ModelCheckpoint(".", filename=f"at{max_steps}", every_n_train_steps=max_steps, save_top_k=-1)
         run = trainer(LipschitzLR(**settings), steps := Steps(), save, enable_checkpointing=True, max_epochs=-1,
                       max_steps=max_steps)  # fmt: skip

@@ -296,6 +296,46 @@ def test_the_paper_constant_is_the_gradient_in_one_logit_at_uniform_outputs(smoo
     assert constant == pytest.approx(largest_row, rel=1e-12)
 
 
+ESTIMATED = [
+    ("cross-entropy", {"label_smoothing": 0.3, "class_weights": [1.0, 5.0, 2.0]}, 3),
+    ("cross-entropy", {"class_weights": [1.0, 5.0, 2.0]}, 3),
+    ("binary cross-entropy", {"pos_weight": 3.0, "label_smoothing": 0.2}, 1),
+    ("binary cross-entropy", {"pos_weight": 0.2}, 2),
+    ("mean absolute error", {}, 2),
+    ("quantile", {"level": 0.3}, 2),
+    ("huber", {"delta": 0.7}, 2),
+    ("smooth l1", {"beta": 0.3}, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "outputs"), ESTIMATED)
+def test_the_paper_family_takes_the_largest_slope_in_one_output(name, settings, outputs):
+    """Of one example: where the outputs are 0 for the cross-entropies, anywhere for losses of a difference."""
+    loss = LOSSES[name]
+    slopes = []
+    places = [0.0] if "entropy" in name else [-50.0, 50.0]
+    targets = [torch.zeros(1, outputs, dtype=torch.float64), torch.ones(1, outputs, dtype=torch.float64)]
+    for place in places:
+        for target in [torch.tensor([y]) for y in range(outputs)] if name == "cross-entropy" else targets:
+            values = torch.full((1, outputs), place, dtype=torch.float64, requires_grad=True)
+            (slope,) = torch.autograd.grad(loss.torch(values, target, **settings), values)
+            slopes.append(slope.abs().max().item())
+    constant = loss.constant(3.0, outputs, batch_size=1, bound="paper", norm="frobenius", **settings)
+    assert constant == pytest.approx(3 * max(slopes), rel=1e-9)
+
+
+def test_class_weights_make_the_paper_estimate_as_much_larger_as_the_bound():
+    def both(weights):
+        return [
+            constants.cross_entropy(3.0, num_classes=2, batch_size=5, bound=bound, class_weights=weights)
+            for bound in ("paper", "strict")
+        ]
+
+    (paper, strict), (weighted_paper, weighted_strict) = both(None), both([1.0, 4.0])
+    assert weighted_paper / paper == pytest.approx(5 / 4)
+    assert weighted_strict / strict == pytest.approx(5 / 4)
+
+
 @pytest.mark.parametrize("norm", ["frobenius", "sample", "unit"])
 def test_the_papers_printed_formulas(norm):
     """The table of the papers, typed once more, for K = 3, m = 8, k = 5."""

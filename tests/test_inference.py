@@ -2,13 +2,16 @@
 
 import copy
 import math
+from contextlib import suppress
 
 import lightning as L
 import pytest
 import torch
-from conftest import CLASSES, WIDTH, Classifier, Steps, loader, trainer
+from conftest import CLASSES, WIDTH, Classifier, Steps, examples, loader, trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lit_lipschitz import ConfigurationError, LipschitzLR
 
@@ -191,10 +194,106 @@ def test_batches_of_other_kinds_are_passed_as_they_are():
 
     torch.manual_seed(1)
     steps = Steps()
-    trainer(LipschitzLR(bound="paper", measure="pass"), steps, max_steps=1).fit(Mapped(), Batches())
+    mapped = Mapped()
+    mapped.lipschitz_dataloader = Batches
+    trainer(LipschitzLR(bound="paper", measure="pass"), steps, max_steps=1).fit(mapped, Batches())
     assert steps.rates == fit(LipschitzLR(bound="paper", measure="pass"), Regularized, max_steps=1)[1]
 
 
 def test_the_rule_of_an_optimizer_that_normalises_must_be_asked_for():
     with pytest.raises(ConfigurationError, match="Adam normalises the gradient.*bound='paper'"):
         fit(LipschitzLR(), lambda: Classifier(lambda p: torch.optim.Adam(p, lr=1.0)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"shuffle": True, "generator": torch.Generator()}, {"num_workers": 1, "persistent_workers": True}],
+    ids=["generator", "persistent workers"],
+)
+def test_the_training_loader_goes_on_undisturbed(settings):
+    def inputs_of(callback):
+        if "generator" in settings:
+            settings["generator"].manual_seed(3)
+
+        class Seen(L.Callback):
+            batches = []
+
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                self.batches.append(batch[0].clone())
+
+        seen = Seen()
+        Seen.batches = []
+        module = Regularized(lambda p: torch.optim.SGD(p, lr=0.1))
+        trainer(callback, seen, max_epochs=2).fit(module, DataLoader(examples(), batch_size=16, **settings))
+        return seen.batches
+
+    with_pass, without = (inputs_of(LipschitzLR(measure=measure)) for measure in ("pass", "running"))
+    assert len(with_pass) == len(without) == 12
+    assert all(torch.equal(a, b) for a, b in zip(with_pass, without, strict=True))
+
+
+def test_a_loader_that_can_be_read_only_once_is_refused():
+    once = (batch for batch in loader())
+    with pytest.raises(ConfigurationError, match=r"a generator can't be read .* a method lipschitz_dataloader\(\)"):
+        trainer(LipschitzLR(measure="pass")).fit(Regularized(), once)
+
+
+def test_a_forward_of_two_arguments_is_refused():
+    class Pair(Classifier):
+        def forward(self, inputs, targets):
+            return F.cross_entropy(self.net(inputs), targets)
+
+    with pytest.raises(ConfigurationError, match="its forward does not take that .*targets"):
+        fit(LipschitzLR(measure="pass"), Pair)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_pass_in_other_precisions(precision):
+    _, rates = fit(LipschitzLR(measure="pass"), Regularized, precision=precision, max_steps=1)
+    _, single = fit(LipschitzLR(measure="pass"), Regularized, max_steps=1)
+    assert rates[0][0] == pytest.approx(single[0][0], rel=1e-5 if "64" in precision else 2e-2)
+
+
+def test_a_pass_follows_the_accumulation_as_it_changes():
+    """Frozen weights, so that only the number of examples in a step changes, from 4 x 16 to 16."""
+    frozen = lambda p: torch.optim.SGD([{"params": list(p), "weight_decay": 0.0}], lr=1.0)  # noqa: E731
+    schedule = GradientAccumulationScheduler({0: 3, 1: 1})
+    callback = LipschitzLR(bound="paper", measure="pass", max_lr=1e-30)
+    seen = []
+
+    class Constants(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(callback.constant)
+
+    torch.manual_seed(1)
+    trainer(callback, schedule, Constants(), max_epochs=2).fit(Classifier(frozen), loader())
+    # K is sqrt(3) times as large at most, m three times.
+    assert seen[1] == pytest.approx(seen[0] * math.sqrt(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [0, 6])
+def test_a_pass_whose_first_step_failed_is_made_again_on_resume(stop):
+    class Failing(Regularized):
+        fails = True
+
+        def training_step(self, batch, batch_idx):
+            if self.fails and self.trainer.global_step == stop:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    class Fine(Regularized):
+        fails = False
+
+    def run(kind, **settings):
+        torch.manual_seed(1)
+        callback = LipschitzLR(bound="paper", measure="pass")
+        saved = OnExceptionCheckpoint(".", filename="failed")
+        run = trainer(callback, steps := Steps(), saved, max_epochs=2, **{"enable_checkpointing": True})
+        with suppress(RuntimeError):
+            run.fit(kind(), loader(), **settings)
+        return steps.rates
+
+    expected = run(Fine)
+    run(Failing)
+    resumed = run(Fine, ckpt_path="failed.ckpt")
+    assert resumed[0] == expected[stop]

@@ -31,6 +31,15 @@ def test_a_cross_entropy_is_recognised_with_its_head(make, coefficient):
     assert found.chain == ()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_sum_is_told_from_a_mean(smoothing):
+    for reduction in ("mean", "sum"):
+        loss = F.cross_entropy(HEAD(INPUTS), TARGETS, reduction=reduction, label_smoothing=smoothing)
+        found = inspection.find_cross_entropy(loss / 2)
+        assert (found.summed, found.coefficient) == (reduction == "sum", 0.5)
+        assert found.head_weight is HEAD.weight
+
+
 def test_the_head_is_found_under_autocast_and_without_a_bias():
     head = nn.Linear(4, 3, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +100,8 @@ def test_ignored_targets_are_noticed(smoothing):
         (lambda: F.mse_loss(HEAD(INPUTS), torch.zeros(5, 3)), "MseLoss"),
         (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS) + HEAD.weight.square().sum(), "Add"),
         (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS, weight=torch.ones(3)), "class weights"),
-        (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS, reduction="sum"), "not a mean"),
+        (lambda: F.cross_entropy(HEAD(INPUTS)[:1], TARGETS[:1], reduction="none"), "reduction='none', expected one"),
+        (lambda: F.cross_entropy(HEAD(INPUTS), TARGETS, reduction="none").mean(), "Mean > NllLoss"),
         (lambda: F.cross_entropy(HEAD(INPUTS), torch.full((5, 3), 1 / 3)), "Div > Neg"),
         (lambda: F.nll_loss(HEAD(INPUTS), TARGETS), "NllLoss > Addmm"),
         (lambda: torch.tensor(1.0), "without one"),

@@ -239,3 +239,14 @@ def test_moving_statistics_forget_their_start(norm, shape):
     ours.eval()
     expected = (batches[0].movedim(1, -1) - ours.running_mean) / (ours.running_var + 1e-3).sqrt()
     torch.testing.assert_close(ours(batches[0]), expected.movedim(-1, 1))
+
+
+@pytest.mark.parametrize(("training", "least", "most"), [(False, 0.0, 1e-5), (True, 0.5, 5.0)])
+def test_the_first_rate_of_resnet164_needs_batch_statistics(training, least, most):
+    """1/L of the paper family at initialisation, by torch alone: k = 100 classes, 32 images of noise."""
+    network = ResNetV2(164, num_classes=100).train(training)
+    seen = []
+    network.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].norm().item()))
+    with torch.no_grad():
+        network(torch.rand(32, 3, 32, 32) - 0.5)
+    assert least < 1 / (99 / (100 * 32) * seen[0]) < most

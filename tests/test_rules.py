@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_lipschitz import constants, rules
+from lit_lipschitz import ZeroStartSGD, constants, rules
 
 
 def seen(constant, squared=None, activation_norm=1.0):
@@ -28,10 +28,7 @@ def test_adamo_makes_torch_walk_as_the_paper_writes(momentum, dampening):
         weights = weights - velocity / (average / (1 - beta**t))
 
     parameter = torch.nn.Parameter(torch.zeros(10, dtype=torch.float64))
-    optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=momentum, dampening=dampening)
-    if momentum:
-        # torch starts the velocity at g, not at (1 - dampening) g.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros(10, dtype=torch.float64)
+    optimizer = ZeroStartSGD([parameter], lr=1.0, momentum=momentum, dampening=dampening)
     state = rules.RuleState()
     for constant, gradient in zip(constants, gradients, strict=True):
         rate, state = rules.adamo(seen(constant), state, optimizer.param_groups[0])
@@ -91,7 +88,7 @@ def test_nesterov_has_the_steady_step_of_momentum():
 
 
 @pytest.mark.parametrize("corrected", [True, False])
-def test_rmsprop_divides_gradient_and_constant_alike(corrected):
+def test_rmsprop_divides_the_gradient_as_torch_does_and_the_constant_alike(corrected):
     alpha, eps = 0.8, 1e-8
     weights, average, square = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64), 0.0
     for t, (constant, gradient) in enumerate(zip(CONSTANTS, gradients(), strict=True), start=1):
@@ -141,6 +138,19 @@ def test_adam_divides_gradient_and_constant_alike(corrected, amsgrad):
         rest = {"weight_decay": 0.0} if optimizer is torch.optim.AdamW else {}
         reached = walk(lambda p, kind=optimizer, rest=rest: kind(p, **make, **rest), rule)
         torch.testing.assert_close(reached, weights, rtol=1e-9, atol=0)
+
+
+def test_nadam_has_the_steady_step_of_adam():
+    for kind in (torch.optim.Adam, torch.optim.NAdam):
+        parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = kind([parameter], lr=1.0, betas=(0.5, 0.6))
+        state = rules.RuleState()
+        for _ in range(60):
+            optimizer.param_groups[0]["lr"], state = rules.adam(seen(4.0), state, optimizer.param_groups[0])
+            before = parameter.item()
+            parameter.grad = torch.full((1,), 7.0, dtype=torch.float64)
+            optimizer.step()
+        assert before - parameter.item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_adamax_divides_gradient_and_constant_alike():
@@ -254,7 +264,7 @@ def test_a_constant_without_an_inverse_is_refused(rule, constant):
         ("Adam", {}, "paper", "adam"),
         ("AdamW", {}, "paper", "adam"),
         ("NAdam", {}, "paper", "adam"),
-        ("RAdam", {}, "paper", "adam"),
+        ("ZeroStartSGD", {"momentum": 0.9}, "paper", "adamo"),
         ("Adamax", {}, "paper", "adamax"),
     ],
 )
@@ -265,7 +275,8 @@ def test_the_rule_follows_the_optimizer_and_the_family(optimizer, settings, boun
 @pytest.mark.parametrize(
     ("optimizer", "settings", "bound", "message"),
     [
-        ("LBFGS", {}, "strict", "LBFGS; known: SGD, RMSprop, Adam, .* rule= with one of 'inverse', 'adamo'"),
+        ("RAdam", {}, "paper", "RAdam; known: SGD"),  # its first steps are not normalised
+        ("LBFGS", {}, "strict", "LBFGS; known: SGD, .* rule= with one of 'inverse', 'adamo'"),
         ("Adam", {}, "strict", "bound='strict' bounds what gradient descent does, and Adam normalises"),
         ("RMSprop", {"centered": True}, "paper", "RMSprop with centered=True"),
     ],
@@ -273,3 +284,16 @@ def test_the_rule_follows_the_optimizer_and_the_family(optimizer, settings, boun
 def test_an_optimizer_without_a_rule_is_refused_with_what_is_known(optimizer, settings, bound, message):
     with pytest.raises(ValueError, match=message):
         rules.rule_for(optimizer, settings, bound)
+
+
+def test_torchs_own_momentum_starts_with_longer_steps():
+    """By the first gradient, undamped: nine of them in all at 0.9, as the documentation says."""
+    ends = []
+    for kind in (ZeroStartSGD, torch.optim.SGD):
+        parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = kind([parameter], lr=1.0, momentum=0.9, dampening=0.9)
+        for step in range(200):
+            parameter.grad = torch.full((1,), 1.0 if step == 0 else 0.0, dtype=torch.float64)
+            optimizer.step()
+        ends.append(-parameter.item())
+    assert ends == pytest.approx([1.0, 10.0])

@@ -1,0 +1,33 @@
+"""An optimizer as the papers write it, where torch's differs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import SGD
+
+
+class ZeroStartSGD(SGD):
+    """torch's SGD with a velocity that starts at 0, as in the AdaMo of the LipschitzLR papers.
+
+    torch starts the velocity at the first gradient, undamped: with momentum and dampening 0.9, so that the velocity
+    averages gradients, the first step is ten times as long as the average's, and the excess adds up to nine first
+    gradients. Arguments are those of ``torch.optim.SGD``.
+
+    References:
+        The optimizer in the scripts published with R. Yedida, S. Saha, arXiv 1902.07399.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; arguments and result as for ``torch.optim.SGD``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if parameter.grad is not None and self.state[parameter].get("momentum_buffer") is None:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        super().step()
+        return loss
