@@ -73,7 +73,7 @@ class _KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
         """The input, normalised by the batch's statistics while training and by the moving ones otherwise."""
         if not self.training:
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
