@@ -119,8 +119,8 @@ def at_initialisation(data_dir: str | None, seeds: int) -> list[str]:
     data.setup("fit")
     images, _ = next(iter(data.lipschitz_dataloader()))
     lines = [
-        "ResNet-164 v2 at its initialisation, 1/L on one batch of CIFAR-10 with 100 outputs (recorded, in inference mode "
-        "on all of CIFAR-100: 2.3e-08):"
+        "ResNet-164 v2 at its initialisation, 1/L on one batch of CIFAR-10 with 100 outputs (recorded, in inference "
+        "mode on all of CIFAR-100: 2.3e-08):"
     ]
     for seed in range(seeds):
         L.seed_everything(seed, verbose=False)
