@@ -223,7 +223,13 @@ def test_a_run_is_resumed_where_it_ended(lit):
     assert results(rest) == results(whole)[1:]
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_configs() if name != "ddp.yaml"])
+OVERLAYS = ("ddp.yaml", "short.yaml")
+
+
+# The papers' own are in test_paper_configs.py.
+@pytest.mark.parametrize(
+    "name", [name for name in bundled_configs() if name not in OVERLAYS and not name.startswith("paper_")]
+)
 def test_every_bundled_config_is_whole(lit, name):
     code, out, _ = lit("fit", "--config", name, "--print_config")
     assert code == 0
