@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: train test check format benchmark clean
+.PHONY: train test slow check format benchmark clean
 
 train: $(STAMP)  ## train on real handwritten digits, and test
 	$(BIN)/lit-lipschitz fit --config digits.yaml
 
-test: $(STAMP)  ## the whole test suite; real data are looked for in $LIT_LIPSCHITZ_DATA
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP)  ## the test suite, without what takes minutes or real data
+	$(BIN)/python -m pytest -m "not slow and not real_data" $(PYTEST_ARGS)
+
+slow: $(STAMP)  ## the rest of it; real data are looked for in $LIT_LIPSCHITZ_DATA
+	$(BIN)/python -m pytest -m "slow or real_data" $(PYTEST_ARGS)
 
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .

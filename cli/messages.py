@@ -65,7 +65,8 @@ def _branches(message: str) -> list[str]:
 
 
 def _no_such_option(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=2, cutoff=0.6)
+    # Names that end in + append to a list.
+    close = difflib.get_close_matches(key, [name for name in known if not name.endswith("+")], n=2, cutoff=0.6)
     hint = f"closest: {', '.join(close)}" if close else "lit-lipschitz fit --help lists all"
     return f"{key}: no such option; {hint}"
 

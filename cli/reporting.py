@@ -17,6 +17,7 @@ class EpochLines(L.Callback):
     """Prints a line an epoch: the rate, the rate times the schedule's factor, losses, accuracies, seconds."""
 
     _COLUMNS = ("train_loss", "train_acc", "val_loss", "val_acc")
+    _start: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
@@ -24,7 +25,9 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the line, on rank 0."""
-        if not trainer.is_global_zero:
+        # A run that is resumed between the last step of an epoch and its end has not seen it begin, nor its metrics.
+        start, self._start = self._start, None
+        if start is None or not trainer.is_global_zero:
             return
         epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else "?"
         parts = [f"epoch {trainer.current_epoch + 1:>{len(str(epochs))}}/{epochs}"]
@@ -36,7 +39,7 @@ class EpochLines(L.Callback):
             parts.append(f"rate {ours.rate:<9.4g} lr {ours.lr:<9.4g}")
         metrics = trainer.callback_metrics
         parts += [f"{name} {float(metrics[name]):.4f}" for name in self._COLUMNS if name in metrics]
-        parts.append(f"{time.monotonic() - self._start:.1f} s")
+        parts.append(f"{time.monotonic() - start:.1f} s")
         print("  ".join(parts), flush=True)
 
 

@@ -363,6 +363,8 @@ class LipschitzAudit(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Reads the gradients, on their device, where the step is due."""
         assert self._lipschitz is not None
+        if not self._lipschitz.controls(optimizer):
+            return
         # A batch that makes several steps (by hand) comes here with the last one's reading.
         self._finish(trainer)
         self._steps += 1

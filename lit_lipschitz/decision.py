@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lit_lipschitz import constants, rules
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -14,22 +15,21 @@ class Measurement:
     """What all ranks agree on after the reduction.
 
     Attributes:
-        activation_norm: Size of the head's inputs in the global batch of one optimizer step.
+        activation_norm: Size of the head's inputs in the global batch of one optimizer step, times the loss's factor,
+            and for a sum times what it sums up (for the smooth family the root of that).
         weight_norm: Largest norm of a parameter tensor.
         batch_size: Examples (tokens, pixels) in the global batch.
         dropped: Batches with non-finite activations on the rank that had most.
-        ignored: Whether the loss left targets out of its mean.
         squares: Frobenius norm of the matrix of squared activations, for the estimate of the authors' scripts.
-        summed: Examples that the loss sums up without dividing by their number; 1 for a mean.
+        output_norm: Norm of the head's outputs plus that of the targets, for losses that depend on it.
     """
 
     activation_norm: float
     weight_norm: float
     batch_size: int
     dropped: int
-    ignored: bool = False
     squares: float = 0.0
-    summed: int = 1
+    output_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Policy:
             rules.RULES[name](rules.Observation(1.0, 1.0), rules.RuleState(), groups[0])
         except KeyError as missing:
             raise ConfigurationError(
-                f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found {optimizer}"
+                f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found "
+                f"{optimizer}; pass rule='inverse', which needs none"
             ) from None
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
@@ -137,7 +138,8 @@ class Policy:
         self,
         measured: Measurement,
         *,
-        num_classes: int,
+        loss: Loss,
+        num_outputs: int,
         optimizer: str,
         groups: list[dict[str, Any]],
         state: rules.RuleState,
@@ -147,7 +149,8 @@ class Policy:
 
         Args:
             measured: What the ranks agree on.
-            num_classes: Outputs of the head.
+            loss: The loss.
+            num_outputs: Outputs of the head.
             optimizer: Class name of the optimizer.
             groups: Its parameter groups.
             state: What the rule remembers.
@@ -156,17 +159,18 @@ class Policy:
         Returns:
             The decision and the rule's new state, or None where the measurement gives no rate.
         """
-        finite = all(map(math.isfinite, (measured.activation_norm, measured.weight_norm, measured.squares)))
+        sizes = (measured.activation_norm, measured.weight_norm, measured.squares, measured.output_norm)
+        finite = all(map(math.isfinite, sizes))
         if not finite or measured.activation_norm == 0 or measured.batch_size < 1:
             return None
-        data = constants.cross_entropy(
+        data = loss.constant(
             measured.activation_norm,
-            num_classes=num_classes,
             batch_size=measured.batch_size,
+            num_outputs=num_outputs,
             bound=self.bound,
             norm=self.norm,
+            output_norm=measured.output_norm,
         )
-        data *= measured.summed
         l2 = constants.l2(self.decay_of(optimizer, groups), measured.weight_norm, bound=self.bound)
         constant = data + l2
         squared = constants.squared(

@@ -17,22 +17,32 @@ class RateWriter:
     over it is a factor. A scheduler computes its next value from the one in the group, so with one the rate stands
     there only while the optimizer steps; without one it stays.
 
-    Without a scheduler, a group that is added while training counts relative to the first group's rate at that time.
+    Without a scheduler, a group that is added while training, and a later group that something else gives another rate,
+    count relative to the first group's rate at that time.
 
     Args:
         optimizer: The optimizer, as configured: neither stepped nor restored.
         schedulers: Its learning-rate schedulers.
         stored: :attr:`references` of the run that is resumed, for the groups that were added in it.
+        keep_nominal: Treat the optimizer as one with schedulers, since some will come while it trains.
 
     Raises:
         ConfigurationError: The reference is 0.
     """
 
-    def __init__(self, optimizer: Optimizer, schedulers: Sequence[Any] = (), stored: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: Sequence[Any] = (),
+        stored: Sequence[float] = (),
+        keep_nominal: bool = False,
+    ) -> None:
         self.optimizer = optimizer
         self.steps = 0
         schedulers = list(_flat(schedulers))
-        self.scheduled = bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
+        self.scheduled = (
+            keep_nominal or bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
+        )
         self._references = [_reference(group, i, schedulers) for i, group in enumerate(optimizer.param_groups)]
         self._stored = list(stored)
         if self._references[0] <= 0:
@@ -42,6 +52,7 @@ class RateWriter:
             )
         self._rate: float | None = None
         self._nominal: list[float] | None = None
+        self._written: list[float] = []  # what stands in the groups since the last write
         self._stepping = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -67,13 +78,13 @@ class RateWriter:
         Returns:
             The rates that the step uses, one a group.
         """
-        self._add_groups()
+        self._look_at_groups()
         self._rate = rate
         # A GradScaler runs the closure before the optimizer's step, and perhaps no step at all; else it runs inside.
         if self._stepping or not self.scheduled:
             self._apply()
             return [float(group["lr"]) for group in self.optimizer.param_groups]
-        return self._rates()
+        return self.rates(rate)
 
     def close(self) -> None:
         """Takes the hooks off the optimizer, and restores what a step that broke off has left."""
@@ -81,18 +92,23 @@ class RateWriter:
             handle.remove()
         self._restore()
 
-    def _rates(self) -> list[float]:
+    def rates(self, rate: float | None) -> list[float]:
+        """What the groups' rates are, now, for a rate of the first group at a factor of 1; None leaves them."""
         groups = self.optimizer.param_groups
         nominal = self._nominal or [float(group["lr"]) for group in groups]
-        if self._rate is None:
+        if rate is None:
             return nominal
         if not self.scheduled:
             nominal = self._references
-        return [self._rate * (lr / self.reference) for lr in nominal]
+        return [rate * (lr / self.reference) for lr in nominal]
 
-    def _add_groups(self) -> None:
-        """Takes in groups that were added since the last step."""
+    def _look_at_groups(self) -> None:
+        """Takes in groups that were added, or given another rate, since the last step."""
         groups = self.optimizer.param_groups
+        if self._rate is not None and not self.scheduled and self._written[:1] == [float(groups[0]["lr"])]:
+            for i, written in enumerate(self._written):
+                if float(groups[i]["lr"]) != written:
+                    self._references[i] = float(groups[i]["lr"]) * self.reference / self._rate
         for i in range(len(self._references), len(groups)):
             lr = float(groups[i]["lr"])
             if i < len(self._stored):
@@ -103,8 +119,9 @@ class RateWriter:
             self._references.append(lr)
 
     def _apply(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self._rates(), strict=True):
+        for group, lr in zip(self.optimizer.param_groups, self.rates(self._rate), strict=True):
             _set(group, lr)
+        self._written = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def _before_step(self, *_: Any) -> None:
         self._stepping = True

@@ -1,6 +1,7 @@
 """What several test files share: a small task, a quiet trainer, real data where they are."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", f".*{advice}.*")
         yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what is compiled is kept by class, not by network
 
 
 @pytest.fixture(scope="session")

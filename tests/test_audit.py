@@ -22,18 +22,19 @@ LAYERS = ("net.0", "net.2")
 
 
 class Curves(Logger):
-    """Keeps what is logged of the audit, by step."""
+    """Keeps what is logged, by step, and of it that of the audit."""
 
     name, version = "curves", 0
 
     def __init__(self):
         super().__init__()
-        self.points = []
+        self.points, self.everything = [], []
 
     def log_hyperparams(self, *args, **kwargs):
         pass
 
     def log_metrics(self, metrics, step=None):
+        self.everything.append((step, metrics))
         if any(name.startswith("audit/") for name in metrics):
             self.points.append((step, metrics))
 
@@ -123,7 +124,7 @@ class Twice(Classifier):
 @pytest.mark.parametrize("first", [True, False])
 def test_several_steps_a_batch_by_hand_have_a_constant_each(first):
     audit = LipschitzAudit(every=1)
-    points, seen = fit(audit, Twice(), first=first, max_epochs=1)
+    points, seen = fit(audit, Twice(), first=first, lipschitz=LipschitzLR(optimizers=0), max_epochs=1)
     assert [step for step, _ in points] == list(range(12))
     assert len(set(seen.constants)) > 2
     for step, metrics in points:
@@ -162,16 +163,16 @@ def test_it_changes_nothing_that_is_trained():
 
 
 class Counterexample(L.LightningModule):
-    """E = 0.5 (w2 relu(w1 x) - t)^2 at x = 1, w1 = 0.1, w2 = 10, t = 0; outputs after the first one are left unused."""
+    """E = 0.5 (w2 relu(w1 x) - t)^2 at x = 1, w1 = 0.1, w2 = 10, t = 0."""
 
-    def __init__(self, outputs):
+    def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Linear(1, 1, bias=False), nn.Linear(1, outputs, bias=False)
+        self.first, self.last = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.first.weight, 0.1)
         nn.init.constant_(self.last.weight, 10.0)
 
     def training_step(self, batch, batch_idx):
-        return 0.5 * self.last(F.relu(self.first(batch)))[:, 0].square().sum()
+        return 0.5 * F.mse_loss(self.last(F.relu(self.first(batch)))[:, 0], torch.zeros(1))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -186,9 +187,8 @@ VIOLATED = (
 @pytest.mark.parametrize("first", [True, False])
 def test_the_counterexample_violates_the_premise(first, capsys):
     audit = LipschitzAudit()
-    lipschitz = LipschitzLR(loss="cross_entropy", head="last", initial_lr=0.1, update=1000)
-    callbacks = [audit, lipschitz] if first else [lipschitz, audit]
-    trainer(*callbacks, max_steps=1).fit(Counterexample(1), DataLoader(torch.ones(1, 1)))
+    callbacks = [audit, LipschitzLR()] if first else [LipschitzLR(), audit]
+    trainer(*callbacks, max_steps=1).fit(Counterexample(), DataLoader(torch.ones(1, 1)))
     summary = audit.summary()
     assert (summary.steps, summary.head, summary.head_layer.largest_by_norm) == (1, "last", 0)
     assert layer(audit, "first").largest_norm == pytest.approx(10)
@@ -200,14 +200,14 @@ def test_the_counterexample_violates_the_premise(first, capsys):
 
 def test_the_counterexamples_constant_bounds_the_head_alone(capsys):
     audit = LipschitzAudit()
-    trainer(LipschitzLR(loss="cross_entropy"), audit, max_steps=1).fit(Counterexample(2), DataLoader(torch.ones(1, 1)))
-    # L is sqrt(2) times the head's input, 0.1.
-    assert layer(audit, "first").largest_ratio == pytest.approx(10 / (math.sqrt(2) * 0.1))
+    trainer(LipschitzLR(), audit, max_steps=1).fit(Counterexample(), DataLoader(torch.ones(1, 1)))
+    # L is the output and the target, 1 + 0, times the head's input, 0.1.
+    assert layer(audit, "first").largest_ratio == pytest.approx(10 / 0.1)
     assert (layer(audit, "first").exceeded, layer(audit, "last").exceeded, audit.summary().bounded) == (1, 0, 0)
     assert audit.summary().verdicts == [
         VIOLATED,
-        "L bounded the head's gradient in 1 of 1 steps; largest factor 0.707.",
-        "L bounded every layer's gradient in 0 of 1 steps; largest factor 70.7, layer first.",
+        "L bounded the head's gradient in 1 of 1 steps; largest factor 1.",
+        "L bounded every layer's gradient in 0 of 1 steps; largest factor 100, layer first.",
     ]
     err = capsys.readouterr().err
     assert all(sentence in err.splitlines() for sentence in audit.summary().verdicts)

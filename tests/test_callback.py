@@ -132,7 +132,9 @@ def test_the_paper_family_with_momentum_follows_adamo():
     assert rates[12][0] == pytest.approx(0.1 / average, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"bound": "smooth"}, {"bound": "paper"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bound": "smooth"}, {"bound": "paper"}, {"bound": "paper", "measure": "pass"}]
+)
 def test_a_summed_loss_has_the_rate_of_the_mean_over_the_examples(settings):
     class Summed(Classifier):
         def training_step(self, batch, batch_idx):
@@ -268,13 +270,13 @@ class Order(Classifier):
 def test_the_head_is_what_the_loss_is_made_from():
     callback = LipschitzLR()
     fit(callback, Order(), max_steps=1)
-    assert callback._probes.chosen.name == "classifier"
+    assert callback.head_name == "classifier"
 
 
 def test_the_head_can_be_named():
     callback = LipschitzLR(head="body", loss="cross_entropy")
     fit(callback, Order(), max_steps=1)
-    assert callback._probes.chosen.name == "body"
+    assert callback.head_name == "body"
 
 
 def test_only_the_heads_hook_stays_during_training_and_none_after_it():
@@ -328,7 +330,7 @@ def test_manual_optimization_with_one_optimizer():
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    assert fit(LipschitzLR(), Manual)[1] == fit(LipschitzLR())[1]
+    assert fit(LipschitzLR(optimizers=0), Manual)[1] == fit(LipschitzLR())[1]
 
 
 class Unfreezing(BaseFinetuning):
@@ -401,7 +403,7 @@ def test_an_epoch_that_is_given_up_ends_its_interval_with_the_next_step():
     callback, whole = LipschitzLR(bound="paper"), LipschitzLR(bound="paper")
     _, rates = fit(callback, Skipping, max_epochs=4)
     assert len(rates) == 12
-    assert callback._intervals == 3
+    assert callback._first._intervals == 3
     assert rates[:3] == fit(whole, max_epochs=1)[1][:3]
     assert rates[3] == rates[2]  # m is not doubled by the batch that was skipped
 
@@ -415,7 +417,7 @@ def test_a_batch_without_a_loss_is_passed_over(skipped):
     callback = LipschitzLR()
     fit(callback, Skips, max_epochs=2)
     assert callback.rate is not None
-    assert callback._intervals == 2
+    assert callback._first._intervals == 2
 
 
 def test_bfloat16_training_measures_in_float32():
@@ -436,6 +438,8 @@ class Reads:
     def _counting(self, method):
         def counted(tensor, *args, **kwargs):
             frame = sys._getframe(1)
+            if frame.f_code.co_name == "_product":  # of numbers of the host, as the loss's factors are
+                return method(tensor, *args, **kwargs)
             while frame is not None:
                 if "lit_lipschitz" in frame.f_code.co_filename and "test_" not in frame.f_code.co_filename:
                     self.count += 1
@@ -544,6 +548,17 @@ def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
         trainer(LipschitzLR(update=4, **after), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
 
 
+def test_a_stored_rate_can_be_ignored():
+    run = trainer(LipschitzLR(bound="smooth", head="net.0", loss="cross_entropy"), max_epochs=1)
+    run.fit(module := Classifier(), loader())
+    run.save_checkpoint("some.ckpt")
+    expected = strict_rate(head_inputs(module, examples().tensors[0][:16]))
+    steps = Steps()
+    trainer(LipschitzLR(restore=False), steps, max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
+    assert steps.rates[0] == [pytest.approx(expected, rel=1e-6)]
+    assert len(steps.rates) == 6
+
+
 def test_every_logger_and_the_progress_bar_get_the_values():
     logger = CSVLogger(".")
     run = trainer(LipschitzLR(), LearningRateMonitor("step"), steps := Steps(), logger=logger, log_every_n_steps=4,
@@ -623,13 +638,18 @@ def test_an_argument_out_of_its_range_is_named(settings, named):
 
 
 class Weighted(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
     def training_step(self, batch, batch_idx):
-        return 0.5 * super().training_step(batch, batch_idx)
+        self.manual_backward(0.5 * super().training_step(batch, batch_idx))
+        self.optimizers().step()
 
 
 class NoAffine(Classifier):
     def __init__(self):
-        super().__init__(net=nn.Conv1d(WIDTH, CLASSES, 1))
+        super().__init__(net=nn.Conv1d(WIDTH, CLASSES, 3))
 
 
 class Unused(Classifier):
@@ -654,10 +674,8 @@ class OwnBackward(Classifier):
 
 
 class Ignoring(Classifier):
-    """The first targets that are ignored come in the fourth batch."""
-
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=0 if batch_idx >= 3 else -100)
+        return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=0)
 
 
 class Tempered(Classifier):
@@ -691,18 +709,20 @@ def two_momenta(parameters):
 @pytest.mark.parametrize(
     ("module", "callbacks", "message"),
     [
-        (Weighted, [LipschitzLR()], "weighted by 0.5"),
+        (Weighted, [LipschitzLR(optimizers=0)], "weighted by 0.5 under manual optimization"),
+        (OwnBackward, [LipschitzLR()], "returned 1 under manual optimization: pass optimizers="),
+        (OwnBackward, [LipschitzLR(optimizers=1)], "returned 1; pass positions from 0 to 0"),
         (NoAffine, [LipschitzLR()], "found none among"),
         (Unused, [LipschitzLR(head="spare")], "saw no training forward through 'spare'"),
         (Classifier, [LipschitzLR(head="ne.2")], "no module of that name; pass one of 'net.2'"),
         (Classifier, [LipschitzLR(), LipschitzLR()], "found 2"),
         (TwoOptimizers, [LipschitzLR()], "returned 2"),
         (lambda: Classifier(torch.optim.Adam), [LipschitzLR()], "Adam normalises the gradient"),
-        (OwnBackward, [LipschitzLR()], "call self.manual_backward"),
-        (Ignoring, [LipschitzLR()], "norm='sample'"),
+        (OwnBackward, [LipschitzLR(optimizers=0)], "call self.manual_backward"),
+        (Ignoring, [LipschitzLR(bound="paper", measure="pass")], "ignores . of 16 targets"),
         (Tempered, [LipschitzLR()], "found LogSoftmax > Div > Addmm"),
         (Tied, [LipschitzLR()], r"the parameter 'embedding.weight' of shape \(3, 16\) makes them"),
-        (RawOptimizer, [LipschitzLR()], r"call self.optimizers\(\).step\(\)"),
+        (RawOptimizer, [LipschitzLR(optimizers=0)], r"call self.optimizers\(\).step\(\)"),
         (lambda: Classifier(torch.optim.Adam), [LipschitzLR(rule="adamo")], "the setting 'momentum', found Adam"),
         (
             lambda: Classifier(lambda p: torch.optim.SGD(p, momentum=0.9, dampening=1.0)),

@@ -1,10 +1,13 @@
-"""Two ranks: the same rates and weights on both, and the rate of one rank with the same global batch."""
+"""Several ranks: the same rates and weights on all, and the rate of one rank with the same global batch."""
 
+import contextlib
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import Classifier, Steps, examples, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import functional as F
 
@@ -62,11 +66,24 @@ class Saves(L.Callback):
             trainer.save_checkpoint("stopped.ckpt")
 
 
-def two_ranks(callback, module, batch_size, *more, ckpt_path=None, **settings):
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
-    run = trainer(callback, Keep(), *more, devices=2, strategy=strategy, **settings)
+def ranks(count, callback, module, batch_size, *more, ckpt_path=None, ddp=None, **settings):
+    settings.setdefault(
+        "strategy",
+        DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60), **(ddp or {})),
+    )
+    run = trainer(callback, Keep(), *more, devices=count, **settings)
     run.fit(module, datamodule=Slices(batch_size), ckpt_path=ckpt_path)
-    return [torch.load(f"rank{rank}.pt") for rank in range(2)]
+    return [torch.load(f"rank{rank}.pt") for rank in range(count)]
+
+
+def two_ranks(*arguments, **settings):
+    return ranks(2, *arguments, **settings)
+
+
+def assert_alike(first, *others):
+    for other in others:
+        assert first["rates"] == other["rates"]
+        assert all(torch.equal(a, b) for a, b in zip(first["weights"], other["weights"], strict=True))
 
 
 def one_rank(callback, module, batch_size, **settings):
@@ -75,9 +92,13 @@ def one_rank(callback, module, batch_size, **settings):
     return torch.load("rank0.pt")
 
 
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
 def model():
     torch.manual_seed(1)
-    return Classifier(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    return Classifier(momentum)
 
 
 SETTINGS = [
@@ -90,28 +111,37 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_ranks_agree_bit_for_bit(settings):
-    first, second = two_ranks(LipschitzLR(**settings), model(), 8, max_epochs=3)
-    assert len(first["rates"]) == 18
-    assert first["rates"] == second["rates"]
-    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+def test_ranks_agree_bit_for_bit(settings, count):
+    found = ranks(count, LipschitzLR(**settings), model(), 16 // count, max_epochs=3)
+    assert len(found[0]["rates"]) == 18
+    assert_alike(*found)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:5], ids=str)
 def test_the_same_global_batch_gives_the_same_rate_up_to_the_bounds_tightness(settings, figure):
     whole = one_rank(LipschitzLR(**settings), model(), 16, max_epochs=3)["rates"]
-    parts = two_ranks(LipschitzLR(**settings), model(), 8, max_epochs=3)[0]["rates"]
-    # The bound takes the larger part's size for both: the constant is too large by at most sqrt(2), or 2 if squared.
-    first = whole[0][0] / parts[0][0]
-    every = [a[0] / b[0] for a, b in zip(whole, parts, strict=True)]
+    split = {
+        "2 x 8": (2, lambda: two_ranks(LipschitzLR(**settings), model(), 8, max_epochs=3)[0]),
+        "4 x 4": (4, lambda: ranks(4, LipschitzLR(**settings), model(), 4, max_epochs=3)[0]),
+        "4 accumulated": (
+            4,
+            lambda: one_rank(LipschitzLR(**settings), model(), 4, max_epochs=3, accumulate_grad_batches=4),
+        ),
+    }
     named = " ".join(map(str, settings.values()))
-    figure(f"{named}: rate of 1 x 16 over 2 x 8: first step {first:.4f}, all {min(every):.4f} to {max(every):.4f}")
-    loosest = {"smooth": 2.0, "paper": math.sqrt(2)}.get(settings["bound"], math.sqrt(2))
-    if settings.get("norm") == "sample":
-        loosest = 1.0
-    assert 1 - 1e-5 <= first <= loosest * (1 + 1e-5)
-    assert max(every) < 1.35
+    for how, (pieces, run) in split.items():
+        parts = run()["rates"]
+        # The bound takes the largest part's size for all: too large by at most the root of their number.
+        first = whole[0][0] / parts[0][0]
+        every = [a[0] / b[0] for a, b in zip(whole, parts, strict=True)]
+        figure(f"{named}: rate of 1 x 16 over {how}: first {first:.4f}, all {min(every):.4f} to {max(every):.4f}")
+        loosest = {"smooth": float(pieces)}.get(settings["bound"], math.sqrt(pieces))
+        if settings.get("norm") == "sample":
+            loosest = 1.0
+        assert 1 - 1e-5 <= first <= loosest * (1 + 1e-5)
+        assert max(every) < {2: 1.35, 4: 2.0}[pieces]
 
 
 def test_a_rank_with_activations_that_are_not_finite_changes_nothing_about_agreement():
@@ -133,6 +163,108 @@ def test_a_run_resumed_at_an_epochs_end_has_the_same_rates_and_weights_on_both_r
     for before, after in zip(expected, resumed, strict=True):
         assert after["rates"] == before["rates"][12:]
         assert all(torch.equal(a, b) for a, b in zip(before["weights"], after["weights"], strict=True))
+
+
+class Regular(ModelCheckpoint):
+    """Saves every few steps, and keeps all."""
+
+    def __init__(self, every):
+        super().__init__("all", filename="{step}", every_n_train_steps=every, save_top_k=-1)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_run_resumed_in_mid_epoch_has_the_same_rates_and_weights_on_both_ranks(settings, scheduled):
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)] if scheduled else []
+
+    torch.manual_seed(1)
+    module = Scheduled(momentum)
+    expected = two_ranks(LipschitzLR(**settings), module, 8, Regular(3), max_epochs=3, enable_checkpointing=True)
+    assert_alike(*expected)
+    for step in (3, 9, 15):
+        torch.manual_seed(2)
+        path = f"all/step={step}.ckpt"
+        found = two_ranks(
+            LipschitzLR(**settings),
+            Scheduled(momentum),
+            8,
+            Regular(3),
+            ckpt_path=path,
+            max_epochs=3,
+            enable_checkpointing=True,
+        )
+        for before, after in zip(expected, found, strict=True):
+            assert after["rates"] == before["rates"][step:]
+            assert all(torch.equal(a, b) for a, b in zip(before["weights"], after["weights"], strict=True))
+
+
+def test_parameters_that_are_not_used():
+    class Partly(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.spare = torch.nn.Linear(3, 2)
+
+    torch.manual_seed(1)
+    assert_alike(*two_ranks(LipschitzLR(), Partly(), 8, ddp={"find_unused_parameters": True}, max_epochs=2))
+
+
+def test_no_collective_outside_of_training_steps():
+    class Guard(L.Callback):
+        """Marks the time of a training step, and what is reduced outside of it."""
+
+        def setup(self, trainer, pl_module, stage):
+            self.inside, self.outside, self.seen = False, 0, 0
+            reduce = trainer.strategy.reduce
+
+            def watched(tensor, *arguments, **settings):
+                # Lightning reduces a number at the end of an epoch: whether to stop.
+                self.outside += not self.inside and tensor.numel() > 1
+                self.seen += tensor.numel() > 1
+                return reduce(tensor, *arguments, **settings)
+
+            trainer.strategy.reduce = watched
+
+        def on_train_batch_start(self, *_):
+            self.inside = True
+
+        def on_validation_start(self, *_):
+            self.inside = False
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.inside = False
+            trainer.save_checkpoint("now.ckpt")
+
+        def on_train_end(self, trainer, pl_module):
+            Path(f"outside{trainer.global_rank}").write_text(f"{self.outside} of {self.seen}")
+
+    two_ranks(LipschitzLR(), model(), 8, Guard(), max_epochs=2)
+    assert [Path(f"outside{rank}").read_text() for rank in range(2)] == ["0 of 5", "0 of 5"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bound": "smooth"}], ids=str)
+def test_a_sharded_network_has_the_rate_of_a_whole_one(settings):
+    expected = two_ranks(LipschitzLR(**settings), model(), 8, max_epochs=2)[0]["rates"]
+    code = Path(__file__).with_name("sharded_run.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    done = subprocess.run(
+        [*command, str(code), repr(settings)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(f"rank{rank}.pt")["rates"] for rank in range(2)]
+    assert found[0] == found[1]
+    assert [rate for (rate,) in found[0]] == pytest.approx([rate for (rate,) in expected], rel=1e-4)
 
 
 def test_one_reduction_an_update_and_none_between(monkeypatch):
@@ -194,3 +326,90 @@ def test_the_command_on_two_processes_and_on_two_nodes_is_the_same_run():
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert epoch_lines(outputs[0][0]) == lines
+
+
+@pytest.mark.slow
+def test_ranks_that_are_spawned_agree_with_those_that_are_forked():
+    expected = two_ranks(LipschitzLR(), model(), 8, max_epochs=2)
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    found = two_ranks(LipschitzLR(), model(), 8, strategy=strategy, max_epochs=2)
+    assert_alike(*found)
+    assert_alike(expected[0], found[0])
+
+
+LONG = ("fit", "--config", "digits.yaml", "--config", "ddp.yaml", "--trainer.max_epochs", "2000")
+
+
+def children_of(process):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def start(arguments):
+    """Starts the command as the leader of a group of its own, and waits for its first epoch."""
+    full, environment = command(*arguments)
+    process = subprocess.Popen(
+        full, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while "epoch" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "rank 0"])
+def test_a_run_that_dies_on_one_rank_ends_on_the_other(victim):
+    process = start(LONG)
+    (child,) = [pid for pid in children_of(process) if b"lit-lipschitz" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(child if victim == "rank 1" else process.pid, signal.SIGKILL)
+    try:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode != 0
+        if victim == "rank 1":
+            assert "died" in stderr or "exit" in stderr.lower() or "Connection closed" in stderr
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{child}").exists() and state_of(child) != "Z":
+            assert time.monotonic() < deadline, "rank 1 goes on without rank 0"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+KILLED = ("fit", "--config", "digits.yaml", "--trainer.max_epochs", "6", "--test_after_fit", "false")
+KILLED += ("--checkpoint.every_n_train_steps", "5", "--checkpoint.save_last", "true")
+
+
+def run_to_the_end(devices, *more, folder):
+    """Runs the command; returns the weights of the last checkpoint."""
+    overlay = ("--config", "ddp.yaml") if devices == 2 else ()
+    full, environment = command(*KILLED, *overlay, *more)
+    done = subprocess.run(full, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    newest = max(Path(folder).rglob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    checkpoint = torch.load(newest, weights_only=True)
+    assert checkpoint["epoch"] == 5
+    return checkpoint["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return {devices: run_to_the_end(devices, folder=tmp_path_factory.mktemp("whole")) for devices in (1, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_between_checkpoints_resumes_to_the_same_weights(devices, how, undisturbed):
+    overlay = ("--config", "ddp.yaml") if devices == 2 else ()
+    process = start((*KILLED, *overlay))
+    (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
+    process.communicate(timeout=60)
+    found = run_to_the_end(devices, "--ckpt_path", "last", folder=".")
+    assert all(torch.equal(value, found[name]) for name, value in undisturbed[devices].items())

@@ -127,7 +127,11 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+def is_large(name):
+    return "densenet" in name or "164" in name or "baseline" in name
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if is_large(n) else []) for n in NAMES])
 def test_every_config_trains_a_few_steps_under_the_short_overlay(name, data, monkeypatch, capsys):
     arguments = ["fit", "--config", name, "--config", "short", "--data.batch_size", "6", "--trainer.logger", "false"]
     arguments += ["--data.data_dir", str(data), "--data.verify", "false", "--data.download", "false"]

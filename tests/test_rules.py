@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -284,6 +286,23 @@ def test_the_rule_follows_the_optimizer_and_the_family(optimizer, settings, boun
 def test_an_optimizer_without_a_rule_is_refused_with_what_is_known(optimizer, settings, bound, message):
     with pytest.raises(ValueError, match=message):
         rules.rule_for(optimizer, settings, bound)
+
+
+def test_every_optimizer_of_torch_has_a_documented_rule_or_is_refused_by_name():
+    table = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
+    found = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)} - {torch.optim.Optimizer}
+    assert len(found) >= 14
+    for kind in found:
+        options = {"lr": 0.1} if kind is torch.optim.SGD else {}
+        settings = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).param_groups[0]
+        known = rules.RULE_OF_OPTIMIZER.get(kind.__name__)
+        if known is None:
+            with pytest.raises(ValueError, match=f"the optimizer {kind.__name__};"):
+                rules.rule_for(kind.__name__, settings, "paper")
+            assert f"`{kind.__name__}`" in table.split("Refused by name")[1]
+        else:
+            assert rules.rule_for(kind.__name__, settings, "paper") == known
+            assert any(kind.__name__ in row and f"`{known}`" in row for row in table.splitlines())
 
 
 def test_torchs_own_momentum_starts_with_longer_steps():
