@@ -303,6 +303,39 @@ def epoch_lines(output):
     return [line.rpartition("  ")[0] for line in output.splitlines() if line.startswith("epoch")]
 
 
+def two_nodes(*arguments):
+    """What the command prints on two nodes under torchrun, and on stderr; the last line has the command's exit code.
+
+    torchrun's agents meet a last time when the command has ended, in a store that the first of them takes along when it
+    leaves; now and then the other one waits there for minutes. So the command's end is waited for, not the agents'.
+    """
+    port = str(free_port())
+    arguments, environment = command(*arguments)
+    environment["PYTHONFAULTHANDLER"] = "1"
+    report = ["bash", "-c", '"$@"; code=$?; echo "exit code $code"; exit $code', "--", *arguments]
+    nodes = []
+    for rank in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--no-python"]
+        launch += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port]
+        with open(f"stdout{rank}", "w") as stdout, open(f"stderr{rank}", "w") as stderr:
+            nodes.append(subprocess.Popen([*launch, *report], env=environment, stdout=stdout, stderr=stderr))
+    outputs = [Path(f"stdout{rank}") for rank in range(2)]
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not all("exit code" in output.read_text() for output in outputs):
+        if any(node.poll() for node in nodes):
+            break
+        time.sleep(0.2)
+    else:
+        for node in nodes:
+            for shell in children_of(node):  # Their stacks say where a command hangs.
+                subprocess.run(["pkill", "-ABRT", "--parent", str(shell)])
+    for node in nodes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(20)
+        node.kill()
+    return [[Path(f"{name}{rank}").read_text() for rank in range(2)] for name in ("stdout", "stderr")]
+
+
 def test_the_command_on_two_processes_and_on_two_nodes_is_the_same_run():
     arguments, environment = command(*FIT, "--config", "ddp.yaml")
     ddp = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
@@ -310,22 +343,9 @@ def test_the_command_on_two_processes_and_on_two_nodes_is_the_same_run():
     lines = epoch_lines(ddp.stdout)
     assert len(lines) == 2
 
-    port = free_port()
-    nodes = []
-    for rank in range(2):
-        arguments, environment = command(
-            *FIT, "--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1"
-        )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-        launch += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port), "--no-python"]
-        nodes.append(
-            subprocess.Popen(
-                launch + arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [node.communicate(timeout=120) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert epoch_lines(outputs[0][0]) == lines
+    outputs, errors = two_nodes(*FIT, "--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--trainer.devices", "1")
+    assert [output.splitlines()[-1:] for output in outputs] == [["exit code 0"], ["exit code 0"]], errors
+    assert epoch_lines(outputs[0]) == lines
 
 
 @pytest.mark.slow
