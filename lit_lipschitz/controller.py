@@ -77,7 +77,9 @@ class Controller:
         self._loss: Loss | None = None
         self._pooled = False  # whether the head's outputs are averaged over places before the loss
         self._factor = 1.0  # of the loss, where a pass does not see it
-        self._calls = 1  # of the head, whose outputs the loss is taken of together
+        self._outputs = 0  # of the head that the loss is taken of, or classes; 0 until they are known
+        self._group = 1  # rows of the head that one target is chosen among
+        self._unclear = False  # whether the graph does not tell what comes between the head and the loss
         self._unknown: ConfigurationError | None = None  # why the last loss was not taken
         self._take(state)
 
@@ -149,10 +151,21 @@ class Controller:
         if reading is None:
             chosen.statistic.finish()
             return
-        outputs = tuple(inspection.output_rows(chosen.head, part) for part in reading.outputs)
-        outputs = outputs if self._loss.needs_outputs(self.policy.bound) else ()
-        count = None if self._pooled else reading.count
-        chosen.statistic.finish(count, outputs, self._calls, self._weight(trainer, reading))
+        outputs: tuple[Tensor, ...] = ()
+        if self._loss.needs_outputs(self.policy.bound):
+            outputs = tuple(inspection.output_rows(chosen.head, part, self._outputs) for part in reading.outputs)
+        measured = chosen.statistic.rows
+        count: int | Tensor | None = reading.count
+        if self._pooled:
+            # Every place is a row; of the examples that are ignored they all are.
+            count = measured * (reading.count / reading.rows) if isinstance(reading.count, Tensor) else None
+        weight: Any = self._weight(trainer, reading)
+        if self._group > 1 and not self._of_batch:
+            weight = weight * self._group**0.5
+        if self._unclear and self._of_batch and not self._pooled:
+            # More rows in the loss than in the largest call are those of several calls, or of one several times.
+            weight = weight * torch.clamp(reading.rows / measured.clamp(min=1), min=1.0).ceil().sqrt()
+        chosen.statistic.finish(count, outputs, reading.calls, weight)
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
         """The factor by which a batch's loss is more than a mean, as far as the batch's norm goes."""
@@ -168,10 +181,9 @@ class Controller:
     def _read(self, loss: Tensor) -> graph.Reading | None:
         assert self.probes.chosen is not None
         assert self._loss is not None
-        chosen = self.probes.chosen
-        _, width = inspection.head_size(chosen.head)
         named = self.options.loss != "auto"
-        return graph.read_loss(loss, self._loss.name, width, among_terms=named, head=chosen.weight if named else None)
+        head = self.probes.chosen.weight if named else None
+        return graph.read_loss(loss, self._loss.name, self._outputs, among_terms=named, head=head)
 
     def _find(self, trainer: Trainer, loss: Tensor, automatic: bool) -> None:
         """Takes a loss that belongs to this optimizer; of others, remembers why not."""
@@ -241,10 +253,11 @@ class Controller:
                 "it can't tell a weight from one over the batches that are accumulated by hand; return the plain loss, "
                 f"or pass loss={found.loss.name!r} to have the weight disregarded"
             )
-        if found.chain and self.options.head == "auto" and not named:
-            shapes = "Expand" in found.chain
+        chain = found.chain or (found.bent if self.policy.bound == "smooth" else ())
+        if chain and self.options.head == "auto" and not named:
+            shapes = "Expand" in chain
             raise ConfigurationError(
-                f"LipschitzLR looked for the affine map that makes the outputs and found {' > '.join(found.chain)}; "
+                f"LipschitzLR looked for the affine map that makes the outputs and found {' > '.join(chain)}; "
                 + ("give outputs and targets the same shape" if shapes else "feed the loss with the map's outputs")
                 + ", or pass head= with its name to have what comes after it disregarded, where that makes no gradient "
                 "larger"
@@ -257,6 +270,7 @@ class Controller:
         chosen = self.probes.chosen
         assert chosen is not None
         _, width = inspection.head_size(chosen.head)
+        width = (found.width if found is not None else None) or width
         if loss.name == "cross_entropy" and width < 2:
             raise ConfigurationError(
                 f"LipschitzLR: the head {chosen.name!r} has 1 output, and the cross-entropy needs at least 2 classes; "
@@ -274,12 +288,12 @@ class Controller:
             raise ConfigurationError(
                 f"LipschitzLR: no constant for the {loss.name} of the head {chosen.name!r}: {error}"
             ) from None
-        self._loss = loss
+        self._loss, self._outputs = loss, width
         if found is None:
             return
-        self._pooled, self._calls = found.pooled, found.calls
+        self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)
         measured = int(chosen.statistic.rows) if self.options.measure == "running" else 0
-        if self.options.head == "auto" and not self._pooled and measured >= 2 * found.rows:
+        if self.options.head == "auto" and not self._pooled and measured >= 2 * found.head_rows:
             raise ConfigurationError(
                 f"LipschitzLR measured {measured} rows at the head {chosen.name!r} in a batch and found {found.rows} "
                 f"targets in the {loss.name}; let the head see what the loss is taken of, or pass head={chosen.name!r} "
@@ -390,11 +404,10 @@ class Controller:
                 f"the training batches, and the head {self.probes.chosen.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
-        _, num_outputs = inspection.head_size(self.probes.chosen.head)
         outcome = self.policy.decide(
             measured,
             loss=self._loss,
-            num_outputs=num_outputs,
+            num_outputs=self._outputs,
             optimizer=type(self.optimizer).__name__,
             groups=self.optimizer.param_groups,
             state=self._rule_state,

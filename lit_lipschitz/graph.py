@@ -4,6 +4,7 @@ Names and saved tensors of the nodes are torch's (2.8 to 2.14); what is not reco
 were seen, never guessed.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +27,13 @@ class FoundLoss:
         head_weight: The weight of the affine map that made the outputs, or a view of it where it is frozen; None where
             the graph can't name it, as in a compiled network.
         chain: What made the outputs, from the loss down, where that is no affine map; else empty.
+        bent: The same where an activation with slopes of at most 1 stands between, as it may before some losses.
         rows: Examples, tokens or pixels that the loss looks at, ignored ones included.
-        width: Outputs of the head, where the loss tells, or None.
-        pooled: Whether the affine map's outputs are averaged over places before the loss.
+        head_rows: Rows of the affine map's outputs that the loss looks at; more than ``rows`` where its classes are
+            places.
+        width: Outputs of the head that the loss is taken of, or classes, where the loss tells, or None.
+        group: Rows of the affine map's outputs that one target of a cross-entropy is chosen among.
+        pooled: Whether the affine map's outputs are averaged over places, or enlarged, before the loss.
         calls: Calls of the affine map whose outputs were put together.
     """
 
@@ -36,8 +41,11 @@ class FoundLoss:
     scale: float
     head_weight: Tensor | None
     chain: tuple[str, ...]
+    bent: tuple[str, ...]
     rows: int
+    head_rows: int
     width: int | None
+    group: int
     pooled: bool
     calls: int
 
@@ -50,13 +58,17 @@ class Reading:
         count: Examples, tokens or pixels that it averages over, or sums up.
         elements: The same times the outputs that it averages over too: all that are divided by in a mean.
         scale: The factor in front of the mean or the sum.
+        rows: Examples, tokens or pixels that it looks at, ignored ones included.
         outputs: The head's outputs and the targets, where their sizes matter; else empty.
+        calls: Calls of the head whose outputs were put together.
     """
 
     count: int | Tensor
     elements: int | Tensor
     scale: float | Tensor
+    rows: int
     outputs: tuple[Tensor, ...] = ()
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class _Match:
     each: bool = False  # a mean or a sum over what was not reduced, with the ignored targets as zeros
     label_smoothing: float = 0.0
     log_softmax: Any = None
+    divisor: int = 1  # of a sum, where it is made in steps of which some are means
 
     @property
     def probabilities(self) -> Tensor | None:
@@ -100,26 +113,33 @@ class _Match:
         result = self.log_softmax._saved_result
         return result.shape[_dim(self.log_softmax, result.ndim)]
 
+    @property
+    def logits(self) -> int:
+        """Outputs that the loss is taken of."""
+        return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
+
     def reading(self, num_outputs: int, scale: float | Tensor) -> Reading:
         """What the loss was taken of."""
+        rows, calls = self.rows(num_outputs), _affine(self.below, self.name).calls
         if self.name != "cross_entropy":
             outputs: tuple[Tensor, ...] = ()
             if self.name == "mean_squared_error":
                 outputs = (self.node._saved_self.detach(), self.node._saved_target.detach())
-            return Reading(self.rows(num_outputs), self.elements, scale, outputs)
+            return Reading(rows, self.elements, scale, rows, outputs, calls)
         count: int | Tensor = self.elements
         if not self.each and self.probabilities is None:
             count = self.node._saved_total_weight
             if self.node._saved_weight is not None:
                 count = (self.node._saved_target != self.node._saved_ignore_index).sum()
-        return Reading(count, count, scale)
+        return Reading(count, count, scale, rows, calls=calls)
 
 
 def find_loss(loss: Tensor) -> FoundLoss:
     """Recognises a loss by the autograd graph of its value.
 
     Args:
-        loss: A scalar with a graph, as torch's functions return it, multiplied or divided by single numbers.
+        loss: A scalar with a graph, as torch's functions return it, multiplied or divided by single numbers; or a sum
+            of several of one kind that are taken of the same outputs, as in mixup.
 
     Returns:
         What was found.
@@ -133,9 +153,9 @@ def find_loss(loss: Tensor) -> FoundLoss:
             f"training_step returns must depend on trainable parameters; return one that does, or pass loss= with one "
             f"of {_quoted()} if that is what it is"
         )
-    terms = _terms(loss.grad_fn, None)
-    if terms:
-        return _found(*terms[0])
+    found = [_found(*term) for term in _terms(loss.grad_fn, None)]
+    if found and all(term.loss == found[0].loss for term in found):
+        return replace(found[0], scale=sum(abs(term.scale) for term in found)) if len(found) > 1 else found[0]
     _, node = _descend(loss.grad_fn)
     if node.name().startswith("CompiledFunction"):
         raise ConfigurationError(
@@ -164,8 +184,7 @@ def find_term(loss: Tensor, name: LossName, head: Tensor | None = None) -> Found
         ConfigurationError: There are terms with different heads.
     """
     terms = _terms(loss.grad_fn, name) if loss.grad_fn is not None else []
-    found = [_found(*term, named=True) for term in terms]
-    found = [term for term in found if head is None or same_weight(term.head_weight, head)]
+    found = [_found(*term, named=True) for term in _of_head(terms, head)]
     if not found:
         return None
     first = found[0]
@@ -196,14 +215,38 @@ def read_loss(
         return None
     terms = _terms(loss.grad_fn, name if among_terms else None)
     terms = [term for term in terms if term[1].name == name]
-    if len(terms) > 1 and head is not None:
-        terms = [term for term in terms if same_weight(_affine(term[1].below).weight, head)]
-    if not terms:
-        return None
-    scale = _product(terms[0][0])
-    for factors, _ in terms[1:]:
-        scale = scale + _product(factors)
-    return terms[0][1].reading(num_outputs, scale)
+    readings = [match.reading(num_outputs, _product(factors)) for factors, match in _of_head(terms, head)]
+    return _together(readings) if len(readings) > 1 else next(iter(readings), None)
+
+
+def _of_head(terms: "list[_Term]", head: Tensor | None) -> "list[_Term]":
+    """The terms that are taken of a head; where the graph shows none to be, those of which it does not tell."""
+    if head is None:
+        return terms
+    weights = [_affine(match.below, match.name).weight for _, match in terms]
+    own = [term for term, weight in zip(terms, weights, strict=True) if same_weight(weight, head)]
+    return own or [term for term, weight in zip(terms, weights, strict=True) if weight is None]
+
+
+def _together(readings: list[Reading]) -> Reading:
+    """What several losses of the same outputs have together: none is larger than the largest, nor of fewer targets."""
+    first = readings[0]
+    scale: Any = sum(abs(reading.scale) for reading in readings)
+    count, elements = first.count, first.elements
+    for reading in readings[1:]:
+        count, elements = _least(count, reading.count), _least(elements, reading.elements)
+    outputs = first.outputs
+    for reading in readings[1:]:
+        if [part.shape for part in reading.outputs] == [part.shape for part in outputs]:
+            pairs = zip(outputs, reading.outputs, strict=True)
+            outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
+    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs)
+
+
+def _least(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return torch.minimum(torch.as_tensor(one), torch.as_tensor(other))
+    return min(one, other)
 
 
 def first_heads(loss: Tensor) -> list[Tensor]:
@@ -237,14 +280,27 @@ def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _found(factors: "_Factors", match: _Match, named: bool = False) -> FoundLoss:
-    maker = _affine(match.below)
-    leaf = isinstance(maker.weight, nn.Parameter)
-    width = match.width or (maker.weight.shape[0] if leaf and maker.weight is not None else None)
+    maker = _affine(match.below, match.name)
+    width = match.width or maker.outputs
     top = "LogSoftmax" if match.name == "cross_entropy" else _short(match.node)
-    chain = (top, *maker.chain) if maker.chain else ()
-    scale = float(_product(factors))
+    chain, bent = ((top, *names) if names else () for names in (maker.chain, maker.bent))
     rows = match.rows(width or 1)
-    return FoundLoss(_loss(match, named), scale, maker.weight, chain, rows, width, maker.pooled, maker.calls)
+    head_rows, group = rows, 1
+    if match.width and maker.outputs and match.width % maker.outputs == 0:
+        head_rows, group = match.logits // maker.outputs, match.width // maker.outputs
+    return FoundLoss(
+        loss=_loss(match, named),
+        scale=float(_product(factors)),
+        head_weight=maker.weight,
+        chain=chain,
+        bent=bent,
+        rows=rows,
+        head_rows=head_rows,
+        width=width,
+        group=group,
+        pooled=maker.pooled,
+        calls=maker.calls,
+    )
 
 
 def _loss(match: _Match, named: bool) -> Loss:
@@ -294,29 +350,54 @@ _BY_NODE: dict[str, LossName] = {
     "SmoothL1LossBackward0": "smooth_l1",
 }
 _REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}
-_BY_HAND: dict[str, Reduction] = {"MeanBackward0": "mean", "SumBackward0": "sum"}
+_BY_HAND: dict[str, Reduction] = {
+    "MeanBackward0": "mean",
+    "MeanBackward1": "mean",
+    "SumBackward0": "sum",
+    "SumBackward1": "sum",
+}
+_RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "UnsqueezeBackward0")
 
 
 def _match(node: Any) -> _Match | None:
     """The loss whose graph begins with a node."""
-    by_hand = _BY_HAND.get(node.name())
-    if by_hand is not None:
-        below = _only(node)
-        if below is None:
-            return None
-        if below.name() == "AbsBackward0":
-            difference = _only(below)
-            outputs = _only(difference) if difference is not None and difference.name() == "SubBackward0" else None
-            return None if outputs is None else _Match("mean_absolute_error", below, outputs, by_hand)
-        while below.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-            below = _next(below)[0]
-        return _match_reduced(below, by_hand, each=True) if getattr(below, "_saved_reduction", None) == 0 else None
+    if node.name() in _BY_HAND:
+        return _match_by_hand(node)
     if node.name() == "AddBackward0":
         return _match_smoothed(node)
     if node.name().startswith("DivBackward"):
         return _match_probabilities(node)
     reduction = _REDUCTIONS.get(getattr(node, "_saved_reduction", None) or 0)
     return None if reduction is None else _match_reduced(node, reduction)
+
+
+def _match_by_hand(node: Any) -> _Match | None:
+    """The mean or the sum, in one step or several, of losses that were not reduced."""
+    below, divisor, means, sums = node, 1, 0, 0
+    while below is not None and (below.name() in _BY_HAND or below.name() in _RESHAPES):
+        if below.name() in _BY_HAND:
+            mean = _BY_HAND[below.name()] == "mean"
+            means, sums = means + mean, sums + (not mean)
+            divisor *= _reduced(below) if mean else 1
+        below = _only(below)
+    if below is None:
+        return None
+    reduction: Reduction = "sum" if sums else "mean"
+    divisor = divisor if sums else 1
+    if below.name() == "AbsBackward0":
+        difference = _only(below)
+        outputs = _only(difference) if difference is not None and difference.name() == "SubBackward0" else None
+        return None if outputs is None else _Match("mean_absolute_error", below, outputs, reduction, divisor=divisor)
+    if getattr(below, "_saved_reduction", None) != 0:
+        return None
+    match = _match_reduced(below, reduction, each=True)
+    return None if match is None else replace(match, divisor=divisor)
+
+
+def _reduced(node: Any) -> int:
+    """How many numbers each result of a mean is the mean of."""
+    sizes, dims = node._saved_self_sym_sizes, getattr(node, "_saved_dim", None)
+    return math.prod(sizes[dim if dim < 2**63 else dim - 2**64] for dim in dims) if dims else math.prod(sizes)
 
 
 def _match_reduced(node: Any, reduction: Reduction, each: bool = False, smoothing: float = 0.0) -> _Match | None:
@@ -381,9 +462,15 @@ _VIEWS = _IDENTITIES | frozenset(
     )
     for version in (0, 1)
 )
+# Slopes of 0 and 1, so that neither a gradient nor a curvature is larger behind them.
+_CUTS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "MaskedFillBackward0")
+# Slopes of at most 1 that bend: no gradient is larger behind them, but a curvature may be.
+_BENDS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
+_MOVES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
 # Where the weight stands among the inputs of each.
 _AFFINE = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
 _POOLS = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0")
+_WRITTEN = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True)
@@ -394,42 +481,144 @@ class _Maker:
     chain: tuple[str, ...] = ()
     pooled: bool = False
     calls: int = 1
+    outputs: int | None = None
+    bent: tuple[str, ...] = ()
+    call: Any = None  # the node of the one call
 
 
-def _affine(node: Any) -> _Maker:
-    """The affine map behind a node, or the names of what stands between."""
-    names, pooled = tuple(_names(node)), False
+@dataclass(frozen=True)
+class _Part:
+    """A part of a tensor along one dimension."""
+
+    dim: int
+    ndim: int
+    size: int
+    left: int
+    selected: bool
+
+
+def _affine(node: Any, loss: LossName) -> _Maker:
+    """The affine map behind the outputs that a loss is taken of, or the names of what stands between."""
+    names, pooled, bent, moved, parts = tuple(_names(node)), False, False, False, list[_Part]()
     while True:
         name = node.name()
         # A part of the rows, or of the outputs, has a part of their gradient.
-        if name in _VIEWS or name == "SliceBackward0" or _is_select_of_one(node):
+        part = _part(node)
+        if part is not None:
+            parts.append(part)
+            node = _next(node)[0]
+        elif name in _VIEWS or name in _CUTS:
+            moved = moved or name in _MOVES
             node = _next(node)[0]
         elif name == "AddBackward0" and (sum_of := _without_bias(node)) is not None:
             node = sum_of
-        elif name in _POOLS or (pooled and name == "ReluBackward0"):
+        elif name in _POOLS or (pooled and name == "ReluBackward0") or _is_enlarged(node):
             pooled = True
+            node = _next(node)[0]
+        elif name in _BENDS and loss != "cross_entropy":
+            bent = True
             node = _next(node)[0]
         else:
             break
-    if name in ("CatBackward0", "StackBackward0"):
-        parts = [_affine(part) for part in _next(node)]
-        first = parts[0]
-        # Outputs that were put together come from one map that was called several times, or from several maps.
-        if first.weight is None or not all(
-            same_weight(part.weight, first.weight) and not part.pooled for part in parts
-        ):
-            return _Maker(chain=names)
-        return _Maker(first.weight, (), pooled, sum(part.calls for part in parts))
+    maker = _joined(node, names, loss) or _mapped(node, names)
+    if maker.chain:
+        return maker
+    outputs = _outputs_left(node, maker, parts, moved)
+    if outputs is None and any(part.selected and part.size > 1 for part in parts):
+        return _Maker(chain=names)
+    pooled = pooled or maker.pooled
+    return replace(maker, pooled=pooled, outputs=outputs, bent=names if bent or maker.bent else ())
+
+
+def _mapped(node: Any, names: tuple[str, ...]) -> _Maker:
+    """The affine map that is a node of the graph."""
+    name = node.name()
     if name.startswith("CompiledFunction"):
-        return _Maker(pooled=pooled)
+        return _Maker()
     if name not in _AFFINE:
         return _Maker(chain=names)
     weight = _weight(node)
     if weight is not None:
-        return _Maker(weight, (), pooled)
+        return _Maker(weight, outputs=weight.shape[0] if isinstance(weight, nn.Parameter) else None, call=node)
     computed = node.next_functions[_AFFINE[name]][0]
     # A weight that is computed, as by weight_norm, from parameters whose gradients are others.
-    return _Maker(pooled=pooled) if computed is None else _Maker(chain=(*names, "weight", *_names(computed)))
+    return _Maker() if computed is None else _Maker(chain=(*names, "weight", *_names(computed)))
+
+
+def _joined(node: Any, names: tuple[str, ...], loss: LossName) -> _Maker | None:
+    """The affine map that was called several times, where a node puts outputs together; None at another node."""
+    if node.name() in ("CatBackward0", "StackBackward0"):
+        nodes = _next(node)
+    elif node.name() == _WRITTEN:
+        nodes = []
+        while node is not None and node.name() == _WRITTEN:
+            (base, _), *written = node.next_functions
+            nodes += [part for part, _ in written if part is not None]
+            node = base
+        nodes += [] if node is None else [node]
+    else:
+        return None
+    makers = [_affine(part, loss) for part in nodes]
+    first = makers[0]
+    # Outputs that were put together come from one map that was called several times, or from several maps.
+    if first.weight is None or not all(
+        same_weight(maker.weight, first.weight) and not maker.pooled for maker in makers
+    ):
+        return _Maker(chain=names)
+    bent = next((maker.bent for maker in makers if maker.bent), ())
+    return _Maker(first.weight, (), False, sum(maker.calls for maker in makers), first.outputs, bent)
+
+
+def _part(node: Any) -> _Part | None:
+    """What a node takes of a tensor; None for one that takes no part."""
+    name = node.name()
+    if name == "GatherBackward0":
+        sizes, index = node._saved_self.shape, node._saved_index.shape
+    elif name in ("SliceBackward0", "SelectBackward0", "SplitBackward0", "SplitWithSizesBackward0"):
+        sizes = node._saved_self_sym_sizes
+    else:
+        return None
+    dim = _dim(node, len(sizes))
+    size, left = sizes[dim], 1
+    if name == "GatherBackward0" and index[dim] != 1:
+        return None  # may take one output several times
+    if name == "SliceBackward0":
+        start, end = (end - 2**64 if end >= 2**63 else end for end in (node._saved_start, node._saved_end))
+        left = len(range(*slice(start, end, node._saved_step).indices(size)))
+    elif name == "SplitBackward0":
+        left = min(size, node._saved_split_size)
+    elif name == "SplitWithSizesBackward0":
+        left = max(node._saved_split_sizes)
+    return _Part(dim, len(sizes), size, left, name in ("SelectBackward0", "GatherBackward0"))
+
+
+def _outputs_left(node: Any, maker: _Maker, parts: list[_Part], moved: bool) -> int | None:
+    """How many of a map's outputs the loss is taken of; None where the graph does not tell, or takes one place."""
+    outputs = maker.outputs
+    last = node.name() != "ConvolutionBackward0"
+    for part in reversed(parts):
+        here = moved or part.dim == (part.ndim - 1 if last else 1)
+        if outputs is not None and here and part.size == outputs:
+            outputs = part.left
+        elif part.selected and part.size > 1:
+            return None
+    return outputs
+
+
+def _is_enlarged(node: Any) -> bool:
+    """Whether a map is enlarged by whole numbers, so that each place has the same share in what it becomes.
+
+    No row of the enlarged matrix is longer than the longest one, and its norms grow by no more than the root of the
+    number of rows.
+    """
+    name = node.name()
+    if not re.match(r"Upsample(Nearest[123]|Linear1|Bilinear2|Trilinear3)DBackward", name):
+        return False
+    before, after = node._saved_self_sym_sizes[2:], node._saved_output_size
+    ratios = [large / size for size, large in zip(before, after, strict=True)]
+    given = [getattr(node, key) for key in dir(node) if key.startswith("_saved_scales")]
+    whole = all(ratio >= 1 and ratio.is_integer() for ratio in ratios)
+    return whole and {*given} <= {None, *ratios} and not getattr(node, "_saved_align_corners", False)
 
 
 def _weight(node: Any) -> Tensor | None:
@@ -446,13 +635,6 @@ def _without_bias(node: Any) -> Any:
     """What a bias, or something that needs no gradient, is added to; None where it is more than that."""
     others = [part for part in _next(node) if not (isinstance(leaf := _leaf(part), nn.Parameter) and leaf.ndim == 1)]
     return others[0] if len(others) == 1 else None
-
-
-def _is_select_of_one(node: Any) -> bool:
-    if node.name() != "SelectBackward0":
-        return False
-    sizes = node._saved_self_sym_sizes
-    return sizes[_dim(node, len(sizes))] == 1
 
 
 def _dim(node: Any, ndim: int) -> int:
@@ -484,22 +666,26 @@ def _only(node: Any) -> Any:
 
 _Factors = list[tuple[Tensor, bool]]
 """Numbers that a loss is multiplied by, and whether it is divided by them."""
+_Term = tuple[_Factors, _Match]
 
 
-def _is_scale(node: Any) -> bool:
+def _factor(node: Any) -> Tensor | None:
+    """The number that a node multiplies by or divides by, on whichever side it stands; None for another node."""
     if node.name() not in ("DivBackward0", "MulBackward0") or _only(node) is None:
-        return False
+        return None
     other = getattr(node, "_saved_other", None)
+    if other is None and node.name() == "MulBackward0":
+        other = getattr(node, "_saved_self", None)
     # Minus a sum over rows, divided by their number, is the cross-entropy with probabilities as targets.
-    return other is not None and other.numel() == 1 and _next(node)[0].name() != "NegBackward0"
+    return None if other is None or other.numel() != 1 or _next(node)[0].name() == "NegBackward0" else other
 
 
 def _descend(node: Any) -> tuple[_Factors, Any]:
     """Takes factors off the top of a graph."""
     factors: _Factors = []
-    while _is_scale(node) or node.name() in _IDENTITIES:
-        if _is_scale(node):
-            factors.append((node._saved_other, node.name() == "DivBackward0"))
+    while (factor := _factor(node)) is not None or node.name() in _IDENTITIES:
+        if factor is not None:
+            factors.append((factor, node.name() == "DivBackward0"))
         node = _next(node)[0]
     return factors, node
 
@@ -513,15 +699,43 @@ def _product(factors: _Factors) -> float | Tensor:
     return product
 
 
-def _terms(node: Any, name: LossName | None) -> list[tuple[_Factors, _Match]]:
-    """The loss that a graph begins with; for a name, the losses of that name among the terms of a sum."""
+def _same_gradient(node: Any) -> Any:
+    """What a node leaves as it is, up to its sign or a constant; None where it does more."""
+    name, below = node.name(), _only(node)
+    if below is None:
+        return None
+    if name in ("AddBackward0", "SubBackward0", "RsubBackward1"):
+        return below if node._saved_alpha == 1 else None
+    if name in _BY_HAND:
+        return below if math.prod(node._saved_self_sym_sizes) == 1 else None
+    return below if name in _VIEWS or name == "NegBackward0" else None
+
+
+def _terms(node: Any, name: LossName | None) -> list[_Term]:
+    """The loss that a graph begins with, or several of the same outputs; for a name, those of that name in a sum."""
     factors, node = _descend(node)
     match = _match(node)
     if match is not None and name in (None, match.name):
+        if match.divisor != 1:
+            factors = [*factors, (torch.tensor(float(match.divisor)), True)]
         return [(factors, match)]
-    if name is None or node.name() not in ("AddBackward0", "SubBackward0"):
+    below = _same_gradient(node)
+    if below is not None:
+        return [([*factors, *more], found) for more, found in _terms(below, name)]
+    if node.name() not in ("AddBackward0", "SubBackward0") or node._saved_alpha != 1:
         return []
-    return [([*factors, *more], found) for part in _next(node) for more, found in _terms(part, name)]
+    parts = [_terms(part, name) for part in _next(node)]
+    terms = [([*factors, *more], found) for part in parts for more, found in part]
+    if name is None and not (all(parts) and all(_are_alike(terms[0][1], found) for _, found in terms[1:])):
+        return []
+    return terms
+
+
+def _are_alike(one: _Match, other: _Match) -> bool:
+    """Whether two losses are of one kind and of outputs of one call, so that their gradients have one bound."""
+    kinds = [(match.name, match.reduction, match.width, match.elements) for match in (one, other)]
+    calls = [_affine(match.below, match.name).call for match in (one, other)]
+    return kinds[0] == kinds[1] and (one.below is other.below or (calls[0] is calls[1] is not None))
 
 
 def _short(node: Any) -> str:

@@ -1,6 +1,7 @@
 """Finds the modules that can be the head of a network that nobody prepared, and measures its weights."""
 
 import difflib
+import re
 from collections.abc import Container
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_lipschitz.errors import ConfigurationError
 
-_COMPILED = "_orig_mod."
+_COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -41,12 +42,18 @@ def head_rows(head: nn.Module, activations: Tensor) -> Tensor:
     return activations.flatten(0, -2) if activations.ndim > 1 else activations.unsqueeze(0)
 
 
-def output_rows(head: nn.Module, outputs: Tensor) -> Tensor:
-    """A head's outputs, or their targets, as a matrix, shape (rows, outputs)."""
-    _, width = head_size(head)
+def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> Tensor:
+    """A head's outputs, or their targets, as a matrix, shape (rows, outputs).
+
+    Args:
+        head: The head.
+        outputs: The outputs, or those of them that a loss is taken of.
+        width: How many of a row's outputs these are; None are all. Where they can't be, each is a row of its own.
+    """
+    width = width or head_size(head)[1]
     if isinstance(head, _CONVOLUTIONS) and outputs.ndim >= -_channels(head):
         outputs = outputs.movedim(_channels(head), -1)
-    return outputs.reshape(-1, width)
+    return outputs.reshape(-1, 1 if outputs.numel() % width else width)
 
 
 def head_candidates(
@@ -66,7 +73,7 @@ def head_candidates(
         ConfigurationError: There is none, or the named one does not exist or is no affine map.
     """
     # A compiled module calls itself _orig_mod in the names of its parts; people name what they wrote.
-    modules = {key.replace(_COMPILED, ""): part for key, part in module.named_modules()}
+    modules = {_COMPILED.sub("", key).removeprefix("."): part for key, part in module.named_modules()}
     if name == "auto":
         found = {key: part for key, part in modules.items() if is_head(part)}
         if not found:

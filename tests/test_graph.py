@@ -88,12 +88,148 @@ def test_a_sum_is_told_from_a_mean(smoothing):
         assert found.head_weight is HEAD.weight
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loss: loss + 1.0,
+        lambda loss: sum([loss]),
+        lambda loss: 2.0 - loss,
+        lambda loss: loss.mean(),
+        lambda loss: loss.reshape(1).sum(),
+        lambda loss: loss.double() + torch.tensor(3.0),
+    ],
+)
+def test_what_leaves_the_gradient_as_it_is_is_passed_over(wrap):
+    found = graph.find_loss(0.5 * wrap(F.cross_entropy(logits(), TARGETS)))
+    assert (found.loss, found.scale, found.rows) == (Loss("cross_entropy"), 0.5, 5)
+    assert found.head_weight is HEAD.weight
+
+
+def test_terms_of_the_same_outputs_are_one_loss():
+    """Mixup: the loss of one batch of outputs with two sets of targets."""
+    outputs, share = logits(), torch.tensor(0.3)
+    ignored = torch.tensor([-100, 1, 2, 0, 1])
+    for loss in (
+        share * F.cross_entropy(outputs, TARGETS) + (1 - share) * F.cross_entropy(outputs, ignored),
+        (0.6 * F.cross_entropy(outputs, ignored) + 1.4 * F.cross_entropy(outputs, TARGETS)) / 2,
+        F.cross_entropy(outputs, TARGETS) - torch.sub(F.cross_entropy(outputs, ignored), 0.0) * 0.0,
+    ):
+        found = graph.find_loss(loss)
+        assert (found.loss, found.rows, found.head_weight is HEAD.weight) == (Loss("cross_entropy"), 5, True)
+        assert found.scale == pytest.approx(1.0)
+        reading = graph.read_loss(loss, "cross_entropy", 3)
+        assert (float(reading.count), float(reading.scale)) == (4.0, pytest.approx(1.0))
+    difference = F.cross_entropy(outputs, TARGETS) - 0.5 * F.cross_entropy(outputs, 2 - TARGETS)
+    assert graph.find_loss(difference).scale == graph.read_loss(difference, "cross_entropy", 3).scale == 1.5
+    for other in (F.cross_entropy(outputs, TARGETS, label_smoothing=0.1), F.mse_loss(outputs, ONES)):
+        with pytest.raises(ConfigurationError, match="found Add > NllLoss"):
+            graph.find_loss(F.cross_entropy(outputs, TARGETS) + other)
+
+
+def test_targets_of_several_terms_are_as_large_as_the_largest():
+    outputs = logits()
+    loss = F.mse_loss(outputs, ONES) / 2 + F.mse_loss(outputs, -7 * ONES) / 2
+    assert graph.find_loss(loss).scale == 1.0
+    reading = graph.read_loss(loss, "mean_squared_error", 3)
+    torch.testing.assert_close(reading.outputs[1], 7 * ONES)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "reduction", "scale"),
+    [
+        (lambda each: each.mean(0).mean(), "mean", 1.0),
+        (lambda each: each.view(5, -1).mean(dim=1).mean(dim=0), "mean", 1.0),
+        (lambda each: each.sum(dim=1).mean(), "sum", 1 / 5),
+        (lambda each: each.sum(dim=(0, 1)), "sum", 1.0),
+        (lambda each: each.mean(dim=-1).sum(), "sum", 1 / 3),
+    ],
+)
+def test_a_loss_may_be_reduced_in_steps(reduce, reduction, scale):
+    for each in (
+        F.mse_loss(logits(), ONES, reduction="none"),
+        F.binary_cross_entropy_with_logits(logits(), ONES, reduction="none"),
+        (logits() - ONES).abs(),
+    ):
+        found = graph.find_loss(reduce(each))
+        assert (found.loss.reduction, found.scale, found.rows) == (reduction, pytest.approx(scale), 5)
+
+
 def test_one_output_may_lose_its_dimension():
     head = nn.Linear(4, 1)
     for outputs in (head(INPUTS)[:, 0], head(INPUTS).squeeze(-1), head(INPUTS).flatten()):
         found = graph.find_loss(F.mse_loss(outputs, torch.zeros(5)))
         assert found.head_weight is head.weight
         assert found.rows == 5
+
+
+def test_a_part_of_the_outputs_is_counted_by_its_own_width():
+    head, grid = nn.Linear(4, 6), nn.Conv2d(4, 6, 1)
+    chosen = torch.tensor([[0], [5], [2], [3], [1]])
+    for outputs, targets, width in (
+        (head(INPUTS)[:, :2], torch.zeros(5, 2), 2),
+        (head(INPUTS)[:, 3], torch.zeros(5), 1),
+        (head(INPUTS)[..., -1:], torch.zeros(5, 1), 1),
+        (head(INPUTS).gather(1, chosen), torch.zeros(5, 1), 1),
+        (head(INPUTS).gather(1, chosen).squeeze(-1), torch.zeros(5), 1),
+        (head(INPUTS).chunk(3, dim=1)[1], torch.zeros(5, 2), 2),
+        (head(SEQUENCE).transpose(1, 2)[:, :4], torch.zeros(1, 4, 5), 4),
+        (head(torch.randn(1, 7, 4))[:, 2:], torch.zeros(1, 5, 6), 6),
+        (grid(torch.randn(1, 4, 5, 1))[:, 1:4], torch.zeros(1, 3, 5, 1), 3),
+    ):
+        found = graph.find_loss(F.huber_loss(outputs, targets))
+        assert any(found.head_weight is part.weight for part in (head, grid))
+        assert (found.chain, found.rows, found.head_rows, found.width) == ((), 5, 5, width)
+
+
+def test_classes_may_be_places():
+    """The answer to a multiple choice, and the place where an answer begins, are chosen among rows of the head."""
+    head, tokens = nn.Linear(4, 2), torch.randn(3, 7, 4)
+    begins, _ = head(tokens).split(1, dim=-1)
+    found = graph.find_loss(F.cross_entropy(begins.squeeze(-1), torch.zeros(3, dtype=torch.long)))
+    assert (found.head_weight is head.weight, found.chain) == (True, ())
+    assert (found.rows, found.head_rows, found.width, found.group) == (3, 21, 7, 7)
+    first, last = (part.squeeze(-1).contiguous() for part in head(tokens).split(1, dim=-1))
+    answers = [F.cross_entropy(part, torch.ones(3, dtype=torch.long)) for part in (first, last)]
+    assert graph.find_loss(sum(answers) / 2).scale == 1.0
+
+
+def test_outputs_that_are_cut_off_or_filled_are_passed_over():
+    for outputs in (logits().clamp(-1, 1), logits().masked_fill(ONES > 2, -1e9)):
+        found = graph.find_loss(F.cross_entropy(outputs, TARGETS))
+        assert (found.head_weight is HEAD.weight, found.chain) == (True, ())
+
+
+@pytest.mark.parametrize("bend", [torch.sigmoid, torch.tanh, torch.relu])
+def test_an_activation_that_makes_no_gradient_larger_is_passed_over_and_told(bend):
+    for loss in (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss):
+        found = graph.find_loss(loss(bend(logits()), ONES))
+        assert (found.head_weight is HEAD.weight, found.chain) == (True, ())
+        assert found.bent[-1] == "Addmm"
+    assert graph.find_loss(F.cross_entropy(bend(logits()), TARGETS)).chain[0] == "LogSoftmax"
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_a_map_that_is_enlarged_counts_as_pooled(mode):
+    head, images = nn.Conv2d(4, 3, 1), torch.randn(2, 4, 3, 4)
+    targets = torch.zeros(2, 6, 12, dtype=torch.long)
+    found = graph.find_loss(F.cross_entropy(F.interpolate(head(images), (6, 12), mode=mode), targets))
+    assert (found.head_weight is head.weight, found.chain, found.pooled) == (True, (), True)
+    uneven = F.interpolate(head(images), (7, 12), mode=mode)
+    assert graph.find_loss(F.cross_entropy(uneven, torch.zeros(2, 7, 12, dtype=torch.long))).chain
+    smaller = F.interpolate(head(images), (1, 2), mode=mode)
+    assert graph.find_loss(F.cross_entropy(smaller, torch.zeros(2, 1, 2, dtype=torch.long))).chain
+
+
+def test_calls_may_be_written_into_one_tensor():
+    outputs = torch.zeros(4, 5, 3)
+    for step in range(4):
+        outputs[step] = HEAD(INPUTS + step)
+    loss = F.cross_entropy(outputs.view(-1, 3), TARGETS.repeat(4))
+    found = graph.find_loss(loss)
+    assert (found.head_weight is HEAD.weight, found.chain, found.rows, found.calls) == (True, (), 20, 4)
+    assert graph.read_loss(loss, "cross_entropy", 3).calls == 4
+    outputs[0] = nn.Linear(4, 3)(INPUTS)
+    assert graph.find_loss(F.cross_entropy(outputs.view(-1, 3), TARGETS.repeat(4))).chain
 
 
 def test_the_head_is_found_under_autocast_and_without_a_bias():

@@ -17,6 +17,8 @@ def test_names_are_those_that_people_wrote():
     network = nn.Module()
     network.net = torch.compile(nn.Sequential(HEAD))
     assert inspection.head_candidates(network, "net.0") == {"net.0": HEAD}
+    network.net = torch.compile(HEAD)
+    assert inspection.head_candidates(network, "net") == inspection.head_candidates(network) == {"net": HEAD}
 
 
 @pytest.mark.parametrize(

@@ -345,3 +345,150 @@ def test_a_named_loss_of_two_heads_asks_for_the_head():
 
     with pytest.raises(ConfigurationError, match="found 2 of them behind the loss; pass head="):
         first_step(Words(), CLASSES, loss="cross_entropy")
+
+
+def test_mixup_has_the_constant_of_the_cross_entropy():
+    inputs, found = torch.randn(ROWS, WIDTH), []
+    share = torch.tensor(0.3)
+    for loss in (
+        F.cross_entropy,
+        lambda z, y: 0.3 * F.cross_entropy(z, y) + (1 - 0.3) * F.cross_entropy(z, y.flip(0)),
+        lambda z, y: share * F.cross_entropy(z, y) + (1 - share) * F.cross_entropy(z, y.flip(0)),
+        lambda z, y: (F.cross_entropy(z, y) + F.cross_entropy(z, y.flip(0))) / 2 + 1.0,
+    ):
+        torch.manual_seed(3)
+        module = Regressor(loss)
+        found.append(first_step(module, CLASSES, inputs))
+        assert 0 < module.gradient <= found[-1]
+    assert found[1:] == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "sample"}])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_the_outputs_that_a_loss_leaves_out_do_not_count(settings, rows):
+    """Slices, one action of several as in Q-learning: as if the head had no other outputs."""
+    inputs, targets = torch.randn(rows, WIDTH), torch.linspace(-9, 9, rows * 2).reshape(rows, 2)
+    for loss in (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss):
+        parts = (
+            (2, lambda z, y, loss=loss: loss(z[:, :2], y)),
+            (1, lambda z, y, loss=loss: loss(z[:, 0], y[:, 0])),
+            (1, lambda z, y, loss=loss: loss(z.gather(1, torch.zeros(rows, 1, dtype=torch.long)), y[:, :1])),
+        )
+        for left, part in parts:
+            module = Regressor(part, outputs=5)
+            constant = first_step(module, targets, inputs, **settings)
+            alone = Regressor(lambda z, y, loss=loss, left=left: loss(z, y[:, :left]), outputs=left)
+            with torch.no_grad():
+                alone.head.weight.copy_(module.head.weight[:left])
+            assert module.gradient <= constant * (1 + 1e-6)
+            if loss is not F.mse_loss:  # whose constant depends on the outputs, which the step has changed
+                alone.body.load_state_dict(module.body.state_dict())
+                size = (module.inputs.square().sum(dim=1) + 1).sqrt()
+                size = size.max() if settings else size.square().mean().sqrt()
+                assert constant == pytest.approx(size.item() / math.sqrt(left), rel=1e-5)
+
+
+class Steps(Regressor):
+    """The head is called once for each of several steps, whose outputs are written into one tensor, or left so."""
+
+    def __init__(self, steps, bend=None):
+        super().__init__(F.cross_entropy)
+        self.steps, self.bend = steps, bend
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        outputs = torch.zeros(self.steps[batch_idx], len(inputs), OUTPUTS)
+        for step in range(len(outputs)):
+            outputs[step] = self.head(self.body(inputs))
+        outputs = outputs if self.bend is None else self.bend(outputs)
+        return F.cross_entropy(outputs.flatten(0, 1), targets.repeat(len(outputs)))
+
+
+def test_calls_of_the_head_count_anew_in_every_batch():
+    inputs = torch.randn(ROWS, WIDTH)
+    batches = DataLoader(TensorDataset(inputs.repeat(3, 1), CLASSES.repeat(3)), batch_size=ROWS)
+    for settings, bend in (({}, None), ({"head": "head"}, torch.sin)):
+        torch.manual_seed(3)
+        module = Steps((2, 1, 6), bend)
+        size = module.body(inputs).square().sum(dim=1).add(1).mean().sqrt().item()
+        constants = constants_of(module, batches, update=1, max_lr=1e-9, **settings)
+        assert constants == pytest.approx([math.sqrt(2) * size] * 3, rel=1e-5)
+        assert module.gradient <= constants[0]
+
+
+def test_a_named_loss_behind_something_unknown_keeps_its_factor_and_its_rows():
+    targets = CLASSES.clone()
+    targets[:5] = -100
+    module = Regressor(lambda z, y: 3 * F.cross_entropy(z.sin(), y) + 1e-3 * z.abs().sum())
+    constant = first_step(module, targets, loss="cross_entropy", head="head")
+    total = (module.inputs.square().sum(dim=1) + 1).sum()
+    assert constant == pytest.approx(3 * math.sqrt(2 * total / (ROWS - 5)), rel=1e-5)
+
+
+class Answers(Regressor):
+    """Where an answer begins and ends, chosen among the places of a text, as in models of transformers."""
+
+    def __init__(self):
+        super().__init__(None, outputs=2, scale=30.0)
+
+    def training_step(self, batch, batch_idx):
+        self.inputs = self.body(batch[0][:, None] * torch.randn(1, 7, 1)).relu()
+        begin, end = self.head(self.inputs).split(1, dim=-1)
+        losses = [F.cross_entropy(part.squeeze(-1).contiguous(), batch[1]) for part in (begin, end)]
+        return (losses[0] + losses[1]) / 2
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample"])
+def test_an_answer_is_chosen_among_places(norm):
+    module = Answers()
+    constant = first_step(module, CLASSES, norm=norm)
+    rows = module.inputs.square().sum(dim=2) + 1
+    size = (rows.sum() / ROWS) if norm == "frobenius" else 7 * rows.max()
+    assert constant == pytest.approx(math.sqrt(2 * size), rel=1e-5)
+    assert module.gradient <= constant
+
+
+@pytest.mark.parametrize("bend", [torch.sigmoid, torch.tanh, torch.relu])
+def test_outputs_between_bounds_have_a_bound_for_the_gradient_alone(bend):
+    module = Regressor(lambda z, y: F.mse_loss(bend(z), y))
+    constant = first_step(module, REAL)
+    norms = bend(module.outputs).norm() + REAL.norm()
+    expected = 2 / (ROWS * OUTPUTS) * norms * (module.inputs.square().sum(dim=1) + 1).sum().sqrt()
+    assert constant == pytest.approx(expected.item(), rel=1e-5)
+    assert module.gradient <= constant
+    with pytest.raises(ConfigurationError, match=f"found MseLoss > {bend.__name__.capitalize()} > Addmm"):
+        first_step(Regressor(lambda z, y: F.mse_loss(bend(z), y)), REAL, bound="smooth")
+
+
+class Map(LightningModule):
+    """A small map of logits, enlarged to the size of the labels, or averaged over its places."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.head, self.change = torch.nn.Conv2d(3, 4, 1), change
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.change(self.head(batch[0])), batch[1])
+
+    on_after_backward = Regressor.on_after_backward
+    configure_optimizers = Regressor.configure_optimizers
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda z: F.interpolate(z, scale_factor=2), (4, 6, 10)),
+        (lambda z: F.interpolate(z, (12, 10), mode="bilinear"), (4, 12, 10)),
+        (lambda z: z.mean((2, 3)), (4,)),
+    ],
+)
+def test_places_that_are_enlarged_or_averaged_are_rows(change, shape, ignored):
+    images, labels = torch.randn(4, 3, 3, 5), torch.zeros(shape, dtype=torch.long)
+    images[-1] *= 100  # alone in the gradient where the others are ignored
+    labels[:ignored] = -100
+    module = Map(change)
+    constant = first_step(module, labels, images)
+    rows = images.square().sum(dim=1) + 1
+    assert constant == pytest.approx(math.sqrt(2 * rows.sum() / (15 * (4 - ignored))), rel=1e-5)
+    assert module.gradient <= constant
