@@ -15,7 +15,7 @@ from lit_lipschitz import graph, inspection, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
-from lit_lipschitz.probing import Probes
+from lit_lipschitz.probing import Probe, Probes
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
 
@@ -165,6 +165,8 @@ class Controller:
         if self._unclear and self._of_batch and not self._pooled:
             # More rows in the loss than in the largest call are those of several calls, or of one several times.
             weight = weight * torch.clamp(reading.rows / measured.clamp(min=1), min=1.0).ceil().sqrt()
+        if self._unclear:
+            weight = weight * reading.stretch
         chosen.statistic.finish(count, outputs, reading.calls, weight)
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
@@ -292,12 +294,30 @@ class Controller:
         if found is None:
             return
         self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)
+        self._check_inputs(chosen, found.inputs)
         measured = int(chosen.statistic.rows) if self.options.measure == "running" else 0
         if self.options.head == "auto" and not self._pooled and measured >= 2 * found.head_rows:
             raise ConfigurationError(
                 f"LipschitzLR measured {measured} rows at the head {chosen.name!r} in a batch and found {found.rows} "
                 f"targets in the {loss.name}; let the head see what the loss is taken of, or pass head={chosen.name!r} "
                 "to count the others as well"
+            )
+
+    def _check_inputs(self, chosen: Probe, inputs: Tensor | None) -> None:
+        """Makes sure that a head with a forward of its own is the affine map of what was measured, its input."""
+        plain = any(type(chosen.head).forward is kind.forward for kind in inspection.HEADS)
+        measured = self.options.head == "auto" and self.options.measure == "running" and self.policy.norm != "spectral"
+        if plain or not measured or inputs is None:
+            return
+        own = self._statistic(chosen.head, inputs.device)
+        own.add(inspection.head_rows(chosen.head, inputs))
+        if int(own.rows) == int(chosen.statistic.rows) and not torch.allclose(
+            own.size, chosen.statistic.size, rtol=0.02
+        ):
+            raise ConfigurationError(
+                f"LipschitzLR measured the inputs of the head {chosen.name!r} and found that its forward, of "
+                f"{type(chosen.head).__name__}, changes them; let a torch.nn.Linear see what the weight is multiplied "
+                f"by, or pass head={chosen.name!r} to have the change disregarded, where it makes no input larger"
             )
 
     # -- measure, reduce, decide, write ------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class FoundLoss:
         group: Rows of the affine map's outputs that one target of a cross-entropy is chosen among.
         pooled: Whether the affine map's outputs are averaged over places, or enlarged, before the loss.
         calls: Calls of the affine map whose outputs were put together.
+        inputs: The input of the affine map, where it was called once and the graph keeps it.
     """
 
     loss: Loss
@@ -48,6 +49,7 @@ class FoundLoss:
     group: int
     pooled: bool
     calls: int
+    inputs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Reading:
         rows: Examples, tokens or pixels that it looks at, ignored ones included.
         outputs: The head's outputs and the targets, where their sizes matter; else empty.
         calls: Calls of the head whose outputs were put together.
+        stretch: The factor of the head's outputs, as of a temperature.
     """
 
     count: int | Tensor
@@ -69,6 +72,7 @@ class Reading:
     rows: int
     outputs: tuple[Tensor, ...] = ()
     calls: int = 1
+    stretch: float | Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,19 @@ class _Match:
 
     def reading(self, num_outputs: int, scale: float | Tensor) -> Reading:
         """What the loss was taken of."""
-        rows, calls = self.rows(num_outputs), _affine(self.below, self.name).calls
+        rows, maker = self.rows(num_outputs), _affine(self.below, self.name)
+        stretch: Any = abs(_product(_stretch(self.below))) if maker.chain else 1.0
         if self.name != "cross_entropy":
             outputs: tuple[Tensor, ...] = ()
             if self.name == "mean_squared_error":
                 outputs = (self.node._saved_self.detach(), self.node._saved_target.detach())
-            return Reading(rows, self.elements, scale, rows, outputs, calls)
+            return Reading(rows, self.elements, scale, rows, outputs, maker.calls, stretch)
         count: int | Tensor = self.elements
         if not self.each and self.probabilities is None:
             count = self.node._saved_total_weight
             if self.node._saved_weight is not None:
                 count = (self.node._saved_target != self.node._saved_ignore_index).sum()
-        return Reading(count, count, scale, rows, calls=calls)
+        return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch)
 
 
 def find_loss(loss: Tensor) -> FoundLoss:
@@ -264,7 +269,7 @@ def first_heads(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        weight = _weight(node) if node.name() in _AFFINE else None
+        weight = _weight(node) if node.name() in _AFFINE else _multiplied(node)
         if weight is None:
             stack.extend(_next(node))
         elif not any(same_weight(weight, other) for other in weights):
@@ -300,6 +305,7 @@ def _found(factors: "_Factors", match: _Match, named: bool = False) -> FoundLoss
         group=group,
         pooled=maker.pooled,
         calls=maker.calls,
+        inputs=_inputs(maker.call),
     )
 
 
@@ -621,6 +627,27 @@ def _is_enlarged(node: Any) -> bool:
     return whole and {*given} <= {None, *ratios} and not getattr(node, "_saved_align_corners", False)
 
 
+def _stretch(node: Any) -> "_Factors":
+    """The numbers that an affine map's outputs are multiplied by; none where the graph shows more than that."""
+    stretch: _Factors = []
+    while node.name() not in _AFFINE:
+        factors, below = _descend(node)
+        stretch += factors
+        if below is node:
+            if not (node.name() in _VIEWS or node.name() in _CUTS or _part(node) is not None):
+                return []
+            below = _next(node)[0]
+        node = below
+    return stretch
+
+
+def _inputs(node: Any) -> Tensor | None:
+    """The input of an affine map, as its node keeps it for the weight's gradient."""
+    names = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
+    inputs = None if node is None else getattr(node, names.get(node.name(), "_saved_input"), None)
+    return None if inputs is None else inputs.detach()
+
+
 def _weight(node: Any) -> Tensor | None:
     """The weight of an affine map; where it is frozen, the view that the graph keeps of it."""
     for leaf in map(_leaf, _next(node)):
@@ -629,6 +656,12 @@ def _weight(node: Any) -> Tensor | None:
     if node.next_functions[_AFFINE[node.name()]][0] is not None:
         return None
     return getattr(node, "_saved_mat2", None) if "mm" in node.name() or "Mm" in node.name() else node._saved_weight
+
+
+def _multiplied(node: Any) -> Tensor | None:
+    """The parameter that torch.einsum or a product of batches multiplies by."""
+    leaves = map(_leaf, _next(node)) if node.name() == "BmmBackward0" else ()
+    return next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
 
 
 def _without_bias(node: Any) -> Any:

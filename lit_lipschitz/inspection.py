@@ -12,6 +12,8 @@ from lit_lipschitz.errors import ConfigurationError
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HEADS = (nn.Linear, *_CONVOLUTIONS)
+"""The classes of modules that can be a head."""
 
 
 def is_head(module: nn.Module) -> bool:

@@ -225,6 +225,11 @@ class RunningMaximum:
         """Rows of the largest call of the batch so far, on the device."""
         return self._rows
 
+    @property
+    def size(self) -> Tensor:
+        """Norm of the largest call of the batch so far, on the device."""
+        return self._size
+
     def merge(self, other: "RunningMaximum") -> None:
         """Take in what another statistic has seen."""
         self.values.copy_(torch.maximum(self.values, other.values))

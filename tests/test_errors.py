@@ -96,6 +96,11 @@ class TwoHeads(Classifier):
         return F.cross_entropy(self.net(tokens)[:, :1].flatten(0, 1), batch[1])
 
 
+class Stretching(nn.Linear):
+    def forward(self, inputs):
+        return F.linear(10 * inputs, self.weight, self.bias)
+
+
 def checkpointed(before, after):
     run = trainer(LipschitzLR(**before), max_epochs=1)
     run.fit(Classifier(), loader())
@@ -122,6 +127,9 @@ MISTAKES = {
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))
     ),
     "More rows at the head than targets": lambda: fit(LipschitzLR(), module=TwoHeads()),
+    "A head that changes its input": lambda: fit(
+        LipschitzLR(), module=Classifier(net=nn.Sequential(nn.Linear(WIDTH, 16), Stretching(16, CLASSES)))
+    ),
     "A loss without a graph": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, y).detach().requires_grad_().clone().detach())
     ),
@@ -199,6 +207,7 @@ ADVICE = {
     "A head that does not exist": {"head": "net.2"},
     "Something between the head and the loss": {"head": "net.2"},
     "More rows at the head than targets": {"head": "net.2"},
+    "A head that changes its input": {"head": "net.1"},
     "A sum of losses": {"loss": "cross_entropy"},
     "A compiled loss": {"loss": "cross_entropy"},
     "Probabilities that do not sum to 1": {"loss": "cross_entropy"},

@@ -346,6 +346,8 @@ def test_a_term_of_a_sum_is_found_by_its_name():
     assert (found.scale, found.head_weight is other.weight) == (pytest.approx(0.4), True)
     assert len(graph.first_heads(mixed)) == 2
     assert graph.first_heads(logits().exp().sum())[0] is head
+    product = torch.einsum("bd,kd->bk", nn.Linear(4, 4)(INPUTS), head)
+    assert [weight is head for weight in graph.first_heads(product.exp().sum())] == [True]
     reading = graph.read_loss(smooth + HEAD.bias.sum(), "smooth_l1", 3, among_terms=True)
     assert (reading.count, reading.elements, reading.scale) == (5, 15, 10.0)
 

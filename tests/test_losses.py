@@ -492,3 +492,43 @@ def test_places_that_are_enlarged_or_averaged_are_rows(change, shape, ignored):
     rows = images.square().sum(dim=1) + 1
     assert constant == pytest.approx(math.sqrt(2 * rows.sum() / (15 * (4 - ignored))), rel=1e-5)
     assert module.gradient <= constant
+
+
+@pytest.mark.parametrize("bound", ["strict", "smooth", "paper"])
+def test_a_named_heads_outputs_may_be_multiplied_by_a_number(bound):
+    """A temperature: the gradient is as many times larger, and the curvature the square of that."""
+    inputs, found = torch.randn(ROWS, WIDTH), []
+    cold = torch.tensor(0.05)
+    for change in (lambda z: z, lambda z: z / 0.05, lambda z: (4 * z[:, :3]).clamp(-9e9, 9e9) / (4 * cold)):
+        torch.manual_seed(3)
+        module = Regressor(lambda z, y, change=change: F.cross_entropy(change(z), y))
+        settings = {"bound": bound, "norm": "frobenius", "head": "head"}
+        found.append(first_step(module, CLASSES, inputs, **settings))
+        assert bound != "strict" or module.gradient <= found[-1]
+    times = 400 if bound == "smooth" else 20
+    assert found[1:] == pytest.approx([times * found[0]] * 2, rel=1e-5)
+
+
+class Stretching(torch.nn.Linear):
+    """An affine map that is none of its input."""
+
+    def __init__(self, by, **settings):
+        super().__init__(8, OUTPUTS, **settings)
+        self.by = by
+
+    def forward(self, inputs):
+        return F.linear(inputs * self.by, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "sample"}, {"bound": "paper"}])
+def test_a_head_that_changes_its_input_is_refused(settings):
+    inputs = torch.randn(ROWS, WIDTH)
+    for by, bias in ((10.0, True), (0.1, False), (1.0, True)):
+        module = Regressor(F.cross_entropy)
+        module.head = Stretching(by, bias=bias)
+        if by == 1:
+            assert first_step(module, CLASSES, inputs, **settings) > 0
+            continue
+        with pytest.raises(ConfigurationError, match="found that its forward, of Stretching, changes them"):
+            first_step(module, CLASSES, inputs, **settings)
+        assert first_step(module, CLASSES, inputs, head="head", **settings) > 0
