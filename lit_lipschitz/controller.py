@@ -79,6 +79,7 @@ class Controller:
         self._factor = 1.0  # of the loss, where a pass does not see it
         self._outputs = 0  # of the head that the loss is taken of, or classes; 0 until they are known
         self._group = 1  # rows of the head that one target is chosen among
+        self._joined = False  # whether outputs of several calls were put together
         self._unclear = False  # whether the graph does not tell what comes between the head and the loss
         self._unknown: ConfigurationError | None = None  # why the last loss was not taken
         self._take(state)
@@ -185,7 +186,8 @@ class Controller:
         assert self._loss is not None
         named = self.options.loss != "auto"
         head = self.probes.chosen.weight if named else None
-        return graph.read_loss(loss, self._loss.name, self._outputs, among_terms=named, head=head)
+        joined = self._joined or self._unclear
+        return graph.read_loss(loss, self._loss.name, self._outputs, among_terms=named, head=head, joined=joined)
 
     def _find(self, trainer: Trainer, loss: Tensor, automatic: bool) -> None:
         """Takes a loss that belongs to this optimizer; of others, remembers why not."""
@@ -294,6 +296,7 @@ class Controller:
         if found is None:
             return
         self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)
+        self._joined = found.joined
         self._check_inputs(chosen, found.inputs)
         measured = int(chosen.statistic.rows) if self.options.measure == "running" else 0
         if self.options.head == "auto" and not self._pooled and measured >= 2 * found.head_rows:

@@ -35,6 +35,7 @@ class FoundLoss:
         group: Rows of the affine map's outputs that one target of a cross-entropy is chosen among.
         pooled: Whether the affine map's outputs are averaged over places, or enlarged, before the loss.
         calls: Calls of the affine map whose outputs were put together.
+        joined: Whether the outputs were put together, of one call or several.
         inputs: The input of the affine map, where it was called once and the graph keeps it.
     """
 
@@ -49,6 +50,7 @@ class FoundLoss:
     group: int
     pooled: bool
     calls: int
+    joined: bool
     inputs: Tensor | None
 
 
@@ -122,9 +124,9 @@ class _Match:
         """Outputs that the loss is taken of."""
         return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
 
-    def reading(self, num_outputs: int, scale: float | Tensor) -> Reading:
+    def reading(self, num_outputs: int, scale: float | Tensor, joined: bool) -> Reading:
         """What the loss was taken of."""
-        rows, maker = self.rows(num_outputs), _affine(self.below, self.name)
+        rows, maker = self.rows(num_outputs), _affine(self.below, self.name) if joined else _Maker()
         stretch: Any = abs(_product(_stretch(self.below))) if maker.chain else 1.0
         if self.name != "cross_entropy":
             outputs: tuple[Tensor, ...] = ()
@@ -202,7 +204,13 @@ def find_term(loss: Tensor, name: LossName, head: Tensor | None = None) -> Found
 
 
 def read_loss(
-    loss: Tensor, name: LossName, num_outputs: int, *, among_terms: bool = False, head: Tensor | None = None
+    loss: Tensor,
+    name: LossName,
+    num_outputs: int,
+    *,
+    among_terms: bool = False,
+    head: Tensor | None = None,
+    joined: bool = True,
 ) -> Reading | None:
     """What a loss was taken of in this batch, without reading anything of the device to the host.
 
@@ -212,6 +220,7 @@ def read_loss(
         num_outputs: Outputs of the head.
         among_terms: Whether to look for it as :func:`find_term` does.
         head: As for :func:`find_term`.
+        joined: Whether to look for the calls and the factor of the outputs, which takes as long as all the rest.
 
     Returns:
         The reading, or None where the graph shows another loss.
@@ -220,7 +229,8 @@ def read_loss(
         return None
     terms = _terms(loss.grad_fn, name if among_terms else None)
     terms = [term for term in terms if term[1].name == name]
-    readings = [match.reading(num_outputs, _product(factors)) for factors, match in _of_head(terms, head)]
+    terms = _of_head(terms, head) if len(terms) > 1 else terms
+    readings = [match.reading(num_outputs, _product(factors), joined) for factors, match in terms]
     return _together(readings) if len(readings) > 1 else next(iter(readings), None)
 
 
@@ -305,6 +315,7 @@ def _found(factors: "_Factors", match: _Match, named: bool = False) -> FoundLoss
         group=group,
         pooled=maker.pooled,
         calls=maker.calls,
+        joined=maker.joined,
         inputs=_inputs(maker.call),
     )
 
@@ -490,6 +501,7 @@ class _Maker:
     outputs: int | None = None
     bent: tuple[str, ...] = ()
     call: Any = None  # the node of the one call
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -572,7 +584,7 @@ def _joined(node: Any, names: tuple[str, ...], loss: LossName) -> _Maker | None:
     ):
         return _Maker(chain=names)
     bent = next((maker.bent for maker in makers if maker.bent), ())
-    return _Maker(first.weight, (), False, sum(maker.calls for maker in makers), first.outputs, bent)
+    return _Maker(first.weight, (), False, sum(maker.calls for maker in makers), first.outputs, bent, joined=True)
 
 
 def _part(node: Any) -> _Part | None:
