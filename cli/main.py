@@ -5,7 +5,7 @@ import sys
 
 from lit_lipschitz import __version__
 from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
-from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 HELP = """\
 usage: lit-lipschitz COMMAND [options]
@@ -18,6 +18,7 @@ commands:
   test        evaluate a checkpoint on the test set
   predict     write the classes of the test set and their probabilities to predictions.csv
   configs     list the bundled configs
+  report      show the curves of runs, as a page, as pictures and as text
 
 common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --data.help lit_lipschitz.MNISTDataModule):
   --config NAME               a YAML file, or a bundled config; later ones overlay earlier ones
@@ -34,7 +35,7 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
 
 example: lit-lipschitz fit --config digits.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict", "configs")
+COMMANDS = ("fit", "validate", "test", "predict", "configs", "report")
 """What the first argument can be."""
 
 
@@ -55,11 +56,15 @@ def main() -> int:
             return 0
         if arguments[0] == "configs":
             return list_configs(arguments[1:])
+        if arguments[0] == "report":
+            from lit_lipschitz.cli.report import report
+
+            return report(arguments[1:])
         check_command(arguments[0])
         # ddp starts the other ranks with sys.argv, so the paths go in there.
         sys.argv[1:] = resolve_configs(arguments)
-    except ConfigurationError as error:
-        return fail(error, 2)
+    except LitLipschitzError as error:
+        return fail(error, 2 if isinstance(error, ConfigurationError) else 1)
     try:
         from lit_lipschitz.cli.command import run
 
