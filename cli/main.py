@@ -18,6 +18,7 @@ commands:
   test        evaluate a checkpoint on the test set
   predict     write the classes of the test set and their probabilities to predictions.csv
   configs     list the bundled configs
+  explain     make one step of fit in memory, and print how its rate comes about
   report      show the curves of runs, as a page, as pictures and as text
 
 common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --data.help lit_lipschitz.MNISTDataModule):
@@ -35,7 +36,22 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
 
 example: lit-lipschitz fit --config digits.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict", "configs", "report")
+EXPLAIN_HELP = """\
+usage: lit-lipschitz explain --config NAME [options of fit] [--ckpt_path PATH] [--json]
+
+Makes one optimizer step of fit in memory, and prints how its rate comes about: the head and the loss that were found,
+what was measured, the formula of L with its numbers, the rule, the schedule's factor and the rate. It writes nothing:
+no folder of a run, no checkpoint, no curves. The data are read, and downloaded if they are missing, as in fit.
+
+  --ckpt_path PATH   explain the step that would come next after a checkpoint; "last" is the newest run's
+  --json             print the numbers as JSON
+  all others         as for fit: lit-lipschitz fit --help
+
+examples:
+  lit-lipschitz explain --config cifar10.yaml
+  lit-lipschitz explain --config digits.yaml --lipschitz.bound smooth --model.optimizer.weight_decay 1e-4
+"""
+COMMANDS = ("fit", "validate", "test", "predict", "configs", "report", "explain")
 """What the first argument can be."""
 
 
@@ -60,12 +76,19 @@ def main() -> int:
             from lit_lipschitz.cli.report import report
 
             return report(arguments[1:])
+        if arguments[0] == "explain" and {"-h", "--help"} & set(arguments):
+            print(EXPLAIN_HELP, end="")
+            return 0
         check_command(arguments[0])
         # ddp starts the other ranks with sys.argv, so the paths go in there.
         sys.argv[1:] = resolve_configs(arguments)
     except LitLipschitzError as error:
         return fail(error, 2 if isinstance(error, ConfigurationError) else 1)
     try:
+        if arguments[0] == "explain":
+            from lit_lipschitz.cli.explain import explain
+
+            return explain(sys.argv[2:])
         from lit_lipschitz.cli.command import run
 
         return run()
