@@ -1,6 +1,7 @@
 """Entry point of `lit-lipschitz`: answers what needs no torch at once, and leaves the rest to LightningCLI."""
 
 import difflib
+import json
 import sys
 
 from lit_lipschitz import __version__
@@ -110,13 +111,16 @@ def check_command(name: str) -> None:
 
 
 def list_configs(arguments: list[str]) -> int:
-    """Prints the bundled configs, a line each."""
+    """Prints the bundled configs, a line each, or as JSON."""
     if arguments in (["-h"], ["--help"]):
-        print("usage: lit-lipschitz configs\n\nLists the bundled configs, a line each.")
+        print("usage: lit-lipschitz configs [--json]\n\nLists the bundled configs, a line each, or as JSON.")
+        return 0
+    known = bundled_configs()
+    if arguments == ["--json"]:
+        print(json.dumps([{"name": name, "description": known[name]} for name in known], indent=1))
         return 0
     if arguments:
-        raise ConfigurationError(f"configs takes no arguments, found {' '.join(arguments)}")
-    known = bundled_configs()
+        raise ConfigurationError(f"configs takes no arguments but --json, found {' '.join(arguments)}")
     width = max(map(len, known))
     for name, description in known.items():
         print(f"{name:{width}}  {description}")

@@ -24,6 +24,8 @@ examples:
   lit-lipschitz report lightning_logs/version_3               # one run
   lit-lipschitz report lightning_logs --output figures        # all runs below a folder, overlaid
   lit-lipschitz report lightning_logs/version_3 --json | jq '.runs[0].final.val_acc'
+
+NO_COLOR=1 leaves out the colours of a terminal, which files and pipes never have.
 """
 _FIGURES = (
     # column, tag; what is printed is the last value
