@@ -47,6 +47,12 @@ class Axis:
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return (value - low) / (high - low)
 
+    def label(self, tick: float) -> str:
+        """A tick's label, with the digits that tell it from the next one."""
+        if self.log or len(self.ticks) < 2 or not 1e-4 <= (step := self.ticks[1] - self.ticks[0]) < 1e4:
+            return number(tick)
+        return f"{tick:.{max(0, -math.floor(math.log10(step * 1.001)))}f}"
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -108,7 +114,9 @@ def value_axis(values: list[float]) -> Axis:
     low, high = min(values), max(values)
     if low > 0 and high / low > 10:
         return Axis(low / (high / low) ** 0.04, high * (high / low) ** 0.04, _log_ticks(low, high), log=True)
-    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    # What differs in the last digits of a float32 alone is one value.
+    same = high - low <= 1e-6 * max(abs(low), abs(high))
+    margin = (0.1 * abs(high) or 1.0) if same else 0.05 * (high - low)
     # What can't be negative is not drawn as if it could.
     bottom = max(low - margin, 0.0) if low >= 0 else low - margin
     top = high + margin
@@ -133,5 +141,5 @@ def _nice(step: float) -> float:
 
 
 def number(value: float) -> str:
-    """A tick's label, with no more digits than a tick has."""
+    """A number in few characters."""
     return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-")

@@ -51,7 +51,7 @@ def _grid(panel: Panel) -> list[str]:
     for tick in panel.y.ticks:
         _, y = _place(panel, panel.x.low, tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {y}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{panel.y.label(tick)}</text>')
     for tick in panel.x.ticks:
         x, _ = _place(panel, tick, panel.y.low)
         parts.append(f'<path class="axis" d="M{x} {bottom}v4"/>')
@@ -67,7 +67,7 @@ def _curve(panel: Panel, line: Line, name: str) -> str:
     kind = f"c{line.run % len(LIGHT)}" + (" dashed" if line.dashed else "")
     last_epoch, last = line.points[-1]
     title = f"<title>{escape(name)}, {escape(line.tag)}: {last:.4g}{panel.unit} in epoch {last_epoch}</title>"
-    end = "" if line.dashed else marker(line.run, *places[-1])
+    end = "" if line.dashed and len(places) > 1 else marker(line.run, *places[-1])
     return f'<g class="{kind}">{title}<polyline points="{path}"/>{end}</g>'
 
 
@@ -119,14 +119,14 @@ def _draw(panel: Panel, area: "Axes") -> None:
     for line in panel.lines:
         epochs, values = zip(*line.points, strict=True)
         style: dict[str, Any] = {"color": LIGHT[line.run % len(LIGHT)], "linewidth": 1.0 if line.dashed else 1.8}
-        if not line.dashed:
+        if not line.dashed or len(line.points) == 1:
             style.update(marker=MARKERS[line.run % len(MARKERS)], markevery=[-1], markersize=6)
         area.plot(epochs, values, linestyle=_DASHES if line.dashed else "-", **style)
     if panel.y.log:
         area.set_yscale("log")
     area.set_xlim(panel.x.low - 0.01 * (panel.x.high - 1), panel.x.high + 0.015 * (panel.x.high - 1))
     area.set_ylim(panel.y.low, panel.y.high)
-    area.set_yticks(panel.y.ticks, [number(tick) for tick in panel.y.ticks])
+    area.set_yticks(panel.y.ticks, [panel.y.label(tick) for tick in panel.y.ticks])
     area.set_yticks([], minor=True)
     area.set_xticks(panel.x.ticks)
     area.set_xlabel("epoch")

@@ -346,6 +346,29 @@ def test_an_axis_is_logarithmic_where_it_spans_more_than_a_decade(values, log, t
 
 
 @pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1234.51, 1234.54], ["1234.51", "1234.52", "1234.53", "1234.54"]),
+        ([0.2, 0.9], ["0.2", "0.4", "0.6", "0.8"]),
+        ([1e-6, 5e-6], ["1e-6", "2e-6", "3e-6", "4e-6", "5e-6"]),
+        ([0.003, 0.5], ["0.003", "0.01", "0.03", "0.1", "0.3"]),
+        ([45.0, 45.000001], ["42", "44", "46", "48"]),
+    ],
+)
+def test_labels_of_ticks_differ(values, labels):
+    axis = value_axis(values)
+    assert [axis.label(tick) for tick in axis.ticks] == labels
+
+
+def test_a_run_of_one_epoch_is_drawn_as_points(report):
+    write_run("run", 1)
+    assert report("run", "--no-png")[0] == 0
+    text = Path("report/report.html").read_text()
+    figures = text[text.index("<figure>") :]
+    assert figures.count("<circle") == figures.count("<polyline") == 8
+
+
+@pytest.mark.parametrize(
     ("last", "ticks"),
     [(1, [1]), (2, [1, 2]), (6, [1, 2, 3, 4, 5, 6]), (30, [1, 5, 10, 15, 20, 25, 30]),
      (300, [1, 50, 100, 150, 200, 250, 300])],
