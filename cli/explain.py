@@ -283,7 +283,8 @@ def _measured(one: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _formula(one: dict[str, Any]) -> list[tuple[str, str]]:
     if not one["formula"]:
-        return [("L", "not behind this rate")]
+        unknown = f"{one['L'] or 0:.6g}, from a checkpoint that does not tell what it was made of"
+        return [("L", unknown if one["L"] else "not behind this rate")]
     kind = one["coefficient"]
     values = {kind: f"{one[kind]:.6g}", "K_z": f"{one['K_z']:.6g}", "lambda": f"{one['weight_decay']:.6g}",
               "W": f"{one['W']:.6g}"}  # fmt: skip
@@ -291,11 +292,13 @@ def _formula(one: dict[str, Any]) -> list[tuple[str, str]]:
     for name, value in values.items():
         filled = filled.replace(name, value)
     filled = filled.replace("/ m", f"/ {one['m']}").replace("(m)", f"({one['m']})")
+    total = one["data_term"] + one["l2_term"]
+    more = "" if math.isclose(total, one["L"], rel_tol=1e-9) else f", where the formula gives {total:.6g}"
     return [
         ("L", f"{one['formula']}, the {one['bound']} family"),
         ("", f"= {filled}"),
         ("", f"= {one['data_term']:.6g} + {one['l2_term']:.6g}"),
-        ("", f"= {one['L']:.6g}"),
+        ("", f"= {one['L']:.6g}{more}"),
         ("", f"{kind}: {_MEANINGS[kind]}"),
     ]
 

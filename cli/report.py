@@ -60,7 +60,7 @@ def report(arguments: list[str]) -> int:
 
     Raises:
         ConfigurationError: There is no run where one is looked for.
-        LitLipschitzError: The folder can't be written.
+        LitLipschitzError: A run can't be read, or the folder not written.
     """
     parser = _Parser("lit-lipschitz report", None, _DESCRIPTION, _EXAMPLES, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -69,7 +69,10 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print curves, final figures and the files' names as JSON")
     parser.add_argument("--no-png", action="store_true", help="write the page alone, which needs no matplotlib")
     options = parser.parse_args(arguments)
-    runs = find_runs(options.runs)
+    try:
+        runs = find_runs(options.runs)
+    except OSError as error:
+        raise LitLipschitzError(f"report: {error.filename}: can't be read: {error.strerror}") from None
     for run in runs:
         for note in run.notes:
             print(f"lit-lipschitz: warning: {run.folder}: {note}", file=sys.stderr)
@@ -77,7 +80,7 @@ def report(arguments: list[str]) -> int:
     drawn = panels(runs)
     files = _write(Path(options.output), _files(runs, drawn, not options.no_png))
     if options.json:
-        print(json.dumps({"runs": [_plain(run) for run in runs], "files": [str(file) for file in files]}, indent=1))
+        print(json.dumps({"runs": [_plain(run) for run in runs], "files": [str(file) for file in files]}))
         return 0
     print(picture(runs, drawn, _Terminal()), end="")
     for file in files:

@@ -136,6 +136,19 @@ def test_a_checkpoint_explains_the_step_that_comes_next(explain, lit):
     assert logged["lipschitz/constant"] == pytest.approx(one["L"], rel=1e-6)
 
 
+def test_a_checkpoint_that_does_not_tell_what_it_measured_is_said(lit):
+    assert lit("fit", *DIGITS, "--trainer.max_epochs", "1", "--test_after_fit", "false")[0] == 0
+    (path,) = Path(".").rglob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["measurement"]
+    torch.save(checkpoint, path)
+    code, out, err = lit("explain", *DIGITS, "--trainer.max_epochs", "2", "--ckpt_path", path)
+    assert code == 0, err
+    (constant,) = re.findall(r"^L +(\S+), from a checkpoint that does not tell what it was made of$", out, re.M)
+    (rate,) = re.findall(r"^rate +(\S+)$", out, re.M)
+    assert float(rate) == pytest.approx(1 / float(constant), rel=1e-5)
+
+
 def test_a_checkpoint_at_the_end_of_its_run_has_no_next_step(lit):
     arguments = [*DIGITS, "--trainer.max_epochs", "1"]
     assert lit("fit", *arguments, "--test_after_fit", "false")[0] == 0

@@ -439,6 +439,16 @@ def test_a_run_without_curves_beside_others_is_left_out_with_a_warning(report):
     assert "version_1" not in out
 
 
+def test_a_file_that_cannot_be_read_is_one_line_with_code_1(report):
+    write_run("run")
+    Path("run/events.out.tfevents.9.host").symlink_to("gone")
+    code, out, err = report("run")
+    assert (code, out) == (1, "")
+    assert err == (
+        "lit-lipschitz: error: report: run/events.out.tfevents.9.host: can't be read: No such file or directory\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
