@@ -78,29 +78,30 @@ def report(arguments: list[str]) -> int:
             print(f"lit-lipschitz: warning: {run.folder}: {note}", file=sys.stderr)
     runs = [run for run in runs if run.curves]
     drawn = panels(runs)
-    files = _write(Path(options.output), _files(runs, drawn, not options.no_png))
+    folder, rows = Path(options.output), table(runs)
+    files = _write(folder, {"report.html": page(runs, drawn, rows[0], rows[1:]).encode()})
+    if not options.json:
+        # Before the pictures: matplotlib takes more time than all the rest.
+        print(picture(runs, drawn, _Terminal()), end="", flush=True)
+    if not options.no_png:
+        files += _write(folder, _pictures(runs, drawn))
     if options.json:
         print(json.dumps({"runs": [_plain(run) for run in runs], "files": [str(file) for file in files]}))
-        return 0
-    print(picture(runs, drawn, _Terminal()), end="")
-    for file in files:
-        print(file)
+    else:
+        print("\n".join(map(str, files)))
     return 0
 
 
-def _files(runs: list[Run], drawn: list[Panel], with_png: bool) -> dict[str, bytes]:
-    header, *rows = table(runs)
-    files = {"report.html": page(runs, drawn, header, rows).encode()}
-    if with_png:
-        try:
-            files.update(pngs(drawn, runs))
-        except ImportError as error:
-            print(
-                f"lit-lipschitz: warning: no PNG files, for which matplotlib is needed ({error}): pip install "
-                "'lit-lipschitz[plots]', or pass --no-png",
-                file=sys.stderr,
-            )
-    return files
+def _pictures(runs: list[Run], drawn: list[Panel]) -> dict[str, bytes]:
+    try:
+        return pngs(drawn, runs)
+    except ImportError as error:
+        print(
+            f"lit-lipschitz: warning: no PNG files, for which matplotlib is needed ({error}): pip install "
+            "'lit-lipschitz[plots]', or pass --no-png",
+            file=sys.stderr,
+        )
+        return {}
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> list[Path]:
