@@ -22,7 +22,7 @@ from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
-from lit_lipschitz.cli.reporting import EpochLines, PredictionFile
+from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary, hyperparameters
 from lit_lipschitz.data import ImageDataModule
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.module import ImageClassifier
@@ -123,6 +123,8 @@ class Command(LightningCLI):
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LipschitzLR)]
         if every := self._get(self.config, "audit"):
             callbacks.append(LipschitzAudit(every))
+        if self.config["subcommand"] == "fit":
+            callbacks.append(TensorBoardSummary(hyperparameters(self.config["fit"].as_dict())))
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -174,11 +176,11 @@ def check_checkpoint(path: Path) -> None:
         raise LitLipschitzError(f"--ckpt_path {path}: not saved by Lightning; pass a checkpoint of `lit-lipschitz fit`")
 
 
-def run() -> int:
-    """Runs the command line in ``sys.argv``; returns the exit code."""
+def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> int:
+    """Runs a command line, that in ``sys.argv`` unless another is given; returns the exit code."""
     _quieten()
     # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
-    command = Command.__new__(Command)
+    command = kind.__new__(kind)
     started = time.time()
     try:
         command.__init__(  # type: ignore[misc]
@@ -194,6 +196,7 @@ def run() -> int:
                 "enable_progress_bar": sys.stderr.isatty(),
             },
             auto_configure_optimizers=False,
+            args=arguments,
         )
     except SIGTERMException:
         return 143
@@ -267,6 +270,7 @@ def _quieten() -> None:
         ".*Total length of `list` across ranks is zero.*",
         ".*The dirpath has changed.*",
         ".*Couldn't infer the batch indices.*",
+        ".*args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message)
     # Lightning advertises and lists what is absent; errors of one line are to be seen.

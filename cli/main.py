@@ -1,11 +1,12 @@
 """Entry point of `lit-lipschitz`: answers what needs no torch at once, and leaves the rest to LightningCLI."""
 
 import difflib
+import json
 import sys
 
 from lit_lipschitz import __version__
 from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
-from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 HELP = """\
 usage: lit-lipschitz COMMAND [options]
@@ -18,6 +19,8 @@ commands:
   test        evaluate a checkpoint on the test set
   predict     write the classes of the test set and their probabilities to predictions.csv
   configs     list the bundled configs
+  explain     make one step of fit in memory, and print how its rate comes about
+  report      show the curves of runs, as a page, as pictures and as text
 
 common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --data.help lit_lipschitz.MNISTDataModule):
   --config NAME               a YAML file, or a bundled config; later ones overlay earlier ones
@@ -34,7 +37,22 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
 
 example: lit-lipschitz fit --config digits.yaml
 """
-COMMANDS = ("fit", "validate", "test", "predict", "configs")
+EXPLAIN_HELP = """\
+usage: lit-lipschitz explain --config NAME [options of fit] [--ckpt_path PATH] [--json]
+
+Makes one optimizer step of fit in memory, and prints how its rate comes about: the head and the loss that were found,
+what was measured, the formula of L with its numbers, the rule, the schedule's factor and the rate. It writes nothing:
+no folder of a run, no checkpoint, no curves. The data are read, and downloaded if they are missing, as in fit.
+
+  --ckpt_path PATH   explain the step that would come next after a checkpoint; "last" is the newest run's
+  --json             print the numbers as JSON
+  all others         as for fit: lit-lipschitz fit --help
+
+examples:
+  lit-lipschitz explain --config cifar10.yaml
+  lit-lipschitz explain --config digits.yaml --lipschitz.bound smooth --model.optimizer.weight_decay 1e-4
+"""
+COMMANDS = ("fit", "validate", "test", "predict", "configs", "report", "explain")
 """What the first argument can be."""
 
 
@@ -55,12 +73,23 @@ def main() -> int:
             return 0
         if arguments[0] == "configs":
             return list_configs(arguments[1:])
+        if arguments[0] == "report":
+            from lit_lipschitz.cli.report import report
+
+            return report(arguments[1:])
+        if arguments[0] == "explain" and {"-h", "--help"} & set(arguments):
+            print(EXPLAIN_HELP, end="")
+            return 0
         check_command(arguments[0])
         # ddp starts the other ranks with sys.argv, so the paths go in there.
         sys.argv[1:] = resolve_configs(arguments)
-    except ConfigurationError as error:
-        return fail(error, 2)
+    except LitLipschitzError as error:
+        return fail(error, 2 if isinstance(error, ConfigurationError) else 1)
     try:
+        if arguments[0] == "explain":
+            from lit_lipschitz.cli.explain import explain
+
+            return explain(sys.argv[2:])
         from lit_lipschitz.cli.command import run
 
         return run()
@@ -82,13 +111,16 @@ def check_command(name: str) -> None:
 
 
 def list_configs(arguments: list[str]) -> int:
-    """Prints the bundled configs, a line each."""
+    """Prints the bundled configs, a line each, or as JSON."""
     if arguments in (["-h"], ["--help"]):
-        print("usage: lit-lipschitz configs\n\nLists the bundled configs, a line each.")
+        print("usage: lit-lipschitz configs [--json]\n\nLists the bundled configs, a line each, or as JSON.")
+        return 0
+    known = bundled_configs()
+    if arguments == ["--json"]:
+        print(json.dumps([{"name": name, "description": known[name]} for name in known], indent=1))
         return 0
     if arguments:
-        raise ConfigurationError(f"configs takes no arguments, found {' '.join(arguments)}")
-    known = bundled_configs()
+        raise ConfigurationError(f"configs takes no arguments but --json, found {' '.join(arguments)}")
     width = max(map(len, known))
     for name, description in known.items():
         print(f"{name:{width}}  {description}")

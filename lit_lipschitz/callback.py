@@ -177,6 +177,11 @@ class LipschitzLR(Callback):
         """The Lipschitz constant behind the last optimizer step; None where there is none, as with a fixed rate."""
         return (self._first.decision.constant or None) if self._first and self._first.decision else None
 
+    @property
+    def controllers(self) -> dict[int, Controller]:
+        """What controls each optimizer, by the optimizer's position; empty before the fit has begun."""
+        return dict(self._controllers)
+
     def controls(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer is the one that the properties here tell of: the first of those it controls."""
         return self._first is not None and self._first.optimizer is optimizer

@@ -64,6 +64,7 @@ class Controller:
         self._alone = len(trainer.optimizers) == 1
         self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
         self._decision: Decision | None = None
+        self._measured: Measurement | None = None  # behind the decision
         self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
         self._steps = 0  # optimizer steps since the interval began
         self._intervals = 0  # intervals that are over
@@ -130,6 +131,26 @@ class Controller:
     def head_name(self) -> str | None:
         """The name of the head, once the first step has told which module it is."""
         return self.probes.chosen.name if self.probes.chosen else None
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The head, once the first step has told which module it is."""
+        return self.probes.chosen.head if self.probes.chosen else None
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss, once the first step has told which one it is."""
+        return self._loss
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What the last decision was made of; None where none was made of a measurement."""
+        return self._measured
+
+    @property
+    def accumulated(self) -> int:
+        """Most batches that made one step in the interval that goes on, as far as is known."""
+        return self._accumulated
 
     def close(self) -> None:
         """Takes all hooks off."""
@@ -442,7 +463,7 @@ class Controller:
         decision, rule_state = outcome
         if decision.cap and (self._decision is None or self._decision.cap != decision.cap):
             rank_zero_info(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
-        self._decision = decision
+        self._decision, self._measured = decision, measured
         if interval_over:
             self._rule_state = rule_state
 
@@ -534,6 +555,7 @@ class Controller:
         """The state, as tensors and plain values."""
         return {
             "decision": asdict(self._decision) if self._decision else None,
+            "measurement": asdict(self._measured) if self._measured else None,
             "rule_state": asdict(self._rule_state),
             "steps": self._steps,
             "intervals": self._intervals,
@@ -555,6 +577,8 @@ class Controller:
         if not state:
             return
         self._decision = Decision(**state["decision"]) if state["decision"] else None
+        measured = state.get("measurement")  # later than the rest of the state
+        self._measured = Measurement(**measured) if measured else None
         self._rule_state = rules.RuleState(**state["rule_state"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]

@@ -1,6 +1,7 @@
 """The command, in this process where that is the same and in one of its own where it is not."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -56,6 +57,12 @@ def test_configs_lists_the_bundled_configs_with_a_line_each(lit):
     assert all(len(line.split()) > 5 for line in lines)
 
 
+def test_configs_as_json_are_the_same(lit):
+    code, out, _ = lit("configs", "--json")
+    assert code == 0
+    assert {entry["name"]: entry["description"] for entry in json.loads(out)} == bundled_configs()
+
+
 def test_a_file_of_the_users_goes_before_a_bundled_one():
     bundled = find_config("digits.yaml")
     assert find_config("digits") == bundled
@@ -81,7 +88,7 @@ def test_all_ways_to_write_it_are_resolved_and_nothing_else():
         (["fit", "--config", "nothing/like/it.yaml"], "no such file and no bundled config of that name"),
         (["fit", "--config"], "expected the name of a config"),
         (["ft"], "no such command; closest: fit"),
-        (["configs", "all"], "takes no arguments, found all"),
+        (["configs", "all"], "takes no arguments but --json, found all"),
         (["--config", "digits", "fit"], "expected a command first, as in lit-lipschitz fit --config"),
         (["fit", "--config", "."], "expected a file, found a folder"),
     ],

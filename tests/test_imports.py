@@ -56,7 +56,20 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["--version"], ["fit", "--config", "cifr10"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["configs"],
+        ["configs", "--json"],
+        ["--help"],
+        ["--version"],
+        ["fit", "--config", "cifr10"],
+        ["report", "nothing"],
+        ["explain", "--help"],
+        ["explain", "--config", "cifr10"],
+        [],
+    ],
+)
 def test_what_needs_no_torch_does_not_import_it(arguments):
     result = run(
         f"import sys\nsys.argv[1:] = {arguments!r}\nfrom lit_lipschitz.cli.main import main\nmain()\n"

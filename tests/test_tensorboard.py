@@ -1,0 +1,91 @@
+"""What TensorBoard opens with after a run of the command: its layout, and hyperparameters with their outcome."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from lit_lipschitz.cli.events import find_runs
+from lit_lipschitz.cli.main import main
+from lit_lipschitz.cli.reporting import hyperparameters
+
+FIT = ["fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Fits in this process; returns the events of the run."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lit-lipschitz", *FIT, *arguments])
+        assert main() == 0
+        (folder,) = Path("lightning_logs").iterdir()
+        found = EventAccumulator(str(folder))
+        found.Reload()
+        return found
+
+    return run
+
+
+def hparams(events, tag):
+    metadata = events.SummaryMetadata(f"_hparams_/{tag}")
+    return HParamsPluginData.FromString(metadata.plugin_data.content)
+
+
+def test_rate_constant_and_activations_are_side_by_side(events):
+    found = events("--test_after_fit", "false")
+    (tensor,) = found.Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(tensor.tensor_proto.string_val[0]).category
+    assert [chart.title for chart in category.chart] == ["rate", "L", "K_z"]
+    for chart, tag in zip(category.chart, ("lr", "constant", "activation_norm"), strict=True):
+        (pattern,) = chart.multiline.tag
+        assert [name for name in found.Tags()["scalars"] if re.search(pattern, name)] == [f"lipschitz/{tag}"]
+
+
+def test_hyperparameters_come_with_the_curves_that_are_their_outcome(events):
+    found = events("--model.optimizer.weight_decay", "0.001", "--lipschitz.bound", "smooth")
+    start = hparams(found, "session_start_info").session_start_info.hparams
+    assert start["model.optimizer"].string_value == "torch.optim.SGD"
+    assert start["model.optimizer.weight_decay"].number_value == 0.001
+    assert start["lipschitz.bound"].string_value == "smooth"
+    assert start["data"].string_value == "lit_lipschitz.DigitsDataModule"
+    assert start["trainer.max_epochs"].number_value == 1
+    metrics = [info.name.tag for info in hparams(found, "experiment").experiment.metric_infos]
+    assert sorted(metrics) == ["test_acc", "test_loss", "train_acc", "train_loss", "val_acc", "val_loss"]
+    # TensorBoard shows the last value of each.
+    assert set(metrics) <= set(found.Tags()["scalars"])
+    assert hparams(found, "session_end_info").HasField("session_end_info")
+    # They are no curves.
+    (run,) = find_runs(["lightning_logs"])
+    assert set(run.curves) == {
+        *metrics,
+        *(f"lipschitz/{n}" for n in ("lr", "constant", "activation_norm", "weight_norm")),
+    }
+
+
+def test_a_baseline_has_hyperparameters_of_its_own_and_no_layout(events):
+    found = events("--fixed_rate", "true", "--test_after_fit", "false")
+    assert "custom_scalars__config__" not in found.Tags()["tensors"]
+    names = set(hparams(found, "session_start_info").session_start_info.hparams)
+    assert "model.optimizer.lr" in names
+    assert not [name for name in names if name.startswith("lipschitz.")]
+
+
+def test_what_is_not_set_is_no_hyperparameter():
+    config = {
+        "seed_everything": 0,
+        "fixed_rate": False,
+        "model": {"class_path": "a.B", "init_args": {"width": 3, "inner": {"class_path": "c.D"}, "none": None}},
+        "data": None,
+        "trainer": {"max_epochs": 5, "precision": None, "devices": "auto", "callbacks": []},
+        "lipschitz": {"optimizers": [0, 1]},
+        "ckpt_path": "x",
+    }
+    assert hyperparameters(config) == {
+        "seed_everything": 0, "fixed_rate": False, "model": "a.B", "model.width": 3, "model.inner": "c.D",
+        "lipschitz.optimizers": "[0, 1]", "trainer.max_epochs": 5, "trainer.devices": "auto",
+    }  # fmt: skip
