@@ -29,7 +29,8 @@ class LipschitzLR(Callback):
 
     The first rate comes from the first batch and applies to the step made with it. While the first interval lasts, the
     running maximum is looked at again after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the one
-    before. Every parameter group gets the rate times its configured rate over the first group's, so the size of the
+    before. With Adam and its like the length of the optimizer's own step is read every 16 steps as well. Every
+    parameter group gets the rate times its configured rate over the first group's, so the size of the
     configured rates does not matter and their ratios do. A scheduler's value over its configured one is a factor.
 
     Args:
@@ -45,7 +46,8 @@ class LipschitzLR(Callback):
         measure: ``"running"`` measures the training batches themselves; ``"pass"`` makes a pass in inference mode over
             the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.inference`).
         rule: ``"auto"`` follows the optimizer; a name of :data:`lit_lipschitz.rules.RULES` forces a rule: ``"inverse"``
-            is 1/L, ``"adamo"`` the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
+            is 1/L, ``"grafted"`` makes Adam's steps as long as those of SGD at 1/L, ``"adamo"`` is the paper's for
+            momentum, ``"adamo_authors"`` that of its authors' scripts.
         squared: The estimate of L squared that the rules of RMSprop and Adam use
             (:func:`lit_lipschitz.constants.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
@@ -64,6 +66,10 @@ class LipschitzLR(Callback):
         restore: Go on from a checkpoint's state; False measures anew.
         on_nonfinite: What to do when activations or the constant are not finite or the constant is 0: ``"keep"`` the
             last rate and warn once, or ``"raise"``.
+        schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
+            linearly over the first tenth of the run and falls linearly to 0
+            (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. ``"none"``: it does
+            not.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -102,6 +108,7 @@ class LipschitzLR(Callback):
             "adamo_authors",
             "rmsprop_authors",
             "adam_authors",
+            "grafted",
         ] = "auto",
         squared: Literal["auto", "constant", "text", "scripts"] = "auto",
         weight_decay: float | None = None,
@@ -114,10 +121,12 @@ class LipschitzLR(Callback):
         dry_run: bool = False,
         restore: bool = True,
         on_nonfinite: Literal["keep", "raise"] = "keep",
+        schedule: Literal["auto", "none"] = "auto",
     ) -> None:
         super().__init__()
         _check_choice("loss", loss, ("auto", *LOSSES))
         _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
+        _check_choice("schedule", schedule, ("auto", "none"))
         _check_choice("measure", measure, ("running", "pass"))
         _check_choice("weights", weights, get_args(inspection.Weights))
         if measure == "pass" and update != "epoch":
@@ -145,7 +154,7 @@ class LipschitzLR(Callback):
                 "head='auto', or one optimizer"
             )
         self.policy = Policy(bound, resolved, rule, squared, weight_decay, min_lr, max_lr, max_growth)
-        self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run)
+        self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
         self.optimizers, self.restore = positions, restore
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._attached = False  # to a trainer

@@ -2,22 +2,28 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_lipschitz import graph, inspection, rules
+from lit_lipschitz import directions, graph, inspection, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
+from lit_lipschitz.schedules import linear_warmup_decay
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
+
+READ_EVERY = 16
+"""Optimizer steps between readings of a step's length, once the first 16 are over."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Options:
     initial_lr: float | None = None
     on_nonfinite: Literal["keep", "raise"] = "keep"
     dry_run: bool = False
+    schedule: Literal["auto", "none"] = "auto"
 
 
 class Controller:
@@ -60,7 +67,15 @@ class Controller:
     ) -> None:
         optimizer = trainer.optimizers[position]
         self.policy, self.options, self.optimizer, self._position = policy, options, optimizer, position
-        policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
+        rule = policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
+        if rule == "grafted" and type(optimizer).__name__ not in directions.DIRECTIONS:
+            raise ConfigurationError(
+                f"LipschitzLR(rule='grafted') knows the steps of {', '.join(directions.DIRECTIONS)} and found "
+                f"{type(optimizer).__name__}; use one of them, or pass another rule="
+            )
+        self._scale = rules.StepScale() if rule == "grafted" else None
+        self._clock = 0  # optimizer steps of the run
+        self._length: float | None = None  # optimizer steps that the run will have, for the schedule; inf without one
         self._alone = len(trainer.optimizers) == 1
         self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
         self._decision: Decision | None = None
@@ -398,6 +413,7 @@ class Controller:
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
+        self._read_scale(trainer)
         if self._pass is not None:
             self._decide(trainer, interval_over=True)
             self._pass = None
@@ -406,12 +422,55 @@ class Controller:
         elif first and running and self._steps & (self._steps - 1) == 0:
             self._decide(trainer, interval_over=False)
         self._passed = trainer.current_epoch
-        rate = self._decision.lr if self._decision and not self.options.dry_run else None
-        rates = self.writer.write(rate)
-        if self.options.dry_run and self._decision:
-            rates = self.writer.rates(self._decision.lr)
+        rate = self._decision.lr * self._schedule(trainer, module) if self._decision else None
+        rates = self.writer.write(None if self.options.dry_run else rate)
+        if self.options.dry_run and rate is not None:
+            rates = self.writer.rates(rate)
         self._applied = (self._decision or Decision(rates[0]), rates)
         return self._steps == 1 or self._decision is not before
+
+    def _read_scale(self, trainer: Trainer) -> None:
+        """Reads, where it is due, how long the optimizer's step is, and lets the rate follow.
+
+        Due after 1, 2, 4, 8 and 16 steps and then every 16: on every rank alike, with one reduction.
+        """
+        self._clock += 1
+        clock = self._clock
+        if self._scale is None or (clock % READ_EVERY and clock & (clock - 1)):
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0)
+        # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
+        read = torch.where(torch.isfinite(read), read, math.inf).to(trainer.strategy.root_device)
+        reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
+        self._scale = self._scale.seen(*reduced.tolist())
+        if self._measured is not None and self._loss is not None:
+            self._settle(replace(self._measured, scale=self._scale.value), interval_over=False)
+
+    def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
+        """The factor of the callback's own schedule, for runs that bring none and whose length is known."""
+        if self._length is None:
+            self._length = self._length_of_run(trainer, module)
+        if self._length == math.inf:
+            return 1.0
+        return linear_warmup_decay(min(trainer.global_step, int(self._length) - 1), int(self._length))
+
+    def _length_of_run(self, trainer: Trainer, module: LightningModule) -> float:
+        """Optimizer steps of the run; infinity where the callback brings no schedule."""
+        if self.options.schedule == "none" or self.policy.bound == "paper" or self.writer.scheduled:
+            return math.inf
+        length = math.inf
+        if module.automatic_optimization:
+            with suppress(MisconfigurationException):  # of a number of accumulated batches that changes
+                length = float(trainer.estimated_stepping_batches)
+        if not 1 <= length < math.inf:
+            rank_zero_info(
+                "LipschitzLR: the length of the run is not known, so the rate has no warm-up and no decay; set "
+                "max_epochs or max_steps, or bring a scheduler (schedule='none' says that none is wanted)"
+            )
+            return math.inf
+        return length
 
     def end_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
@@ -440,7 +499,6 @@ class Controller:
     def _decide(self, trainer: Trainer, interval_over: bool) -> None:
         """One reduction, then a decision that every rank makes alike."""
         assert self.probes.chosen is not None
-        assert self._loss is not None
         measured = self._measurement(trainer, self._reduce(trainer))
         if self.options.measure == "pass" and not measured.batch_size and not measured.dropped:
             raise ConfigurationError(
@@ -448,6 +506,11 @@ class Controller:
                 f"the training batches, and the head {self.probes.chosen.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
+        self._settle(measured, interval_over)
+
+    def _settle(self, measured: Measurement, interval_over: bool) -> None:
+        """Decides."""
+        assert self._loss is not None
         outcome = self.policy.decide(
             measured,
             loss=self._loss,
@@ -515,6 +578,7 @@ class Controller:
             dropped=int(dropped),
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
+            scale=1.0 if self._scale is None else self._scale.value,
         )
 
     def _report(self, measured: Measurement, usable: bool) -> None:
@@ -528,6 +592,8 @@ class Controller:
                 f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
                 f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
             )
+            if not measured.scale:
+                message = f"no gradient that is finite and not 0 has been seen; keeping {last}"
         if self.options.on_nonfinite == "raise":
             raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
         if not self._warned:
@@ -547,6 +613,8 @@ class Controller:
             "activation_norm": decision.activation_norm,
             "weight_norm": decision.weight_norm,
         }
+        if self._scale is not None:
+            metrics["step_scale"] = self._scale.value
         if self.policy.limited:
             metrics["capped"] = float(bool(decision.cap))
         return metrics
@@ -557,6 +625,8 @@ class Controller:
             "decision": asdict(self._decision) if self._decision else None,
             "measurement": asdict(self._measured) if self._measured else None,
             "rule_state": asdict(self._rule_state),
+            "scale": asdict(self._scale) if self._scale else None,
+            "clock": self._clock,
             "steps": self._steps,
             "intervals": self._intervals,
             "epoch": self._epoch,
@@ -580,6 +650,9 @@ class Controller:
         measured = state.get("measurement")  # later than the rest of the state
         self._measured = Measurement(**measured) if measured else None
         self._rule_state = rules.RuleState(**state["rule_state"])
+        self._clock = state["clock"]
+        if self._scale is not None and state["scale"]:
+            self._scale = rules.StepScale(**state["scale"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]
         self._epoch = state["epoch"]

@@ -22,6 +22,7 @@ class Measurement:
         dropped: Batches with non-finite activations on the rank that had most.
         squares: Frobenius norm of the matrix of squared activations, for the estimate of the authors' scripts.
         output_norm: Norm of the head's outputs plus that of the targets, for losses that depend on it.
+        scale: See :class:`lit_lipschitz.rules.Observation`.
     """
 
     activation_norm: float
@@ -30,6 +31,7 @@ class Measurement:
     dropped: int
     squares: float = 0.0
     output_norm: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,9 @@ class Policy:
             activation_norm=measured.activation_norm,
             squares=measured.squares,
         )
-        if not (0 < constant < math.inf and 0 < squared < math.inf):
+        if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
-        seen = rules.Observation(constant, squared, measured.activation_norm)
+        seen = rules.Observation(constant, squared, measured.activation_norm, measured.scale)
         rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
         return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state

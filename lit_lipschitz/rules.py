@@ -12,6 +12,7 @@ adamo       (1 - momentum) / ((1 - dampening) Lbar)         momentum
 rmsprop     (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
 adam        (sqrt(L2bar) + eps) / Lbar                      betas
 adamax      (max + eps) / Lbar, max a decaying maximum      betas
+grafted     scale / (sqrt(1 - momentum) L)                  of the scale: :class:`StepScale`
 =========== =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
@@ -41,11 +42,13 @@ class Observation:
         constant: Lipschitz constant L, positive.
         squared: An estimate of its square, positive (:func:`lit_lipschitz.constants.squared`).
         activation_norm: Size of the head's inputs, K_z, positive.
+        scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive.
     """
 
     constant: float
     squared: float
     activation_norm: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,48 @@ class RuleState:
         return replace(self, square=square, square_weight=weight, largest=max(self.largest, square))
 
 
+@dataclass(frozen=True)
+class StepScale:
+    """Length of the gradient over that of the optimizer's step at a rate of 1, from readings now and then.
+
+    One batch's reading is noisy, and readings that grow with the steps they cause would feed on themselves. So the
+    scale is a geometric moving average, and never above the mean of what it has been: it falls at once and grows slowly.
+
+    Attributes:
+        recent: Geometric moving average of the readings, in which each counts as much as all before it.
+        mean: Mean over the readings of :attr:`recent`.
+        readings: How many there were.
+    """
+
+    recent: float = 0.0
+    mean: float = 0.0
+    readings: int = 0
+
+    @property
+    def value(self) -> float:
+        """The scale; 0 without a reading."""
+        return min(self.recent, self.mean)
+
+    def seen(self, gradient: float, step: float) -> "StepScale":
+        """The state with a reading taken in; one that is not a positive finite number is left out.
+
+        Args:
+            gradient: Length of the gradient.
+            step: Length of the step at a rate of 1.
+        """
+        reading = gradient / step if step > 0 else 0.0
+        if not (math.isfinite(reading) and reading > 0):
+            return self
+        recent = math.sqrt(self.recent * reading) if self.readings else reading
+        readings = self.readings + 1
+        return StepScale(recent, self.mean + (recent - self.mean) / readings, readings)
+
+
 Settings = Mapping[str, Any]
 Rule = Callable[[Observation, RuleState, Settings], tuple[float, RuleState]]
-RuleName = Literal["inverse", "adamo", "rmsprop", "adam", "adamax", "adamo_authors", "rmsprop_authors", "adam_authors"]
+RuleName = Literal[
+    "inverse", "adamo", "rmsprop", "adam", "adamax", "adamo_authors", "rmsprop_authors", "adam_authors", "grafted"
+]
 
 
 def inverse(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
@@ -210,6 +252,30 @@ def adamax(seen: Observation, state: RuleState, settings: Settings) -> tuple[flo
     return (state.square + float(settings["eps"])) / (state.average / state.weight), state
 
 
+def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    r"""The direction of an optimizer that rescales the gradient, in steps as long as SGD's with momentum at 1/L.
+
+    rate = scale / (sqrt(1 - b) L), scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update at a rate
+    of 1 and b the momentum in it, Adam's first beta. At the rate 1/L SGD moves by \|g\|/L, and with momentum b by up to
+    1 / (1 - b) times as much where gradients agree, by 1 / sqrt(1 - b^2) times where they are independent; the square
+    root lies between the two. RMSprop's momentum makes steps longer as SGD's does, so b is 0 there.
+
+    Args:
+        seen: The constant and the scale.
+        state: State of the rule; not used.
+        settings: The optimizer's ``betas``, where it has them.
+
+    Returns:
+        The rate and the new state.
+
+    Raises:
+        ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
+    """
+    state = _next(seen, state)
+    momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
+    return seen.scale / (math.sqrt(1 - momentum) * seen.constant), state
+
+
 RULES: dict[str, Rule] = {
     "inverse": inverse,
     "adamo": adamo,
@@ -219,6 +285,7 @@ RULES: dict[str, Rule] = {
     "adamo_authors": adamo_authors,
     "rmsprop_authors": rmsprop_authors,
     "adam_authors": adam_authors,
+    "grafted": grafted,
 }
 RULE_OF_OPTIMIZER: dict[str, RuleName] = {
     "SGD": "inverse",
@@ -229,7 +296,10 @@ RULE_OF_OPTIMIZER: dict[str, RuleName] = {
     "NAdam": "adam",
     "Adamax": "adamax",
 }
-"""The rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""
+"""The paper's rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""
+GRAFTED_RULES: dict[str, RuleName] = dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"), "grafted")
+"""The rule of optimizers that rescale the gradient, where the constant is a bound; their directions are known in
+:mod:`lit_lipschitz.directions`."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
@@ -251,8 +321,8 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
 
     SGD steps by 1/L. With momentum the paper family takes the paper's own rule, ``adamo``; the strict and the smooth
     constant are bounds, and heavy-ball momentum b is stable on a quadratic of smoothness L for rates below
-    2 (1 + b) / L, so there the rate stays 1/L. The papers' rules for optimizers that normalise the gradient are taken
-    for the paper family alone: they promise nothing that a bound would give.
+    2 (1 + b) / L, so there the rate stays 1/L. The papers' rules for optimizers that rescale the gradient are taken
+    for the paper family alone, since they ask for rates near 1; with the others such an optimizer is ``grafted``.
 
     Args:
         optimizer: Class name of the optimizer.
@@ -266,25 +336,22 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
         ValueError: No rule is known for the optimizer and the family.
     """
     forced = f"rule= with one of {', '.join(map(repr, RULES))} would force one"
-    name = RULE_OF_OPTIMIZER.get(optimizer)
-    if name is None:
-        known = ", ".join(RULE_OF_OPTIMIZER)
-        raise ValueError(f"no learning-rate rule is known for the optimizer {optimizer}; known: {known}; {forced}")
+    known = RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", "ZeroStartSGD": "inverse"} | GRAFTED_RULES
+    if optimizer not in known:
+        beside = f" with bound={bound!r}" if optimizer in GRAFTED_RULES else ""
+        raise ValueError(
+            f"no learning-rate rule is known for the optimizer {optimizer}{beside}; known: {', '.join(known)}; {forced}"
+        )
+    name = known[optimizer]
     if name == "inverse":
         return "adamo" if bound == "paper" and settings.get("momentum", 0) else "inverse"
-    if bound != "paper":
-        raise ValueError(
-            f"bound={bound!r} bounds what gradient descent does, and {optimizer} normalises the gradient: no rule "
-            "with a guarantee is known for it; use SGD, or bound='paper' for the paper's rule, whose rate is near 1; "
-            f"{forced}"
-        )
-    if settings.get("centered", False):
+    if name != "grafted" and settings.get("centered", False):
         raise ValueError(f"no learning-rate rule is known for RMSprop with centered=True; use centered=False; {forced}")
     return name
 
 
 def _next(seen: Observation, state: RuleState) -> RuleState:
-    for name in ("constant", "squared", "activation_norm"):
+    for name in ("constant", "squared", "activation_norm", "scale"):
         value = getattr(seen, name)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: expected a positive finite number")

@@ -6,6 +6,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def linear_warmup_decay(step: int, total_steps: int, warmup: float = 0.1) -> float:
+    """The factor of :class:`LinearWarmupDecay` at a step; 0 beyond the last one."""
+    rise = warmup * total_steps
+    return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
+
+
 class TimeDecay(LambdaLR):
     r"""Divides the optimizer's rate by 1 + decay t at step t, the first one being 0; stepped every optimizer step.
 
@@ -49,9 +55,4 @@ class LinearWarmupDecay(LambdaLR):
             raise ValueError(f"total_steps={total_steps}: expected the number of optimizer steps of the run")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup={warmup}: expected a fraction of at least 0 and below 1")
-        rise = warmup * total_steps
-
-        def factor(step: int) -> float:
-            return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
-
-        super().__init__(optimizer, factor)
+        super().__init__(optimizer, lambda step: linear_warmup_decay(step, total_steps, warmup))

@@ -1,0 +1,328 @@
+"""Policies for the learning rate, on the tasks of tasks.py, over seeds.
+
+    python benchmarks/compare.py [--tasks digits_mlp,...] [--policies lipschitz,sgd:0.1,...] [--seeds 0,1,2]
+    python benchmarks/compare.py --print
+
+A run is one line of results/compare.jsonl, written as soon as it is measured, with the versions and the processor; runs
+that stand there are not repeated. What is chosen (the rate of a tuned policy) is chosen by the validation part, the mean
+over the seeds; what is printed is of the test part, after the last epoch. Several processes may share the file, each with
+seeds or tasks of its own; each run is on one thread.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+from lit_lipschitz import LinearWarmupDecay, LipschitzLR
+from lit_lipschitz.data import DeviceLoader
+from tasks import TASKS, Part, Task
+
+RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
+SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+ADAMW_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    """What a policy makes of a task: optimizer and scheduler from parameters and steps, callbacks, a search before."""
+
+    optimizers: Callable[[Iterable[nn.Parameter], int, Task], tuple[Any, Any]]
+    callbacks: tuple[L.Callback, ...] = ()
+    search: bool = False
+
+
+def _sgd(schedule: str, lr: float) -> Callable[..., tuple[Any, Any]]:
+    def make(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+        # The transformer's decay is meant for AdamW; in SGD, coupled, 0.05 would be a hundred times the usual one.
+        decay = min(task.weight_decay, 5e-4)
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay)
+        return optimizer, _schedule(schedule, optimizer, lr, steps)
+
+    return make
+
+
+def _adamw(schedule: str, lr: float) -> Callable[..., tuple[Any, Any]]:
+    def make(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=task.weight_decay)
+        return optimizer, _schedule(schedule, optimizer, lr, steps)
+
+    return make
+
+
+def _schedule(name: str, optimizer: Any, lr: float, steps: int) -> Any:
+    if name == "linear":
+        return LinearWarmupDecay(optimizer, total_steps=steps)
+    if name == "onecycle":
+        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    return None
+
+
+def _prodigy(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+    from prodigyopt import Prodigy
+
+    # As its README has it for short runs: lr 1, cosine, and the safeguard where there is a warm-up; it has none here.
+    optimizer = Prodigy(parameters, lr=1.0, weight_decay=task.weight_decay)
+    return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def _dadapt(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+    from dadaptation import DAdaptAdam
+
+    optimizer = DAdaptAdam(parameters, lr=1.0, decouple=True, weight_decay=task.weight_decay, log_every=0)
+    return optimizer, LinearWarmupDecay(optimizer, total_steps=steps)
+
+
+def _schedule_free(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(parameters, warmup_steps=steps // 20, weight_decay=task.weight_decay)
+    return optimizer, None
+
+
+def recipe(policy: str) -> Recipe:
+    """The recipe of a policy's name, as in ``lipschitz`` or ``sgd:0.1``."""
+    name, _, number = policy.partition(":")
+    rate = float(number) if number else 1.0  # where the callback sets it, its size does not matter
+    match name:
+        case "lipschitz":
+            return Recipe(_sgd("constant", rate), (LipschitzLR(),))
+        case "lipschitz-adamw":
+            return Recipe(_adamw("constant", rate), (LipschitzLR(),))
+        case "paper":
+            return Recipe(_paper, (LipschitzLR(bound="paper"),))
+        case "sgd":
+            return Recipe(_sgd("linear", rate))
+        case "adamw":
+            return Recipe(_adamw("linear", rate))
+        case "sgd-onecycle":
+            return Recipe(_sgd("onecycle", rate))
+        case "adamw-onecycle":
+            return Recipe(_adamw("onecycle", rate))
+        case "sgd-default":
+            return Recipe(_sgd("constant", 0.1))
+        case "adamw-default":
+            return Recipe(_adamw("constant", 1e-3))
+        case "lrfinder":
+            return Recipe(_sgd("linear", rate), search=True)
+        case "prodigy":
+            return Recipe(_prodigy)
+        case "dadapt":
+            return Recipe(_dadapt)
+        case "schedulefree":
+            return Recipe(_schedule_free)
+    raise SystemExit(f"{policy}: no such policy")
+
+
+def _paper(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+    return torch.optim.SGD(parameters, lr=1.0, weight_decay=min(task.weight_decay, 5e-4)), None
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+class Module(L.LightningModule):
+    """Trains a task by a recipe, and keeps the figures of each epoch."""
+
+    def __init__(self, task: Task, made: Recipe, seed: int, threads: int = 1) -> None:
+        super().__init__()
+        self.task, self.made, self.seed = task, made, seed
+        self.data = task.data(seed)
+        self.net = task.network()
+        self.lr = 0.1  # what LearningRateFinder replaces
+        self.val: list[float] = []
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The network's outputs."""
+        return self.net(inputs)
+
+    def train_dataloader(self) -> DeviceLoader:
+        """Shuffled, augmented batches."""
+        inputs, targets = self.data.train
+        epoch: Callable[[], int] = lambda: self.trainer.current_epoch  # noqa: E731
+        return DeviceLoader(
+            inputs, targets, self.task.batch_size, self.data.augment, shuffle=True, seed=self.seed, epoch=epoch
+        )
+
+    def training_step(self, batch: Part, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        loss = self.task.loss(self.net(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Keeps the rate, nominal where a callback swaps it in later."""
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def configure_optimizers(self) -> Any:
+        """What the recipe makes."""
+        steps = self.task.epochs * (len(self.data.train[0]) // self.task.batch_size)
+        optimizer, scheduler = self.made.optimizers(self.net.parameters(), steps, self.task)
+        if self.made.search:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = self.lr
+            scheduler = LinearWarmupDecay(optimizer, total_steps=steps)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """Tells Schedule-Free that training goes on."""
+        self._turn("train")
+
+    def on_train_epoch_end(self) -> None:
+        """Measures on the validation part."""
+        self._turn("eval")
+        self.val.append(evaluate(self._averaged(), self.task, self.data.val))
+
+    def _turn(self, way: str) -> None:
+        optimizer = self.trainer.optimizers[0]
+        if hasattr(optimizer, "eval"):
+            getattr(optimizer, way)()
+
+    def _averaged(self) -> nn.Module:
+        """The network; with Schedule-Free a copy whose BatchNorm has seen the averaged weights."""
+        norms = [part for part in self.net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if not hasattr(self.trainer.optimizers[0], "eval") or not norms:
+            return self.net
+        network = copy.deepcopy(self.net).train()
+        with torch.no_grad():
+            for batch, (inputs, _) in enumerate(self.train_dataloader()):
+                if batch == 50:
+                    break
+                network(inputs)
+        return network
+
+    def test(self) -> float:
+        """The metric on the test part."""
+        return evaluate(self._averaged(), self.task, self.data.test)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, task: Task, part: Part) -> float:
+    """The task's metric: accuracy in per cent, or mean loss."""
+    training = network.training
+    network.eval()
+    total = 0.0
+    for inputs, targets in zip(part[0].split(500), part[1].split(500), strict=True):
+        outputs = network(inputs)
+        if task.metric == "accuracy":
+            total += float((outputs.argmax(dim=1) == targets).float().mean()) * 100 * len(inputs)
+        else:
+            total += float(task.loss(outputs, targets)) * len(inputs)
+    network.train(training)
+    return total / len(part[0])
+
+
+def run(task_name: str, policy: str, seed: int, made: Recipe | None = None) -> dict[str, Any]:
+    """Trains and measures; everything that is kept of it."""
+    L.seed_everything(seed, verbose=False)
+    task = TASKS[task_name]
+    made = made or recipe(policy)
+    module = Module(task, made, seed)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    start = time.perf_counter()
+    found = None
+    if made.search:
+        tuner = Tuner(L.Trainer(max_epochs=task.epochs, **settings))
+        found = tuner.lr_find(module, update_attr=True).suggestion()  # type: ignore[union-attr]
+        module.losses.clear(), module.rates.clear(), module.val.clear()
+        L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(max_epochs=task.epochs, callbacks=list(made.callbacks), **settings)
+    trainer.fit(module)
+    seconds = time.perf_counter() - start
+    ours = next((callback for callback in made.callbacks if isinstance(callback, LipschitzLR)), None)
+    return {
+        "task": task_name,
+        "policy": policy,
+        "seed": seed,
+        "val": module.val[-1],
+        "test": module.test(),
+        "best_val": max(module.val) if task.metric == "accuracy" else min(module.val),
+        "diverged": not all(map(math.isfinite, module.losses)) or module.losses[-1] > 2 * module.losses[0],
+        "rate": ours.rate if ours else found if found is not None else max(module.rates, default=0.0),
+        "steps": len(module.losses),
+        "seconds": round(seconds, 2),
+        **machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """Versions and hardware."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return {"torch": torch.__version__, "lightning": L.__version__, "device": f"{name}, 1 thread"}
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Runs what is not there yet."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--policies", default="lipschitz")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    _quiet()
+    torch.set_num_threads(1)
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, arguments.seeds.split(",")):
+        for policy in arguments.policies.split(","):
+            for task in arguments.tasks.split(","):
+                done = {(row["task"], row["policy"], row["seed"]) for row in read(arguments.results)}
+                if (task, policy, seed) in done:
+                    continue
+                row = run(task, policy, seed)
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(
+                    f"{task:18} {policy:16} {seed} val {row['val']:8.3f} test {row['test']:8.3f} "
+                    f"rate {row['rate']:.4g} {row['seconds']:.1f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

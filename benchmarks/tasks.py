@@ -1,0 +1,284 @@
+"""The tasks that policies for the learning rate are compared on: real data, small enough for a CPU.
+
+Each task is a network, data cut into a training, a validation and a test part, a loss and a length. Nothing is
+downloaded: the images are looked for in the folder that LIT_LIPSCHITZ_DATA names, the tables come with scikit-learn and
+the text with Python.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_lipschitz import MLP, MNISTCNN, DenseNet, ResNetV1
+from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
+from lit_lipschitz.data.sources import SOURCES
+
+Part = tuple[Tensor, Tensor]
+Transform = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of the three parts, and the augmentation of training inputs."""
+
+    train: Part
+    val: Part
+    test: Part
+    augment: Transform
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        network: Makes the network.
+        data: Makes the data; called with the seed, which decides about training and validation part, never the test's.
+        loss: Of outputs and targets, a mean.
+        metric: Of outputs and targets: ``"accuracy"`` in per cent, or ``"loss"``.
+        epochs: Length of the run.
+        batch_size: Examples in a batch.
+        weight_decay: What the optimizer is given, in SGD coupled and in AdamW decoupled.
+    """
+
+    network: Callable[[], nn.Module]
+    data: Callable[[int], Data]
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    metric: str = "accuracy"
+    epochs: int = 10
+    batch_size: int = 64
+    weight_decay: float = 0.0
+
+
+def _keep(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return inputs
+
+
+def split(inputs: Tensor, targets: Tensor, sizes: tuple[int, int], seed: int) -> tuple[Part, Part]:
+    """Cuts a training and a validation part of given sizes, drawn by the seed."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: sizes[0]], order[sizes[0] : sum(sizes)]
+    return (inputs[train], targets[train]), (inputs[val], targets[val])
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _table(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, random_state=0)
+    mean, std = train_x.mean(axis=0), train_x.std(axis=0)
+    std[std == 0] = 1.0
+    if name == "diabetes":
+        center, scale = train_y.mean(), train_y.std()
+        train_y, test_y = (train_y - center) / scale, (test_y - center) / scale
+    scaled = (torch.tensor((part - mean) / std).float() for part in (train_x, test_x))
+    train_inputs, test_inputs = scaled
+    return train_inputs, torch.tensor(train_y), test_inputs, torch.tensor(test_y)
+
+
+def table(name: str, floating: bool, seed: int) -> Data:
+    """A table of scikit-learn's, columns standardised, 30 % of the rows for test and 20 % of the rest to validate."""
+    train_x, train_y, test_x, test_y = _table(name)
+    if floating:
+        train_y, test_y = train_y.float().unsqueeze(1), test_y.float().unsqueeze(1)
+    held_out = len(train_x) // 5
+    train, val = split(train_x, train_y, (len(train_x) - held_out, held_out), seed)
+    return Data(train, val, (test_x, test_y), _keep)
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _images(source: str, half: bool) -> tuple[Part, Part]:
+    folder = Path(os.environ.get("LIT_LIPSCHITZ_DATA", "data"))
+    parts = []
+    for train in (True, False):
+        images, labels = SOURCES[source].load(folder, train, verify=False)
+        images = images.float().div_(255)
+        if half:
+            images = F.avg_pool2d(images, 2)
+        parts.append((images, labels))
+    mean = parts[0][0].mean(dim=(0, 2, 3), keepdim=True)
+    std = parts[0][0].std(dim=(0, 2, 3), keepdim=True)
+    return tuple(((images - mean) / std, labels) for images, labels in parts)  # type: ignore[return-value]
+
+
+def _shift_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    return random_flip(random_crop(images, 2, generator), generator)
+
+
+def images(source: str, half: bool, sizes: tuple[int, int], tests: int, augment: Transform, seed: int) -> Data:
+    """A part of an image data set, at half the resolution or the full one; the first ``tests`` images of its test set."""
+    train, test = _images(source, half)
+    return Data(*split(*train, sizes, seed), (test[0][:tests], test[1][:tests]), augment)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+CONTEXT = 64
+
+
+@cache
+def _text() -> tuple[Tensor, int]:
+    from pydoc_data.topics import topics
+
+    text = "".join(topics[name] for name in sorted(topics))
+    alphabet = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([alphabet[character] for character in text]), len(alphabet)
+
+
+def text(seed: int) -> Data:
+    """The language reference that ships with Python, character by character; its last tenths validate and test."""
+    tokens, _ = _text()
+    windows = tokens[: (len(tokens) - 1) // CONTEXT * CONTEXT + 1]
+    inputs, targets = windows[:-1].reshape(-1, CONTEXT), windows[1:].reshape(-1, CONTEXT)
+    tenth = len(inputs) // 10
+    first, second = len(inputs) - 2 * tenth, len(inputs) - tenth
+    order = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:4800]
+    return Data(
+        (inputs[order], targets[order]),
+        (inputs[first:second], targets[first:second]),
+        (inputs[second:], targets[second:]),
+        _keep,
+    )
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all tokens; logits of shape (batch, tokens, characters)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, tokens, width) to the same shape."""
+        parts = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=self.causal)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CharacterModel(nn.Module):
+    """A language model of characters: embeddings, blocks, a last LayerNorm, the head."""
+
+    def __init__(self, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        _, characters = _text()
+        self.embedding = nn.Embedding(characters, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(CONTEXT, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, tokens, characters)."""
+        return self.head(self.norm(self.blocks(self.embedding(tokens) + self.positions)))
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer: patches, blocks, mean over patches, the head."""
+
+    def __init__(self, size: int = 16, patch: int = 4, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, 10)."""
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(x)).mean(dim=1))
+
+
+def quick_norms(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose BatchNorm forgets as fast as torch's does by default.
+
+    That of the papers' networks averages over 100 batches, a quarter of such a short run, and what the evaluation sees
+    is then more a matter of its lag than of the weights.
+    """
+    network = make()
+    for part in network.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.momentum = 0.1
+    return network
+
+
+# -- the tasks ---------------------------------------------------------------------------------------------------------
+
+
+def _affine_batch(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return random_affine(inputs, degrees=15, zoom=0.1, shift=0.1, generator=generator)
+
+
+TASKS: dict[str, Task] = {
+    "digits_mlp": Task(partial(MLP, (64,)), partial(table, "digits", False), epochs=15, batch_size=32),
+    "breast_cancer_mlp": Task(
+        partial(MLP, (30,), (16,), 1),
+        partial(table, "breast_cancer", True),
+        F.binary_cross_entropy_with_logits,
+        metric="loss",
+        epochs=15,
+        batch_size=32,
+    ),
+    "diabetes_mlp": Task(
+        partial(MLP, (10,), (16,), 1),
+        partial(table, "diabetes", True),
+        F.mse_loss,
+        metric="loss",
+        epochs=15,
+        batch_size=32,
+    ),
+    "mnist_cnn": Task(
+        partial(quick_norms, MNISTCNN),
+        partial(images, "MNIST", False, (6000, 2500), 10000, _affine_batch),
+        epochs=2,
+        batch_size=32,
+    ),
+    "cifar10_resnet20": Task(
+        partial(ResNetV1, depth=20, num_classes=10),
+        partial(images, "CIFAR10", True, (6000, 2500), 10000, _shift_and_flip),
+        epochs=4,
+        batch_size=64,
+        weight_decay=5e-4,
+    ),
+    "cifar10_densenet": Task(
+        partial(quick_norms, DenseNet),
+        partial(images, "CIFAR10", True, (1500, 500), 2000, _shift_and_flip),
+        epochs=2,
+        batch_size=32,
+        weight_decay=1e-4,
+    ),
+    "cifar10_vit": Task(
+        VisionTransformer,
+        partial(images, "CIFAR10", True, (8000, 2500), 10000, _shift_and_flip),
+        epochs=4,
+        batch_size=64,
+        weight_decay=0.05,
+    ),
+    "text_transformer": Task(CharacterModel, text, token_loss, metric="loss", epochs=2, batch_size=16),
+}

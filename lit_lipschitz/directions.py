@@ -1,0 +1,136 @@
+"""How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
+"""From a gradient, the parameter's state before the step (empty at first) and its group to the update at a rate of 1."""
+
+
+def _adam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    first, second, step = _moments(grad, state, group)
+    square = second / (1 - group["betas"][1] ** step)
+    if group.get("amsgrad", False) and "max_exp_avg_sq" in state:
+        square = torch.maximum(state["max_exp_avg_sq"], second) / (1 - group["betas"][1] ** step)
+    return first / (1 - group["betas"][0] ** step) / (square.sqrt() + group["eps"])
+
+
+def _nadam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    first, second, step = _moments(grad, state, group)
+    beta, decay = group["betas"][0], group["momentum_decay"]
+    now, following = (beta * (1 - 0.5 * 0.96 ** (t * decay)) for t in (step, step + 1))
+    product = float(state.get("mu_product", 1.0)) * now
+    ahead = grad * ((1 - now) / (1 - product)) + first * (following / (1 - product * following))
+    return ahead / ((second / (1 - group["betas"][1] ** step)).sqrt() + group["eps"])
+
+
+def _radam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    first, second, step = _moments(grad, state, group)
+    beta = group["betas"][1]
+    mean = first / (1 - group["betas"][0] ** step)
+    longest = 2 / (1 - beta) - 1
+    length = longest - 2 * step * beta**step / (1 - beta**step)
+    if length <= 5:
+        return mean
+    rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return mean * (rectified * (1 - beta**step)) ** 0.5 / (second.sqrt() + group["eps"])
+
+
+def _adamax(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    beta1, beta2 = group["betas"]
+    first = grad * (1 - beta1)
+    largest = grad.abs() + group["eps"]
+    if state:
+        first = first + beta1 * state["exp_avg"]
+        largest = torch.maximum(beta2 * state["exp_inf"], largest)
+    return first / ((1 - beta1 ** _step(state)) * largest)
+
+
+def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """Without the momentum, which makes a step as many times longer as it makes that of SGD."""
+    alpha = group["alpha"]
+    square = (1 - alpha) * grad * grad + (alpha * state["square_avg"] if state else 0.0)
+    if group.get("centered", False):
+        mean = (1 - alpha) * grad + (alpha * state["grad_avg"] if state else 0.0)
+        square = square - mean * mean
+    return grad / (square.sqrt() + group["eps"])
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "Adam": _adam,
+    "AdamW": _adam,
+    "NAdam": _nadam,
+    "RAdam": _radam,
+    "Adamax": _adamax,
+    "RMSprop": _rmsprop,
+}
+"""What the optimizers do that rescale the gradient, by their class."""
+
+
+@torch.no_grad()
+def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0) -> Tensor:
+    """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
+
+    Weight decay that is added to the gradient counts in both, weight decay that is not in neither.
+
+    Args:
+        optimizer: One of :data:`DIRECTIONS`, about to step.
+        grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
+
+    Returns:
+        The two Euclidean norms over all parameters that have a gradient; shape (2,), float32, on the gradients' device.
+
+    Raises:
+        KeyError: The optimizer is none of them.
+    """
+    direction = DIRECTIONS[type(optimizer).__name__]
+    squares: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            # The moments of a complex parameter are those of its parts.
+            grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
+            state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
+            grad = grad / grad_scale
+            if _coupled(optimizer, group):
+                grad = grad + group["weight_decay"] * weight
+            squares += [_square(grad), _square(direction(grad, state, group))]
+    if not squares:
+        return torch.zeros(2)
+    pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)
+    return pairs.sum(dim=0).sqrt()
+
+
+def _real(value: Any) -> Any:
+    return torch.view_as_real(value) if isinstance(value, Tensor) and value.is_complex() else value
+
+
+def _coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    decoupled = type(optimizer).__name__ == "AdamW" or group.get("decoupled_weight_decay", False)
+    return bool(group.get("weight_decay", 0.0)) and not decoupled
+
+
+def _step(state: Mapping[str, Any]) -> float:
+    return float(state["step"]) + 1 if state else 1.0
+
+
+def _moments(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """The moving averages of the gradient and of its square with this step's in them, and the number of the step."""
+    beta1, beta2 = group["betas"]
+    first, second = (1 - beta1) * grad, (1 - beta2) * grad * grad
+    if state:
+        first, second = first + beta1 * state["exp_avg"], second + beta2 * state["exp_avg_sq"]
+    return first, second, _step(state)
+
+
+def _square(values: Tensor) -> Tensor:
+    norm: Any = torch.linalg.vector_norm(values.double() if values.dtype == torch.float64 else values.float())
+    if hasattr(norm, "full_tensor"):  # of a sharded parameter, put together by all ranks
+        norm = norm.full_tensor()
+    return norm.to(torch.float32) ** 2
