@@ -1,12 +1,13 @@
 """Policies for the learning rate, on the tasks of tasks.py, over seeds.
 
-    python benchmarks/compare.py [--tasks digits_mlp,...] [--policies lipschitz,sgd:0.1,...] [--seeds 0,1,2]
-    python benchmarks/compare.py --print
+    python benchmarks/compare.py --policies lipschitz,sgd:0.1 [--tasks digits_mlp,...] [--seeds 0,1,2]
+    python benchmarks/compare.py                                     # the tables
 
 A run is one line of results/compare.jsonl, written as soon as it is measured, with the versions and the processor; runs
-that stand there are not repeated. What is chosen (the rate of a tuned policy) is chosen by the validation part, the mean
-over the seeds; what is printed is of the test part, after the last epoch. Several processes may share the file, each with
-seeds or tasks of its own; each run is on one thread.
+that stand there are not repeated. What is chosen (the rate of a tuned policy) is chosen by the validation part, by the
+mean over the seeds; what is printed is of the test part, after the last epoch. Several processes may share the file,
+each with seeds or tasks of its own; each run is on one thread. The peers (prodigyopt, schedulefree, dadaptation) are to
+be installed by hand.
 """
 
 import argparse
@@ -18,24 +19,25 @@ import platform
 import statistics
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.tuner import Tuner
+from tasks import TASKS, Part, Task
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from lit_lipschitz import LinearWarmupDecay, LipschitzLR
 from lit_lipschitz.data import DeviceLoader
-from tasks import TASKS, Part, Task
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
-SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
-ADAMW_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNED = {"sgd": "SGD", "adamw": "AdamW", "sgd-onecycle": "SGD one-cycle", "adamw-onecycle": "AdamW one-cycle"}
+"""Policies that have a rate, of which the best by validation is what a user who tunes would take."""
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def _paper(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[
 class Module(L.LightningModule):
     """Trains a task by a recipe, and keeps the figures of each epoch."""
 
-    def __init__(self, task: Task, made: Recipe, seed: int, threads: int = 1) -> None:
+    def __init__(self, task: Task, made: Recipe, seed: int) -> None:
         super().__init__()
         self.task, self.made, self.seed = task, made, seed
         self.data = task.data(seed)
@@ -234,10 +236,10 @@ def evaluate(network: nn.Module, task: Task, part: Part) -> float:
     return total / len(part[0])
 
 
-def run(task_name: str, policy: str, seed: int, made: Recipe | None = None) -> dict[str, Any]:
+def run(task_name: str, policy: str, seed: int, made: Recipe | None = None, task: Task | None = None) -> dict[str, Any]:
     """Trains and measures; everything that is kept of it."""
     L.seed_everything(seed, verbose=False)
-    task = TASKS[task_name]
+    task = task or TASKS[task_name]
     made = made or recipe(policy)
     module = Module(task, made, seed)
     settings: dict[str, Any] = {
@@ -252,7 +254,8 @@ def run(task_name: str, policy: str, seed: int, made: Recipe | None = None) -> d
     if made.search:
         tuner = Tuner(L.Trainer(max_epochs=task.epochs, **settings))
         found = tuner.lr_find(module, update_attr=True).suggestion()  # type: ignore[union-attr]
-        module.losses.clear(), module.rates.clear(), module.val.clear()
+        for figures in (module.losses, module.rates, module.val):
+            figures.clear()
         L.seed_everything(seed, verbose=False)
     trainer = L.Trainer(max_epochs=task.epochs, callbacks=list(made.callbacks), **settings)
     trainer.fit(module)
@@ -291,6 +294,82 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
+Rows = list[dict[str, Any]]
+
+
+def summary(rows: Rows) -> dict[str, dict[str, Rows]]:
+    """The runs of each task and policy; of each tuned policy the ones at the best rate by validation.
+
+    A tuned policy's rate is the best over the seeds that all its rates have; the untuned ones keep all of theirs.
+    """
+    runs: dict[str, dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[row["task"]][row["policy"]].append(row)
+    chosen: dict[str, dict[str, Rows]] = {}
+    for task, policies in runs.items():
+        chosen[task] = {name: found for name, found in policies.items() if ":" not in name}
+        for kind, title in TUNED.items():
+            grid = {name: found for name, found in policies.items() if name.partition(":")[0] == kind and ":" in name}
+            grid = {name: found for name, found in grid.items() if not any(row["diverged"] for row in found)}
+            most = max((len(found) for found in grid.values()), default=0)
+            # A rate that was tried on fewer seeds had lost on those by more than the noise.
+            grid = {name: found for name, found in grid.items() if len(found) == most}
+            if grid:
+                best = min(grid, key=lambda name: _cost(TASKS[task], [row["val"] for row in grid[name]]))
+                chosen[task][f"{title}, best of grid"] = grid[best]
+    return chosen
+
+
+def _cost(task: Task, values: list[float]) -> float:
+    mean = statistics.mean(values)
+    return math.inf if math.isnan(mean) else -mean if task.metric == "accuracy" else mean
+
+
+def _mean_and_error(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4g}"
+    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
+
+
+PAIRS = (("lipschitz", "SGD, best of grid"), ("lipschitz-adamw", "AdamW, best of grid"))
+
+
+def tables(rows: Rows) -> str:
+    """The tables in Markdown: a row a policy and task, and the defaults beside the tuned ones."""
+    chosen = summary(rows)
+    order = ["lipschitz", *(f"{title}, best of grid" for title in TUNED), "lipschitz-adamw"]
+    lines = ["| task | policy | test | validation | best epoch's validation | rate | diverged | seconds | seeds |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task in [task for task in TASKS if task in chosen]:
+        policies = chosen[task]
+        for name in sorted(policies, key=lambda name: (order.index(name) if name in order else 9, name)):
+            found = policies[name]
+            columns = [_mean_and_error([row[key] for row in found]) for key in ("test", "val", "best_val")]
+            label = found[0]["policy"] if "grid" in name else name
+            rate = statistics.median(row["rate"] for row in found)
+            lines.append(
+                f"| {task} | {label if label == name else f'{name}: {label}'} | {' | '.join(columns)} | {rate:.3g} | "
+                f"{sum(row['diverged'] for row in found)} | {statistics.median(row['seconds'] for row in found):.0f} | "
+                f"{len(found)} |"
+            )
+    lines += ["", "| task | default | test | tuned | test | default - tuned, same seeds |", "|---|---|---|---|---|---|"]
+    for task in [task for task in TASKS if task in chosen]:
+        for ours, tuned in PAIRS:
+            if ours in chosen[task] and tuned in chosen[task]:
+                lines.append(_pair(task, ours, chosen[task][ours], chosen[task][tuned]))
+    return "\n".join(lines)
+
+
+def _pair(task: str, name: str, ours: Rows, tuned: Rows) -> str:
+    by_seed = [{row["seed"]: row["test"] for row in found} for found in (ours, tuned)]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    values = [[found[seed] for seed in seeds] for found in by_seed]
+    difference = _mean_and_error([a - b for a, b in zip(*values, strict=True)])
+    unit = "points" if TASKS[task].metric == "accuracy" else "loss"
+    sides = [_mean_and_error(part) for part in values]
+    return f"| {task} | {name} | {sides[0]} | {tuned[0]['policy']} | {sides[1]} | {difference} ({unit}) |"
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
@@ -298,13 +377,16 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Runs what is not there yet."""
+    """Runs what is not there yet, or prints the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--policies", default="lipschitz")
+    parser.add_argument("--policies", default="")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if not arguments.policies:
+        print(tables(read(arguments.results)))
+        return
     _quiet()
     torch.set_num_threads(1)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)

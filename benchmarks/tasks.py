@@ -7,10 +7,9 @@ the text with Python.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +120,7 @@ def _shift_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def images(source: str, half: bool, sizes: tuple[int, int], tests: int, augment: Transform, seed: int) -> Data:
-    """A part of an image data set, at half the resolution or the full one; the first ``tests`` images of its test set."""
+    """A part of an image data set, at half its resolution or all of it, and the first ``tests`` of its test images."""
     train, test = _images(source, half)
     return Data(*split(*train, sizes, seed), (test[0][:tests], test[1][:tests]), augment)
 

@@ -438,7 +438,7 @@ class Controller:
         clock = self._clock
         if self._scale is None or (clock % READ_EVERY and clock & (clock - 1)):
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0)
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
-"""From a gradient, the parameter's state before the step (empty at first) and its group to the update at a rate of 1."""
+"""From a gradient, the parameter's state before the step (empty at first) and its group to the update at rate 1."""
 
 
 def _adam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

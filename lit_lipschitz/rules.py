@@ -88,7 +88,7 @@ class StepScale:
     """Length of the gradient over that of the optimizer's step at a rate of 1, from readings now and then.
 
     One batch's reading is noisy, and readings that grow with the steps they cause would feed on themselves. So the
-    scale is a geometric moving average, and never above the mean of what it has been: it falls at once and grows slowly.
+    scale is a geometric moving average, and never above the mean of what it has been: it falls fast and grows slowly.
 
     Attributes:
         recent: Geometric moving average of the readings, in which each counts as much as all before it.
@@ -336,7 +336,9 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
         ValueError: No rule is known for the optimizer and the family.
     """
     forced = f"rule= with one of {', '.join(map(repr, RULES))} would force one"
-    known = RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", "ZeroStartSGD": "inverse"} | GRAFTED_RULES
+    known: dict[str, RuleName] = (
+        RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", "ZeroStartSGD": "inverse"} | GRAFTED_RULES
+    )
     if optimizer not in known:
         beside = f" with bound={bound!r}" if optimizer in GRAFTED_RULES else ""
         raise ValueError(

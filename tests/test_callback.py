@@ -45,7 +45,7 @@ def test_the_first_rate_comes_from_the_first_batch_and_moves_the_weights_by_it()
     gradients = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()
 
-    module, rates = fit(LipschitzLR(), module, max_steps=1)
+    module, rates = fit(LipschitzLR(schedule="none"), module, max_steps=1)
     assert rates == [[pytest.approx(expected, rel=1e-6)]]
     for old, gradient, new in zip(before, gradients, module.parameters(), strict=True):
         torch.testing.assert_close(new, old - expected * gradient)
@@ -67,7 +67,7 @@ class Inputs(L.Callback):
 
 def test_an_epochs_rate_comes_from_the_epoch_before():
     inputs = Inputs()
-    _, rates = fit(LipschitzLR(), more=[inputs], max_epochs=3)
+    _, rates = fit(LipschitzLR(schedule="none"), more=[inputs], max_epochs=3)
     rates = [rate for (rate,) in rates]
     by_batch = [strict_rate(batch) for batch in inputs.seen]
     for epoch in (1, 2):
@@ -81,7 +81,7 @@ def test_an_epochs_rate_comes_from_the_epoch_before():
 
 def test_every_n_steps():
     inputs = Inputs()
-    _, rates = fit(LipschitzLR(update=4), more=[inputs], max_epochs=2)
+    _, rates = fit(LipschitzLR(schedule="none", update=4), more=[inputs], max_epochs=2)
     by_batch = [strict_rate(batch) for batch in inputs.seen]
     for start in (4, 8):
         expected = [min(by_batch[start - 4 : start])] * 4
@@ -105,7 +105,7 @@ def test_every_family_and_norm_against_numpy(bound, norm):
     inputs = Inputs()
     module = Classifier(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01))
     weights = max(p.norm().item() for p in module.parameters())
-    _, rates = fit(LipschitzLR(bound=bound, norm=norm), module, more=[inputs], max_steps=1)
+    _, rates = fit(LipschitzLR(schedule="none", bound=bound, norm=norm), module, more=[inputs], max_steps=1)
     matrix = inputs.seen[0].double()
     if bound != "paper":
         matrix = torch.cat([matrix, torch.ones(16, 1)], dim=1)
@@ -124,7 +124,7 @@ def test_every_family_and_norm_against_numpy(bound, norm):
 def test_the_paper_family_with_momentum_follows_adamo():
     module = Classifier(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     inputs = Inputs()
-    _, rates = fit(LipschitzLR(bound="paper"), module, more=[inputs], max_epochs=3)
+    _, rates = fit(LipschitzLR(schedule="none", bound="paper"), module, more=[inputs], max_epochs=3)
     largest = [max(batch.norm().item() for batch in inputs.seen[6 * e : 6 * e + 6]) for e in range(2)]
     first, second = (2 / (3 * 16) * size for size in largest)
     assert rates[6][0] == pytest.approx(0.1 / first, rel=1e-5)
@@ -140,9 +140,13 @@ def test_a_summed_loss_has_the_rate_of_the_mean_over_the_examples(settings):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
 
-    mean, summed = (fit(LipschitzLR(**settings), kind, max_steps=1)[1][0][0] for kind in (Classifier, Summed))
+    mean, summed = (
+        fit(LipschitzLR(schedule="none", **settings), kind, max_steps=1)[1][0][0] for kind in (Classifier, Summed)
+    )
     assert summed == pytest.approx(mean / 16, rel=1e-6)
-    accumulated = fit(LipschitzLR(**settings), Summed, batch_size=4, max_steps=1, accumulate_grad_batches=4)[1][0][0]
+    accumulated = fit(
+        LipschitzLR(schedule="none", **settings), Summed, batch_size=4, max_steps=1, accumulate_grad_batches=4
+    )[1][0][0]
     # The mean of four sums over 4 examples is 4 times the mean over the 16.
     assert accumulated <= mean / 4 * (1 + 1e-6)
     assert accumulated >= mean / 4 / 2
@@ -151,7 +155,7 @@ def test_a_summed_loss_has_the_rate_of_the_mean_over_the_examples(settings):
 def test_rule_inverse_forces_one_over_l():
     forced, automatic = (
         fit(
-            LipschitzLR(bound="paper", rule=rule),
+            LipschitzLR(schedule="none", bound="paper", rule=rule),
             lambda: Classifier(lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9)),
             max_steps=1,
         )[1][0][0]
@@ -165,7 +169,7 @@ def test_groups_keep_their_ratios():
         weights = list(parameters)
         return torch.optim.SGD([{"params": weights[:2], "lr": 0.5}, {"params": weights[2:], "lr": 0.05}], lr=1.0)
 
-    _, rates = fit(LipschitzLR(), Classifier(make))
+    _, rates = fit(LipschitzLR(schedule="none"), Classifier(make))
     assert all(second == pytest.approx(first / 10, rel=1e-12) for first, second in rates)
 
 
@@ -177,7 +181,7 @@ def test_a_scheduler_is_a_factor():
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     torch.manual_seed(1)
-    callback = LipschitzLR(initial_lr=2.0)
+    callback = LipschitzLR(schedule="none", initial_lr=2.0)
     module, rates = fit(callback, Scheduled(), max_epochs=1)
     assert [rate for (rate,) in rates] == pytest.approx([2 / (1 + t) for t in range(6)], rel=1e-12)
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.3 / 7)
@@ -189,7 +193,7 @@ def test_a_scheduler_is_a_factor():
     [({"max_lr": 0.01}, 0.01, 1.0), ({"min_lr": 5.0}, 5.0, 1.0), ({"initial_lr": 0.125, "max_lr": 9.0}, 0.125, 0.0)],
 )
 def test_a_cap_that_binds_is_in_the_rate_and_in_the_log(settings, rate, capped):
-    run = trainer(LipschitzLR(**settings), steps := Steps(), max_epochs=1)
+    run = trainer(LipschitzLR(schedule="none", **settings), steps := Steps(), max_epochs=1)
     run.fit(Classifier(), loader())
     assert steps.rates == [[rate]] * 6
     assert run.callback_metrics["lipschitz/capped"].item() == capped
@@ -204,7 +208,12 @@ def test_growth_is_capped_from_one_update_to_the_next():
             return F.cross_entropy(self.net[-1](features), batch[1])
 
     def rates_of(**settings):
-        return [rate for (rate,) in fit(LipschitzLR(bound="paper", **settings), Shrinking(), max_epochs=4)[1][6::6]]
+        return [
+            rate
+            for (rate,) in fit(LipschitzLR(schedule="none", bound="paper", **settings), Shrinking(), max_epochs=4)[1][
+                6::6
+            ]
+        ]
 
     free, capped = rates_of(), rates_of(max_growth=2.0)
     assert free[2] > 5 * free[1]
@@ -230,7 +239,7 @@ def test_non_finite_batches_are_left_out_and_reported_once(poisoned):
     module = Poisoned()
     module.poisoned = poisoned
     with pytest.warns(UserWarning, match="had non-finite activations") as caught:
-        _, rates = fit(LipschitzLR(), module, max_epochs=3)
+        _, rates = fit(LipschitzLR(schedule="none"), module, max_epochs=3)
     assert all(math.isfinite(rate) and rate < 1 for (rate,) in rates)
     assert sum("non-finite" in str(warning.message) for warning in caught) == 1
 
@@ -239,7 +248,7 @@ def test_non_finite_batches_can_end_the_run():
     module = Poisoned()
     module.poisoned = 3
     with pytest.raises(LitLipschitzError, match="non-finite"):
-        fit(LipschitzLR(on_nonfinite="raise"), module)
+        fit(LipschitzLR(schedule="none", on_nonfinite="raise"), module)
 
 
 def test_a_dead_head_keeps_the_configured_rate():
@@ -248,7 +257,7 @@ def test_a_dead_head_keeps_the_configured_rate():
             return F.cross_entropy(self.net[-1](self.net[:-1](batch[0]) * 0), batch[1])
 
     with pytest.warns(UserWarning, match="keeping the configured rate"):
-        _, rates = fit(LipschitzLR(bound="paper"), Dead(), max_epochs=1)
+        _, rates = fit(LipschitzLR(schedule="none", bound="paper"), Dead(), max_epochs=1)
     assert rates == [[0.1]] * 6
 
 
@@ -268,13 +277,13 @@ class Order(Classifier):
 
 
 def test_the_head_is_what_the_loss_is_made_from():
-    callback = LipschitzLR()
+    callback = LipschitzLR(schedule="none")
     fit(callback, Order(), max_steps=1)
     assert callback.head_name == "classifier"
 
 
 def test_the_head_can_be_named():
-    callback = LipschitzLR(head="body", loss="cross_entropy")
+    callback = LipschitzLR(schedule="none", head="body", loss="cross_entropy")
     fit(callback, Order(), max_steps=1)
     assert callback.head_name == "body"
 
@@ -286,7 +295,7 @@ def test_only_the_heads_hook_stays_during_training_and_none_after_it():
         def on_train_batch_end(self, *_):
             self.during = sum(len(part._forward_pre_hooks) for part in module.modules())
 
-    fit(LipschitzLR(), module, more=[count := Count()], max_steps=1)
+    fit(LipschitzLR(schedule="none"), module, more=[count := Count()], max_steps=1)
     assert count.during == 1
     assert sum(len(part._forward_pre_hooks) for part in module.modules()) == 0
 
@@ -301,15 +310,19 @@ def test_validation_and_forwards_without_gradients_are_not_measured():
         def validation_step(self, batch, batch_idx):
             self.net(batch[0] * 1e6)
 
-    plain, peeking = (fit(LipschitzLR(), kind, num_sanity_val_steps=1)[1] for kind in (Classifier, Peeking))
+    plain, peeking = (
+        fit(LipschitzLR(schedule="none"), kind, num_sanity_val_steps=1)[1] for kind in (Classifier, Peeking)
+    )
     assert peeking == plain
 
 
 def test_the_same_global_batch_gives_the_same_rate_when_accumulated(figure):
     """Four micro-batches of 4 for one of 16; the first step's rate, before the weights differ."""
     for settings in ({"norm": "sample"}, {"norm": "frobenius"}, {"bound": "smooth"}, {"bound": "paper"}):
-        whole = fit(LipschitzLR(update=1, **settings), batch_size=16, max_steps=1)[1][0][0]
-        parts = fit(LipschitzLR(update=1, **settings), batch_size=4, max_steps=1, accumulate_grad_batches=4)[1][0][0]
+        whole = fit(LipschitzLR(schedule="none", update=1, **settings), batch_size=16, max_steps=1)[1][0][0]
+        parts = fit(
+            LipschitzLR(schedule="none", update=1, **settings), batch_size=4, max_steps=1, accumulate_grad_batches=4
+        )[1][0][0]
         tightness = whole / parts
         figure(f"{' '.join(settings.values())}: rate of 1 x 16 over 4 x 4 accumulated: {tightness:.4f}")
         if settings.get("norm") == "sample":
@@ -330,7 +343,7 @@ def test_manual_optimization_with_one_optimizer():
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    assert fit(LipschitzLR(optimizers=0), Manual)[1] == fit(LipschitzLR())[1]
+    assert fit(LipschitzLR(schedule="none", optimizers=0), Manual)[1] == fit(LipschitzLR(schedule="none"))[1]
 
 
 class Unfreezing(BaseFinetuning):
@@ -347,7 +360,7 @@ class Unfreezing(BaseFinetuning):
 @pytest.mark.parametrize("lr", [1e-3, 0.1])
 def test_a_group_that_joins_later_keeps_its_ratio(lr):
     module = Classifier(lambda p: torch.optim.SGD([q for q in p if q.requires_grad], lr=lr))
-    _, rates = fit(LipschitzLR(), module, more=[Unfreezing()], max_epochs=3)
+    _, rates = fit(LipschitzLR(schedule="none"), module, more=[Unfreezing()], max_epochs=3)
     assert [len(groups) for groups in rates] == [1] * 6 + [2] * 12
     assert all(body == pytest.approx(head / 10) for head, body in rates[6:])
 
@@ -373,10 +386,10 @@ class Failing(Classifier):
 def test_a_run_that_failed_leaves_no_hook_behind():
     module = Failing()
     with pytest.raises(KeyError):
-        fit(LipschitzLR(), module)
+        fit(LipschitzLR(schedule="none"), module)
     assert not any(part._forward_pre_hooks for part in module.modules())
     module.fails = False
-    after = fit(LipschitzLR(initial_lr=0.5), module, max_epochs=1)[1]
+    after = fit(LipschitzLR(schedule="none", initial_lr=0.5), module, max_epochs=1)[1]
     assert after == [[0.5]] * 6
 
 
@@ -389,7 +402,7 @@ def test_forwards_outside_the_training_batches_and_of_copies_are_not_measured():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             copy.deepcopy(pl_module.net)(torch.full((16, WIDTH), 1e6))
 
-    assert fit(LipschitzLR(), more=[Peeking()])[1] == fit(LipschitzLR())[1]
+    assert fit(LipschitzLR(schedule="none"), more=[Peeking()])[1] == fit(LipschitzLR(schedule="none"))[1]
 
 
 class Skipping(Classifier):
@@ -400,7 +413,7 @@ class Skipping(Classifier):
 
 
 def test_an_epoch_that_is_given_up_ends_its_interval_with_the_next_step():
-    callback, whole = LipschitzLR(bound="paper"), LipschitzLR(bound="paper")
+    callback, whole = LipschitzLR(schedule="none", bound="paper"), LipschitzLR(schedule="none", bound="paper")
     _, rates = fit(callback, Skipping, max_epochs=4)
     assert len(rates) == 12
     assert callback._first._intervals == 3
@@ -414,7 +427,7 @@ def test_a_batch_without_a_loss_is_passed_over(skipped):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == skipped else super().training_step(batch, batch_idx)
 
-    callback = LipschitzLR()
+    callback = LipschitzLR(schedule="none")
     fit(callback, Skips, max_epochs=2)
     assert callback.rate is not None
     assert callback._first._intervals == 2
@@ -422,7 +435,7 @@ def test_a_batch_without_a_loss_is_passed_over(skipped):
 
 def test_bfloat16_training_measures_in_float32():
     inputs = Inputs()
-    _, rates = fit(LipschitzLR(), more=[inputs], max_steps=1, precision="bf16-mixed")
+    _, rates = fit(LipschitzLR(schedule="none"), more=[inputs], max_steps=1, precision="bf16-mixed")
     assert inputs.seen[0].dtype == torch.bfloat16
     assert rates[0][0] == pytest.approx(strict_rate(inputs.seen[0].float()), rel=1e-6)
 
@@ -461,7 +474,7 @@ def test_nothing_is_read_to_the_host_between_updates(monkeypatch):
         def on_train_batch_end(self, *_):
             per_step.append(reads.count - self.before)
 
-    run = trainer(LipschitzLR(), Count(), max_epochs=3)
+    run = trainer(LipschitzLR(schedule="none"), Count(), max_epochs=3)
     run.fit(Classifier(), loader())
     assert per_step[0] > 0
     assert per_step[2] == per_step[4] == 0  # the first epoch looks after 1, 2 and 4 steps
@@ -477,8 +490,20 @@ class Scheduled(Classifier):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97), "interval": "step"}]
 
 
-@pytest.mark.parametrize("kind", [Classifier, Scheduled])
-@pytest.mark.parametrize("settings", [{"bound": "strict"}, {"bound": "smooth"}, {"bound": "paper"}, BY_PASS])
+class Adaptive(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *itertools.product(
+            [Classifier, Scheduled], [{"bound": "strict"}, {"bound": "smooth"}, {"bound": "paper"}, BY_PASS]
+        ),
+        *itertools.product([Adaptive], [{"bound": "strict"}, {"bound": "paper"}]),
+    ],
+)
 @pytest.mark.parametrize("stop", ["epoch's end", "mid-epoch"])
 def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, settings, stop):
     class Resumable:
@@ -508,8 +533,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, setting
         module = kind()
         module.lipschitz_dataloader = loader
         save = ModelCheckpoint(".", filename=f"at{max_steps}", every_n_train_steps=max_steps, save_top_k=-1)
-        run = trainer(LipschitzLR(**settings), steps := Steps(), save, enable_checkpointing=True, max_epochs=-1,
-                      max_steps=max_steps)  # fmt: skip
+        callbacks = (LipschitzLR(schedule="none", **settings), steps := Steps(), save)
+        run = trainer(*callbacks, enable_checkpointing=True, max_epochs=-1, max_steps=max_steps)
         run.fit(module, Resumable(), weights_only=True, **rest)
         return [p.detach().clone() for p in module.parameters()], steps.rates
 
@@ -522,7 +547,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit(kind, setting
 
 
 def test_a_checkpoint_of_a_run_without_the_callback_loads_and_the_other_way_round():
-    for before, after in ((None, LipschitzLR()), (LipschitzLR(), None)):
+    for before, after in ((None, LipschitzLR(schedule="none")), (LipschitzLR(schedule="none"), None)):
         run = trainer(*filter(None, [before]), max_epochs=1)
         run.fit(Classifier(), loader())
         run.save_checkpoint("some.ckpt")
@@ -541,28 +566,32 @@ def test_a_checkpoint_of_a_run_without_the_callback_loads_and_the_other_way_roun
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
-    run = trainer(LipschitzLR(update=4, **before), max_epochs=1)
+    run = trainer(LipschitzLR(schedule="none", update=4, **before), max_epochs=1)
     run.fit(Classifier(), loader())
     run.save_checkpoint("some.ckpt")
     with pytest.raises(LitLipschitzError, match=message):
-        trainer(LipschitzLR(update=4, **after), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
+        trainer(LipschitzLR(schedule="none", update=4, **after), max_epochs=2).fit(
+            Classifier(), loader(), ckpt_path="some.ckpt"
+        )
 
 
 def test_a_stored_rate_can_be_ignored():
-    run = trainer(LipschitzLR(bound="smooth", head="net.0", loss="cross_entropy"), max_epochs=1)
+    run = trainer(LipschitzLR(schedule="none", bound="smooth", head="net.0", loss="cross_entropy"), max_epochs=1)
     run.fit(module := Classifier(), loader())
     run.save_checkpoint("some.ckpt")
     expected = strict_rate(head_inputs(module, examples().tensors[0][:16]))
     steps = Steps()
-    trainer(LipschitzLR(restore=False), steps, max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
+    trainer(LipschitzLR(schedule="none", restore=False), steps, max_epochs=2).fit(
+        Classifier(), loader(), ckpt_path="some.ckpt"
+    )
     assert steps.rates[0] == [pytest.approx(expected, rel=1e-6)]
     assert len(steps.rates) == 6
 
 
 def test_every_logger_and_the_progress_bar_get_the_values():
     logger = CSVLogger(".")
-    run = trainer(LipschitzLR(), LearningRateMonitor("step"), steps := Steps(), logger=logger, log_every_n_steps=4,
-                  max_epochs=2)  # fmt: skip
+    callbacks = (LipschitzLR(schedule="none"), LearningRateMonitor("step"), steps := Steps())
+    run = trainer(*callbacks, logger=logger, log_every_n_steps=4, max_epochs=2)
     run.fit(Classifier(), loader())
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
@@ -577,7 +606,7 @@ def test_every_logger_and_the_progress_bar_get_the_values():
 
 
 def test_a_second_fit_starts_afresh():
-    callback = LipschitzLR()
+    callback = LipschitzLR(schedule="none")
     first = fit(callback)[1]
     assert fit(callback)[1] == first
 
@@ -586,11 +615,11 @@ def test_a_compiled_network_is_measured_like_an_eager_one():
     compiled = Classifier()
     compiled.load_state_dict((eager := Classifier()).state_dict())
     compiled.net = torch.compile(compiled.net, backend="aot_eager", fullgraph=True)
-    assert fit(LipschitzLR(), compiled)[1] == fit(LipschitzLR(), eager)[1]
+    assert fit(LipschitzLR(schedule="none"), compiled)[1] == fit(LipschitzLR(schedule="none"), eager)[1]
 
 
 def test_double_precision():
-    double, single = (fit(LipschitzLR(), precision=precision)[1] for precision in ("64-true", "32-true"))
+    double, single = (fit(LipschitzLR(schedule="none"), precision=precision)[1] for precision in ("64-true", "32-true"))
     assert [rate for (rate,) in double] == pytest.approx([rate for (rate,) in single], rel=1e-5)
 
 
@@ -606,7 +635,7 @@ def test_a_head_with_one_output_is_refused_in_so_many_words():
             pass
 
     with pytest.raises(ConfigurationError, match="the head 'net' has 1 output, .* needs at least 2 classes"):
-        fit(LipschitzLR(loss="cross_entropy"), OneOutput)
+        fit(LipschitzLR(schedule="none", loss="cross_entropy"), OneOutput)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +663,7 @@ def test_a_head_with_one_output_is_refused_in_so_many_words():
 )
 def test_an_argument_out_of_its_range_is_named(settings, named):
     with pytest.raises(ConfigurationError, match=named):
-        LipschitzLR(**settings)
+        LipschitzLR(schedule="none", **settings)
 
 
 class Weighted(Classifier):
@@ -709,30 +738,33 @@ def two_momenta(parameters):
 @pytest.mark.parametrize(
     ("module", "callbacks", "message"),
     [
-        (Weighted, [LipschitzLR(optimizers=0)], "weighted by 0.5 under manual optimization"),
-        (OwnBackward, [LipschitzLR()], "returned 1 under manual optimization: pass optimizers="),
-        (OwnBackward, [LipschitzLR(optimizers=1)], "returned 1; pass positions from 0 to 0"),
-        (NoAffine, [LipschitzLR()], "found none among"),
-        (Unused, [LipschitzLR(head="spare")], "saw no training forward through 'spare'"),
-        (Classifier, [LipschitzLR(head="ne.2")], "no module of that name; pass one of 'net.2'"),
-        (Classifier, [LipschitzLR(), LipschitzLR()], "found 2"),
-        (TwoOptimizers, [LipschitzLR()], "returned 2"),
-        (lambda: Classifier(torch.optim.Adam), [LipschitzLR()], "Adam normalises the gradient"),
-        (OwnBackward, [LipschitzLR(optimizers=0)], "call self.manual_backward"),
-        (Ignoring, [LipschitzLR(bound="paper", measure="pass")], "ignores . of 16 targets"),
-        (Tempered, [LipschitzLR()], "found LogSoftmax > Div > Addmm"),
-        (Tied, [LipschitzLR()], r"the parameter 'embedding.weight' of shape \(3, 16\) makes them"),
-        (RawOptimizer, [LipschitzLR(optimizers=0)], r"call self.optimizers\(\).step\(\)"),
-        (lambda: Classifier(torch.optim.Adam), [LipschitzLR(rule="adamo")], "the setting 'momentum', found Adam"),
+        (Weighted, [LipschitzLR(schedule="none", optimizers=0)], "weighted by 0.5 under manual optimization"),
+        (OwnBackward, [LipschitzLR(schedule="none")], "returned 1 under manual optimization: pass optimizers="),
+        (OwnBackward, [LipschitzLR(schedule="none", optimizers=1)], "returned 1; pass positions from 0 to 0"),
+        (NoAffine, [LipschitzLR(schedule="none")], "found none among"),
+        (Unused, [LipschitzLR(schedule="none", head="spare")], "saw no training forward through 'spare'"),
+        (Classifier, [LipschitzLR(schedule="none", head="ne.2")], "no module of that name; pass one of 'net.2'"),
+        (Classifier, [LipschitzLR(schedule="none"), LipschitzLR(schedule="none")], "found 2"),
+        (TwoOptimizers, [LipschitzLR(schedule="none")], "returned 2"),
+        (OwnBackward, [LipschitzLR(schedule="none", optimizers=0)], "call self.manual_backward"),
+        (Ignoring, [LipschitzLR(schedule="none", bound="paper", measure="pass")], "ignores . of 16 targets"),
+        (Tempered, [LipschitzLR(schedule="none")], "found LogSoftmax > Div > Addmm"),
+        (Tied, [LipschitzLR(schedule="none")], r"the parameter 'embedding.weight' of shape \(3, 16\) makes them"),
+        (RawOptimizer, [LipschitzLR(schedule="none", optimizers=0)], r"call self.optimizers\(\).step\(\)"),
+        (
+            lambda: Classifier(torch.optim.Adam),
+            [LipschitzLR(schedule="none", rule="adamo")],
+            "the setting 'momentum', found Adam",
+        ),
         (
             lambda: Classifier(lambda p: torch.optim.SGD(p, momentum=0.9, dampening=1.0)),
-            [LipschitzLR(bound="paper")],
+            [LipschitzLR(schedule="none", bound="paper")],
             "dampening=1.0",
         ),
-        (lambda: Classifier(two_momenta), [LipschitzLR(bound="paper")], "needs the same momentum"),
+        (lambda: Classifier(two_momenta), [LipschitzLR(schedule="none", bound="paper")], "needs the same momentum"),
         (
             lambda: Classifier(net=nn.Sequential(nn.LazyLinear(CLASSES))),
-            [LipschitzLR(bound="smooth")],
+            [LipschitzLR(schedule="none", bound="smooth")],
             "a lazy one has none yet",
         ),
     ],

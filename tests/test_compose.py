@@ -49,7 +49,7 @@ def fit(module=None, *more, lipschitz=None, data=None, **settings):
     """Trains, and returns the module, the rates that the steps used and the callback's own."""
     torch.manual_seed(1)
     module = Classifier() if module is None else module
-    lipschitz = lipschitz or LipschitzLR()
+    lipschitz = lipschitz or LipschitzLR(schedule="none")
     recorder = Recorder(lipschitz)
     run = trainer(lipschitz, recorder, *more, **settings)
     run.fit(module, data or loader(), loader())
@@ -79,7 +79,7 @@ class Scheduled(Classifier):
 def test_a_rate_is_the_callbacks_times_the_schedulers_factor(name, interval):
     swa = (lambda optimizer: swa_utils.SWALR(optimizer, swa_lr=0.02, anneal_epochs=4), 0.1)
     make, reference = SCHEDULERS.get(name, swa)
-    _, rates, own = fit(Scheduled(make, interval), lipschitz=LipschitzLR(update=2), max_epochs=2)
+    _, rates, own = fit(Scheduled(make, interval), lipschitz=LipschitzLR(schedule="none", update=2), max_epochs=2)
     alone = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = make(alone)
     expected = []
@@ -160,7 +160,7 @@ def test_clipping_leaves_the_rate_alone():
 
 def test_accumulation_that_changes_while_training():
     schedule = GradientAccumulationScheduler({0: 1, 1: 3})
-    _, rates, _ = fit(None, schedule, lipschitz=LipschitzLR(norm="sample"), max_epochs=3)
+    _, rates, _ = fit(None, schedule, lipschitz=LipschitzLR(schedule="none", norm="sample"), max_epochs=3)
     assert len(rates) == 6 + 2 + 2
 
 
@@ -179,11 +179,11 @@ def test_compiled_networks_have_the_rate_of_eager_ones(part):
     else:
         i = 0 if part == "body" else 2
         module.net[i] = torch.compile(module.net[i], backend="aot_eager")
-    lipschitz = LipschitzLR()
+    lipschitz = LipschitzLR(schedule="none")
     if part == "module":  # the loss is made inside
         with pytest.raises(ConfigurationError, match="one compiled function, which hides it"):
             fit(module)
-        lipschitz = LipschitzLR(loss="cross_entropy")
+        lipschitz = LipschitzLR(schedule="none", loss="cross_entropy")
     _, rates, _ = fit(module, lipschitz=lipschitz, max_epochs=1)
     assert rates == pytest.approx(expected, rel=1e-5)
 
@@ -203,7 +203,7 @@ def test_activation_checkpointing_measures_once(checkpointed):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_monitor_of_the_rate_in_either_order(first):
-    lipschitz, monitor, curves = LipschitzLR(), LearningRateMonitor("step"), Curves()
+    lipschitz, monitor, curves = LipschitzLR(schedule="none"), LearningRateMonitor("step"), Curves()
     torch.manual_seed(1)
     callbacks = [monitor, lipschitz] if first else [lipschitz, monitor]
     trainer(*callbacks, logger=curves, log_every_n_steps=1).fit(Classifier(), loader())
@@ -237,7 +237,7 @@ def test_stochastic_weight_averagings_rates_are_relative_to_the_configured_one(i
 def test_a_search_for_a_rate_is_refused():
     with pytest.raises(ConfigurationError, match="LearningRateFinder .* remove one of the two"):
         fit(None, LearningRateFinder())
-    run = trainer(LipschitzLR())
+    run = trainer(LipschitzLR(schedule="none"))
     module = Classifier()
     module.lr = 0.1
     with pytest.raises(ConfigurationError, match="LearningRateFinder"):
@@ -258,7 +258,7 @@ def test_a_search_for_a_batch_size_comes_before():
     for search in ([BatchSizeFinder(max_trials=2, steps_per_trial=2)], []):
         torch.manual_seed(1)
         module, steps = Sized(), Steps()
-        trainer(LipschitzLR(), steps, *search).fit(module)
+        trainer(LipschitzLR(schedule="none"), steps, *search).fit(module)
         assert module.batch_size == 4
         rates.append(steps.rates[-48:])
     assert rates[0] == rates[1]
@@ -267,7 +267,7 @@ def test_a_search_for_a_batch_size_comes_before():
 def test_early_stopping_and_checkpoints_do_their_work(tmp_path):
     stop = EarlyStopping("val_loss", patience=1, min_delta=10.0)
     keep = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
-    lipschitz = LipschitzLR()
+    lipschitz = LipschitzLR(schedule="none")
     _, rates, _ = fit(None, stop, keep, lipschitz=lipschitz, max_epochs=9, enable_checkpointing=True)
     assert len(rates) == 2 * STEPS_AN_EPOCH
     assert (tmp_path / keep.best_model_path).is_file()
@@ -292,7 +292,7 @@ class Finetuned(Classifier):
 
 @pytest.mark.parametrize("bound", ["strict", "paper"])
 def test_a_backbone_that_thaws_keeps_its_ratio(bound):
-    lipschitz = LipschitzLR(bound=bound)
+    lipschitz = LipschitzLR(schedule="none", bound=bound)
     steps = Steps()
     # Twice as fast each epoch from a hundredth of the head's rate on, up to that.
     thaw = BackboneFinetuning(1, lambda epoch: 2.0, backbone_initial_ratio_lr=0.01, should_align=True)
@@ -322,7 +322,7 @@ def test_a_dry_run_trains_as_without_the_callback(settings, scheduled):
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
             return ([optimizer], [cosine]) if scheduled else optimizer
 
-    lipschitz = LipschitzLR(dry_run=True, **settings)
+    lipschitz = LipschitzLR(schedule="none", dry_run=True, **settings)
     weights = []
     for callbacks in ([], [lipschitz]):
         torch.manual_seed(1)

@@ -315,7 +315,16 @@ def two_nodes(*arguments):
     report = ["bash", "-c", '"$@"; code=$?; echo "exit code $code"; exit $code', "--", *arguments]
     nodes = []
     for rank in range(2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--no-python"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--no-python",
+        ]
         launch += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port]
         with open(f"stdout{rank}", "w") as stdout, open(f"stderr{rank}", "w") as stderr:
             nodes.append(subprocess.Popen([*launch, *report], env=environment, stdout=stdout, stderr=stderr))

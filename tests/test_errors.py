@@ -172,7 +172,9 @@ MISTAKES = {
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
     "An optimizer without a rule": lambda: fit(LipschitzLR(), module=Classifier(torch.optim.Adagrad)),
-    "An optimizer that normalises the gradient": lambda: fit(LipschitzLR(), module=Classifier(torch.optim.Adam)),
+    "A rule for the steps of another optimizer": lambda: fit(
+        LipschitzLR(rule="grafted"), module=Classifier(torch.optim.Adagrad)
+    ),
     "A rule that does not fit the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)
     ),
@@ -217,7 +219,6 @@ ADVICE = {
     "Manual optimization": {"optimizers": 0},
     "An optimizer without a rule": {"rule": "inverse"},
     "A rule that does not fit the optimizer": {"rule": "inverse"},
-    "An optimizer that normalises the gradient": {"bound": "paper"},
     "Ignored targets and a pass": {"bound": "paper", "measure": "running"},
 }
 

@@ -200,11 +200,6 @@ def test_batches_of_other_kinds_are_passed_as_they_are():
     assert steps.rates == fit(LipschitzLR(bound="paper", measure="pass"), Regularized, max_steps=1)[1]
 
 
-def test_the_rule_of_an_optimizer_that_normalises_must_be_asked_for():
-    with pytest.raises(ConfigurationError, match="Adam normalises the gradient.*bound='paper'"):
-        fit(LipschitzLR(), lambda: Classifier(lambda p: torch.optim.Adam(p, lr=1.0)))
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"shuffle": True, "generator": torch.Generator()}, {"num_workers": 1, "persistent_workers": True}],

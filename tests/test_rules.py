@@ -277,9 +277,9 @@ def test_the_rule_follows_the_optimizer_and_the_family(optimizer, settings, boun
 @pytest.mark.parametrize(
     ("optimizer", "settings", "bound", "message"),
     [
-        ("RAdam", {}, "paper", "RAdam; known: SGD"),  # its first steps are not normalised
+        ("RAdam", {}, "paper", "RAdam with bound=.paper.; known: SGD"),  # its first steps are not normalised
         ("LBFGS", {}, "strict", "LBFGS; known: SGD, .* rule= with one of 'inverse', 'adamo'"),
-        ("Adam", {}, "strict", "bound='strict' bounds what gradient descent does, and Adam normalises"),
+        ("Adagrad", {}, "strict", "Adagrad; known: SGD, ZeroStartSGD, Adam, AdamW"),
         ("RMSprop", {"centered": True}, "paper", "RMSprop with centered=True"),
     ],
 )
@@ -295,14 +295,17 @@ def test_every_optimizer_of_torch_has_a_documented_rule_or_is_refused_by_name():
     for kind in found:
         options = {"lr": 0.1} if kind is torch.optim.SGD else {}
         settings = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).param_groups[0]
-        known = rules.RULE_OF_OPTIMIZER.get(kind.__name__)
-        if known is None:
-            with pytest.raises(ValueError, match=f"the optimizer {kind.__name__};"):
-                rules.rule_for(kind.__name__, settings, "paper")
-            assert f"`{kind.__name__}`" in table.split("Refused by name")[1]
-        else:
-            assert rules.rule_for(kind.__name__, settings, "paper") == known
-            assert any(kind.__name__ in row and f"`{known}`" in row for row in table.splitlines())
+        for bound in ("paper", "strict", "smooth"):
+            known = rules.RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", **rules.GRAFTED_RULES}
+            rule = known.get(kind.__name__)
+            if rule is None:
+                with pytest.raises(ValueError, match=f"the optimizer {kind.__name__}( with|;)"):
+                    rules.rule_for(kind.__name__, settings, bound)
+                refused = table.split("Refused by name")[1]
+                assert f"`{kind.__name__}`" in refused
+            else:
+                assert rules.rule_for(kind.__name__, settings, bound) == rule
+                assert any(kind.__name__ in row and f"`{rule}`" in row for row in table.splitlines())
 
 
 def test_torchs_own_momentum_starts_with_longer_steps():

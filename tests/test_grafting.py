@@ -1,0 +1,201 @@
+"""Adam and its like: their direction, in steps as long as SGD's at 1/L; and the schedule of runs that bring none."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from conftest import EXAMPLES, Classifier, Steps, examples, loader, trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_lipschitz import LinearWarmupDecay, LipschitzLR, rules
+from lit_lipschitz.decision import Measurement, Policy
+from lit_lipschitz.losses import Loss
+
+MAKERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adamax": torch.optim.Adamax,
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+def fit(callback, module, *more, batch_size=16, **settings):
+    run = trainer(callback, steps := Steps(), *more, **{"max_epochs": 2, **settings})
+    run.fit(module, loader(batch_size))
+    return [rate for (rate,) in steps.rates]
+
+
+class Moves(L.Callback):
+    """How far the weights move in each step, and the length of its gradient."""
+
+    def __init__(self):
+        self.moves, self.gradients = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before = [p.detach().clone() for p in pl_module.parameters()]
+        self.gradients.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm().item())
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        moved = [(p.detach() - b).flatten() for p, b in zip(pl_module.parameters(), self.before, strict=True)]
+        self.moves.append(torch.cat(moved).norm().item())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_first_step_is_as_long_as_sgds_by_the_roots_factor(name):
+    settings = {"weight_decay": 0.0} if name == "AdamW" else {}
+    module = Classifier(lambda p: MAKERS[name](p, lr=1.0, **settings))
+    callback = LipschitzLR(schedule="none")
+    fit(callback, module, moves := Moves(), max_steps=1)
+    root = 1.0 if name == "RMSprop" else math.sqrt(1 - 0.9)
+    assert moves.moves[0] == pytest.approx(moves.gradients[0] / callback.constant / root, rel=1e-4)
+
+
+def test_the_rate_follows_a_loop_that_shares_no_code():
+    """AdamW's update from torch's own state after the step; the smoothing written out."""
+    callback, ratios = LipschitzLR(schedule="none"), []
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.grads = [p.grad.clone() for p in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            optimizer, updates = trainer.optimizers[0], []
+            for parameter in pl_module.parameters():
+                state = optimizer.state[parameter]
+                t = state["step"].item()
+                updates.append(
+                    (state["exp_avg"] / (1 - 0.9**t)) / ((state["exp_avg_sq"] / (1 - 0.999**t)) ** 0.5 + 1e-8)
+                )
+            length = [
+                math.sqrt(sum((part.double() ** 2).sum().item() for part in parts)) for parts in (self.grads, updates)
+            ]
+            ratios.append((length[0] / length[1], callback.constant))
+
+    rates = fit(callback, Classifier(lambda p: torch.optim.AdamW(p, lr=1.0)), Look(), max_epochs=8)
+    recent, history, expected = None, [], []
+    for step, (ratio, constant) in enumerate(ratios, start=1):
+        if step in (1, 2, 4, 8, 16, 32, 48):
+            recent = ratio if recent is None else (recent * ratio) ** 0.5
+            history.append(recent)
+        expected.append(min(recent, sum(history) / len(history)) / (0.1**0.5 * constant))
+    assert len(rates) == 48
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_lengths_grow_slowly_and_fall_at_once():
+    scale = rules.StepScale()
+    assert scale.value == 0
+    for _ in range(10):
+        scale = scale.seen(1.0, 1.0)
+    assert scale.value == pytest.approx(1.0)
+    assert scale.seen(100.0, 1.0).value == pytest.approx((10 + 10) / 11)
+    assert scale.seen(0.01, 1.0).value == pytest.approx(0.1)
+    for lengths in ((math.nan, 1.0), (math.inf, 1.0), (0.0, 1.0), (1.0, 0.0)):
+        assert scale.seen(*lengths) == scale
+
+
+def test_without_a_usable_gradient_there_is_no_rate():
+    arguments = {"loss": Loss("cross_entropy"), "num_outputs": 3, "optimizer": "AdamW", "last": None}
+    arguments |= {"groups": torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).param_groups}
+    decide = Policy().decide
+    assert decide(Measurement(4.0, 1.0, 16, 0, scale=0.0), state=rules.RuleState(), **arguments) is None
+    (decision, _) = decide(Measurement(4.0, 1.0, 16, 0, scale=0.5), state=rules.RuleState(), **arguments)
+    assert decision.lr == pytest.approx(0.5 / (math.sqrt(0.1) * decision.constant))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_of_a_gradscaler_does_not_enter(fused):
+    """A fused optimizer divides by it by itself, after the callback has looked."""
+    rates = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]):
+        torch.manual_seed(0)
+        module = Classifier(lambda p: torch.optim.AdamW(p, lr=1.0, fused=fused))
+        rates.append(fit(LipschitzLR(schedule="none"), module, max_steps=1, plugins=plugins)[0])
+    assert rates[1] == pytest.approx(rates[0], rel=2e-2)  # half precision
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_scheduler_warms_up_and_decays_as_with_one():
+    def scheduled(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        scheduler = LinearWarmupDecay(optimizer, total_steps=3 * EXAMPLES // 16)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            return scheduled(self.parameters())
+
+    torch.manual_seed(0)
+    expected = fit(LipschitzLR(), Scheduled(), max_epochs=3)
+    torch.manual_seed(0)
+    assert fit(LipschitzLR(), Classifier(), max_epochs=3) == pytest.approx(expected, rel=1e-12)
+    assert expected[0] < expected[1]
+    assert 0 < expected[-1] < 0.2 * max(expected)
+
+
+def test_the_rate_that_is_logged_is_the_one_that_is_used():
+    callback = LipschitzLR()
+    rates = fit(callback, Classifier(), max_steps=6)
+    assert callback.lr == pytest.approx(rates[-1])
+    assert callback.lr == pytest.approx(callback.rate * LinearFactor.at(5, 6))
+
+
+class LinearFactor:
+    """The factor written out for whole numbers: w = T / 10."""
+
+    @staticmethod
+    def at(step, total):
+        rise = total / 10
+        return min((step + 1) / (rise + 1), (total - step) / (total - rise))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from (examples()[i] for i in range(EXAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("callback", "data", "settings"),
+    [
+        (lambda: LipschitzLR(schedule="none"), lambda: loader(), {"max_epochs": 2}),
+        (lambda: LipschitzLR(bound="paper"), lambda: loader(), {"max_epochs": 2}),
+        (LipschitzLR, lambda: DataLoader(Endless(), batch_size=16), {"max_epochs": 1, "limit_train_batches": 4}),
+    ],
+    ids=["none", "paper", "known by the limit"],
+)
+def test_a_schedule_is_there_only_where_it_is_asked_for_and_the_length_is_known(callback, data, settings):
+    run = trainer(ours := callback(), Steps(), **settings)
+    run.fit(Classifier(), data())
+    constant = ours.rate == ours.lr
+    assert constant == (ours.options.schedule == "none" or ours.policy.bound == "paper")
+
+
+def test_a_run_of_unknown_length_says_that_it_has_no_schedule(caplog):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 3
+
+    with caplog.at_level("INFO"):
+        run = trainer(callback := LipschitzLR(), Stop(), max_epochs=-1)
+        run.fit(Classifier(), DataLoader(Endless(), batch_size=16))
+    assert callback.rate == callback.lr
+    assert "length of the run is not known" in caplog.text
+
+
+def test_a_batch_that_makes_no_gradient_for_some_parameters_counts_the_others():
+    class Frozen(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = Frozen(lambda p: torch.optim.Adam([q for q in p if q.requires_grad], lr=1.0))
+    module.net[0].requires_grad_(False)
+    rates = fit(LipschitzLR(schedule="none"), module, max_steps=2)
+    assert all(0 < rate < math.inf for rate in rates)
