@@ -6,7 +6,7 @@ import sys
 import torch
 from conftest import Classifier, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_distributed import Keep, Slices, momentum
+from test_distributed import OPTIMIZERS, Keep, Slices
 from torch.distributed.fsdp import fully_shard
 
 from lit_lipschitz import LipschitzLR
@@ -25,6 +25,6 @@ class Sharded(Classifier):
 if __name__ == "__main__":
     torch.manual_seed(1)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-    module = Sharded(momentum)
+    module = Sharded(OPTIMIZERS[sys.argv[2]])
     callback = LipschitzLR(**ast.literal_eval(sys.argv[1]))
     trainer(callback, Keep(), devices=2, strategy=strategy).fit(module, datamodule=Slices(8))

@@ -96,9 +96,16 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def model():
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+OPTIMIZERS = {"momentum": momentum, "adamw": adamw}
+
+
+def model(optimizer="momentum"):
     torch.manual_seed(1)
-    return Classifier(momentum)
+    return Classifier(OPTIMIZERS[optimizer])
 
 
 SETTINGS = [
@@ -117,6 +124,23 @@ def test_ranks_agree_bit_for_bit(settings, count):
     found = ranks(count, LipschitzLR(**settings), model(), 16 // count, max_epochs=3)
     assert len(found[0]["rates"]) == 18
     assert_alike(*found)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_agree_on_the_steps_of_adamw(count):
+    found = ranks(count, LipschitzLR(), model("adamw"), 16 // count, max_epochs=6)
+    assert len(found[0]["rates"]) == 36
+    assert_alike(*found)
+
+
+def test_the_same_global_batch_gives_adamw_the_same_first_rate():
+    sample = {"norm": "sample"}
+    whole = one_rank(LipschitzLR(**sample), model("adamw"), 16, max_epochs=1)["rates"]
+    parts = two_ranks(LipschitzLR(**sample), model("adamw"), 8, max_epochs=1)[0]["rates"]
+    accumulated = {"max_epochs": 1, "accumulate_grad_batches": 4}
+    pieces = one_rank(LipschitzLR(**sample), model("adamw"), 4, **accumulated)["rates"]
+    for rates in (parts, pieces):
+        assert [rate for (rate,) in rates] == pytest.approx([rate for (rate,) in whole], rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:5], ids=str)
@@ -244,9 +268,11 @@ def test_no_collective_outside_of_training_steps():
     assert [Path(f"outside{rank}").read_text() for rank in range(2)] == ["0 of 5", "0 of 5"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"bound": "smooth"}], ids=str)
-def test_a_sharded_network_has_the_rate_of_a_whole_one(settings):
-    expected = two_ranks(LipschitzLR(**settings), model(), 8, max_epochs=2)[0]["rates"]
+@pytest.mark.parametrize(
+    ("settings", "optimizer"), [({}, "momentum"), ({"bound": "smooth"}, "momentum"), ({}, "adamw")], ids=str
+)
+def test_a_sharded_network_has_the_rate_of_a_whole_one(settings, optimizer):
+    expected = two_ranks(LipschitzLR(**settings), model(optimizer), 8, max_epochs=2)[0]["rates"]
     code = Path(__file__).with_name("sharded_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
@@ -259,7 +285,7 @@ def test_a_sharded_network_has_the_rate_of_a_whole_one(settings):
         str(free_port()),
     ]
     done = subprocess.run(
-        [*command, str(code), repr(settings)], env=environment, capture_output=True, text=True, timeout=120
+        [*command, str(code), repr(settings), optimizer], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [torch.load(f"rank{rank}.pt")["rates"] for rank in range(2)]
