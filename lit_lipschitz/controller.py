@@ -413,14 +413,16 @@ class Controller:
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
-        self._read_scale(trainer)
+        read = self._read_scale(trainer)
         if self._pass is not None:
-            self._decide(trainer, interval_over=True)
+            self._decide(trainer, interval_over=True, read=read)
             self._pass = None
         elif first and self.options.initial_lr is not None:
             self._decision = self._decision or Decision(self.options.initial_lr)
         elif first and running and self._steps & (self._steps - 1) == 0:
-            self._decide(trainer, interval_over=False)
+            self._decide(trainer, interval_over=False, read=read)
+        elif read and self._measured is not None and self._scale is not None:
+            self._settle(replace(self._measured, scale=self._scale.value), keep=True)
         self._passed = trainer.current_epoch
         rate = self._decision.lr * self._schedule(trainer, module) if self._decision else None
         rates = self.writer.write(None if self.options.dry_run else rate)
@@ -429,15 +431,15 @@ class Controller:
         self._applied = (self._decision or Decision(rates[0]), rates)
         return self._steps == 1 or self._decision is not before
 
-    def _read_scale(self, trainer: Trainer) -> None:
-        """Reads, where it is due, how long the optimizer's step is, and lets the rate follow.
+    def _read_scale(self, trainer: Trainer) -> bool:
+        """Reads, where it is due, how long the optimizer's step is.
 
         Due after 1, 2, 4, 8 and 16 steps and then every 16: on every rank alike, with one reduction.
         """
         self._clock += 1
         clock = self._clock
         if self._scale is None or (clock % READ_EVERY and clock & (clock - 1)):
-            return
+            return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0)
@@ -445,8 +447,7 @@ class Controller:
         read = torch.where(torch.isfinite(read), read, math.inf).to(trainer.strategy.root_device)
         reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
         self._scale = self._scale.seen(*reduced.tolist())
-        if self._measured is not None and self._loss is not None:
-            self._settle(replace(self._measured, scale=self._scale.value), interval_over=False)
+        return True
 
     def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
         """The factor of the callback's own schedule, for runs that bring none and whose length is known."""
@@ -496,7 +497,7 @@ class Controller:
         # Where the last batch can't be known or the rest of an epoch is skipped, the next epoch's first step ends it.
         return trainer.is_last_batch or trainer.current_epoch > self._epoch
 
-    def _decide(self, trainer: Trainer, interval_over: bool) -> None:
+    def _decide(self, trainer: Trainer, interval_over: bool, read: bool = False) -> None:
         """One reduction, then a decision that every rank makes alike."""
         assert self.probes.chosen is not None
         measured = self._measurement(trainer, self._reduce(trainer))
@@ -506,10 +507,10 @@ class Controller:
                 f"the training batches, and the head {self.probes.chosen.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
-        self._settle(measured, interval_over)
+        self._settle(measured, keep=interval_over if self._scale is None else read)
 
-    def _settle(self, measured: Measurement, interval_over: bool) -> None:
-        """Decides."""
+    def _settle(self, measured: Measurement, keep: bool) -> None:
+        """Decides, and lets the rule remember it or not."""
         assert self._loss is not None
         outcome = self.policy.decide(
             measured,
@@ -523,11 +524,14 @@ class Controller:
         self._report(measured, usable=outcome is not None)
         if outcome is None:
             return
+        if self._scale is not None and not keep:
+            self._measured = measured  # for the next reading, with which the rate changes
+            return
         decision, rule_state = outcome
         if decision.cap and (self._decision is None or self._decision.cap != decision.cap):
             rank_zero_info(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
         self._decision, self._measured = decision, measured
-        if interval_over:
+        if keep:
             self._rule_state = rule_state
 
     def _reduce(self, trainer: Trainer) -> Tensor:

@@ -12,7 +12,7 @@ adamo       (1 - momentum) / ((1 - dampening) Lbar)         momentum
 rmsprop     (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
 adam        (sqrt(L2bar) + eps) / Lbar                      betas
 adamax      (max + eps) / Lbar, max a decaying maximum      betas
-grafted     scale / (sqrt(1 - momentum) L)                  of the scale: :class:`StepScale`
+grafted     mean of scale / (sqrt(1 - momentum) L)          the mean over all updates so far
 =========== =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
@@ -57,7 +57,7 @@ class RuleState:
 
     Attributes:
         updates: Updates so far.
-        average: Moving average of the constant, not corrected for its start.
+        average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of scale / L).
         weight: The same average of 1, from 0: what corrects for it.
         square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
         square_weight: The same average of 1, from 0.
@@ -87,23 +87,11 @@ class RuleState:
 class StepScale:
     """Length of the gradient over that of the optimizer's step at a rate of 1, from readings now and then.
 
-    One batch's reading is noisy, and readings that grow with the steps they cause would feed on themselves. So the
-    scale is a geometric moving average, and never above the mean of what it has been: it falls fast and grows slowly.
-
     Attributes:
-        recent: Geometric moving average of the readings, in which each counts as much as all before it.
-        mean: Mean over the readings of :attr:`recent`.
-        readings: How many there were.
+        value: Geometric moving average of the readings, in which each counts as much as all before it; 0 without one.
     """
 
-    recent: float = 0.0
-    mean: float = 0.0
-    readings: int = 0
-
-    @property
-    def value(self) -> float:
-        """The scale; 0 without a reading."""
-        return min(self.recent, self.mean)
+    value: float = 0.0
 
     def seen(self, gradient: float, step: float) -> "StepScale":
         """The state with a reading taken in; one that is not a positive finite number is left out.
@@ -115,9 +103,7 @@ class StepScale:
         reading = gradient / step if step > 0 else 0.0
         if not (math.isfinite(reading) and reading > 0):
             return self
-        recent = math.sqrt(self.recent * reading) if self.readings else reading
-        readings = self.readings + 1
-        return StepScale(recent, self.mean + (recent - self.mean) / readings, readings)
+        return StepScale(math.sqrt(self.value * reading) if self.value else reading)
 
 
 Settings = Mapping[str, Any]
@@ -255,14 +241,17 @@ def adamax(seen: Observation, state: RuleState, settings: Settings) -> tuple[flo
 def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
     r"""The direction of an optimizer that rescales the gradient, in steps as long as SGD's with momentum at 1/L.
 
-    rate = scale / (sqrt(1 - b) L), scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update at a rate
-    of 1 and b the momentum in it, Adam's first beta. At the rate 1/L SGD moves by \|g\|/L, and with momentum b by up to
-    1 / (1 - b) times as much where gradients agree, by 1 / sqrt(1 - b^2) times where they are independent; the square
-    root lies between the two. RMSprop's momentum makes steps longer as SGD's does, so b is 0 there.
+    rate = mean of scale / (sqrt(1 - b) L), scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update
+    at a rate of 1 and b the momentum in it, Adam's first beta. At the rate 1/L SGD moves by \|g\|/L, and with momentum
+    b by up to 1 / (1 - b) times as much where gradients agree, by 1 / sqrt(1 - b^2) times where they are independent;
+    the square root lies between the two. RMSprop's momentum makes steps longer as SGD's does, so b is 0 there.
+
+    The mean is over all updates so far: a rate that followed the gradients at once would feed on those that it causes,
+    and would shrink with them before the work is done.
 
     Args:
         seen: The constant and the scale.
-        state: State of the rule; not used.
+        state: State of the rule.
         settings: The optimizer's ``betas``, where it has them.
 
     Returns:
@@ -273,7 +262,8 @@ def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[fl
     """
     state = _next(seen, state)
     momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
-    return seen.scale / (math.sqrt(1 - momentum) * seen.constant), state
+    average = state.average + (seen.scale / seen.constant - state.average) / state.updates
+    return average / math.sqrt(1 - momentum), replace(state, average=average)
 
 
 RULES: dict[str, Rule] = {

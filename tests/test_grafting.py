@@ -81,22 +81,30 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
     for step, (ratio, constant) in enumerate(ratios, start=1):
         if step in (1, 2, 4, 8, 16, 32, 48):
             recent = ratio if recent is None else (recent * ratio) ** 0.5
-            history.append(recent)
-        expected.append(min(recent, sum(history) / len(history)) / (0.1**0.5 * constant))
+            history.append(recent / constant)
+        expected.append(sum(history) / len(history) / 0.1**0.5)
     assert len(rates) == 48
     assert rates == pytest.approx(expected, rel=1e-4)
 
 
-def test_lengths_grow_slowly_and_fall_at_once():
+def test_a_readings_weight_halves_with_each_that_follows():
     scale = rules.StepScale()
     assert scale.value == 0
-    for _ in range(10):
-        scale = scale.seen(1.0, 1.0)
-    assert scale.value == pytest.approx(1.0)
-    assert scale.seen(100.0, 1.0).value == pytest.approx((10 + 10) / 11)
-    assert scale.seen(0.01, 1.0).value == pytest.approx(0.1)
-    for lengths in ((math.nan, 1.0), (math.inf, 1.0), (0.0, 1.0), (1.0, 0.0)):
+    scale = scale.seen(3.0, 1.0)
+    assert scale.value == 3.0
+    assert scale.seen(12.0, 1.0).value == pytest.approx(6.0)
+    assert scale.seen(12.0, 1.0).seen(1.0, 6.0).value == pytest.approx(1.0)
+    for lengths in ((math.nan, 1.0), (math.inf, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, math.inf)):
         assert scale.seen(*lengths) == scale
+
+
+def test_a_rate_grows_slowly_with_gradients_that_grow():
+    settings, state = {"betas": (0.75, 0.999)}, rules.RuleState()
+    for _ in range(9):
+        rate, state = rules.grafted(rules.Observation(2.0, 4.0, scale=1.0), state, settings)
+        assert rate == pytest.approx(1.0)
+    rate, state = rules.grafted(rules.Observation(2.0, 4.0, scale=100.0), state, settings)
+    assert rate == pytest.approx(10.9)
 
 
 def test_without_a_usable_gradient_there_is_no_rate():
