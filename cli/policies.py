@@ -36,6 +36,11 @@ class Policy:
         """The name, the same for all ways to write the rate."""
         return self.kind if self.rate is None else f"{self.kind}:{self.rate!r}"
 
+    @property
+    def adam(self) -> bool:
+        """Whether it brings AdamW; others that bring an optimizer bring SGD."""
+        return self.kind in ("adamw", "lipschitz-adamw")
+
 
 def parse_policies(text: str) -> list[Policy]:
     """The policies of a list with commas.
@@ -86,9 +91,6 @@ def options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
     Args:
         policy: The policy.
         model: The config's ``model``, a class_path and init_args.
-
-    Raises:
-        ConfigurationError: The policy brings an optimizer, and the model's config has no place for one.
     """
     switch = ["--fixed_rate", "false" if policy.rate is None else "true"]
     if policy.kind == "lipschitz":
@@ -99,13 +101,7 @@ def options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
         own = (arguments.get(key) or {}) if key else {}
         named = isinstance(own, Mapping) and "lr" in (own.get("init_args") or {})
         return [*switch, f"--model.{key}.lr", repr(policy.rate)] if named else switch
-    if key is None:
-        raise ConfigurationError(
-            f"compare --policies {policy.name}: brings an optimizer of its own, and "
-            f"{str(model.get('class_path')).rpartition('.')[2]} has no argument `optimizer: OptimizerCallable` to take "
-            "it; give it one (lightning.pytorch.cli), or compare lipschitz with config:RATE, which keep its own"
-        )
-    chosen = [*switch, *_optimizer(policy, key, arguments.get(key))]
+    chosen = [*switch, *(_optimizer(policy, key, arguments.get(key)) if key else ())]
     if policy.kind == "paper":
         chosen += [part for name in ("norm", "rule", "squared") for part in (f"--lipschitz.{name}", "auto")]
         chosen += ["--lipschitz.bound", "paper"]
@@ -114,9 +110,17 @@ def options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
     return chosen
 
 
+def needs_exchange(policy: Policy, model: Mapping[str, Any]) -> bool:
+    """Whether a policy brings an optimizer for which the model's config has no place, the module's code having it."""
+    return (
+        policy.kind not in ("lipschitz", "config")
+        and _key(model.get("init_args") or {}, Optimizer, "optimizer") is None
+    )
+
+
 def _optimizer(policy: Policy, key: str, own: Any) -> list[str]:
     """The options for the optimizer; what is not named here is torch's default."""
-    adam = policy.kind in ("adamw", "lipschitz-adamw")
+    adam = policy.adam
     settings: dict[str, Any] = {} if policy.rate is None else {"lr": policy.rate}
     if not adam:
         settings.update(momentum=0.0 if policy.kind == "paper" else 0.9, dampening=0.0, nesterov="false")

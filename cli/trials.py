@@ -5,6 +5,7 @@ import gc
 import logging
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +14,10 @@ from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, Learning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.cli.command import Command, OneLineParser, run
+from lit_lipschitz.cli.exchange import ExchangeOptimizer
 from lit_lipschitz.cli.ledger import Row, finite
 from lit_lipschitz.cli.measuring import FixedRate, Recorder, no_validation
-from lit_lipschitz.cli.policies import Policy
+from lit_lipschitz.cli.policies import Policy, needs_exchange
 from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
@@ -114,6 +116,8 @@ class _Run(_Fit):
         if rate is not None:
             positions = self.config["fit"].lipschitz.optimizers
             callbacks.append(FixedRate(rate, [positions] if isinstance(positions, int) else positions))
+        if needs_exchange(self.trial.policy, self.config["fit"].model.as_dict()):
+            callbacks.insert(0, ExchangeOptimizer(self.trial.policy))
         callbacks.append(self.recorder)
         return trainer
 
@@ -163,6 +167,8 @@ def make(trial: Trial, arguments: list[str]) -> int:
         trial.error = (" ".join(line.split()), code)
         return code
 
+    # A scheduler that is handed over to another optimizer has not seen it made.
+    warnings.filterwarnings("ignore", r".*optimizer\.step\(\)` has been overridden after learning rate scheduler.*")
     kind = type("TrialRun", (_Run,), {"trial": trial})
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_lipschitz.cli.comparison import answer, summaries
+from lit_lipschitz.cli.exchange import exchanged
 from lit_lipschitz.cli.ledger import COLUMNS, Ledger, Row
 from lit_lipschitz.cli.main import main
 from lit_lipschitz.cli.policies import options, parse_policies
-from lit_lipschitz.errors import ConfigurationError
 
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu", "--data.train_subset", "320", "--trainer.max_epochs",
           "2"]  # fmt: skip
@@ -162,31 +162,71 @@ class Fixed(L.LightningModule):
     def val_dataloader(self):
         return loader()
 
+    def on_before_optimizer_step(self, optimizer):
+        # The module's hook comes after the callbacks'.
+        RATES.append(optimizer.param_groups[0]["lr"])
+        KINDS.append(type(optimizer))
+
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.123)
-        optimizer.register_step_post_hook(lambda *_: RATES.append(optimizer.param_groups[0]["lr"]))
+        decayed, others = self.net[0].parameters(), self.net[2].parameters()
+        groups = [{"params": decayed}, {"params": others, "lr": 0.246, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, lr=0.123, weight_decay=0.001, nesterov=True, momentum=0.5)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5.0, total_steps=12)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 RATES: list[float] = []
+KINDS: list[type] = []
+
+
+def one_cycle(rate):
+    """The rates of Fixed's schedule with another peak."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=12)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < 12:
+            schedule.step()
+    return rates
 
 
 def test_the_own_optimizer_of_any_module_at_a_fixed_rate_with_its_schedule(lit):
     RATES.clear()
+    KINDS.clear()
     own = ["--model", "test_compare_command.Fixed", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2",
            "--seed_everything", "5"]  # fmt: skip
     code, out, err = lit("compare", *own, "--policies", "lipschitz,config:0.05")
     assert code == 0, err
     assert len(RATES) == 24
-    assert max(RATES[12:]) == pytest.approx(0.05)
-    assert RATES[12] == pytest.approx(0.05 / 25)
+    assert RATES[12:] == pytest.approx(one_cycle(0.05))
     assert [(row["seed"], row["metric"], row["test"]) for row in file_rows()] == [("5", "loss", "")] * 2
     assert "test_loss" not in out
     assert "on the validation set" in out
-    code, _, err = lit("compare", *own, "--policies", "lipschitz,sgd:0.05")
-    assert code == 2
-    assert "Fixed has no argument `optimizer: OptimizerCallable`" in error_line(err)
+
+    # An optimizer that the module's code does not have takes its place, with its schedule, or without for the papers'.
+    code, out, err = lit("compare", *own, "--policies", "sgd:0.06,adamw:0.004,paper")
+    assert code == 0, err
+    assert KINDS[24::12] == [torch.optim.SGD, torch.optim.AdamW, torch.optim.SGD]
+    assert RATES[24:36] == pytest.approx(one_cycle(0.06))
+    assert RATES[36:48] == pytest.approx(one_cycle(0.004))
+    (paper,) = [row for row in file_rows() if row["policy"] == "paper"]
+    assert [RATES[48], RATES[59]] == pytest.approx([float(paper["rate_first"]), float(paper["rate_last"])])
+
+
+def test_an_exchanged_optimizer_keeps_groups_and_their_ratios():
+    module = Fixed()
+    (old,), _ = module.configure_optimizers()
+    sgd, adamw, paper = (exchanged(old, *parse_policies(name)) for name in ("sgd:0.1", "adamw:0.1", "paper"))
+    for new in (sgd, adamw, paper):
+        assert [group["params"] for group in new.param_groups] == [group["params"] for group in old.param_groups]
+        assert new.param_groups[1]["max_lr"] == old.param_groups[1]["max_lr"]
+    assert [group["weight_decay"] for group in sgd.param_groups] == [0.001, 0.0]
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.01, 0.0]
+    assert [group["momentum"] for group in sgd.param_groups] == [0.9, 0.9]
+    assert [group["momentum"] for group in paper.param_groups] == [0.0, 0.0]
+    assert not sgd.param_groups[0]["nesterov"]
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -312,8 +352,6 @@ def test_weight_decay_goes_with_the_optimizer_that_it_was_chosen_for():
     assert decay("adamw:0.1", "torch.optim.SGD", 5e-4) == "0.01"
     assert decay("adamw:0.1", "torch.optim.AdamW", 0.05) == "0.05"
     assert decay("sgd:0.1", "torch.optim.AdamW", 0.05) == "0.0"
-    with pytest.raises(ConfigurationError, match="no argument `optimizer: OptimizerCallable`"):
-        options(*parse_policies("sgd:0.1"), {"class_path": "mine.Module", "init_args": {"lr": 0.1}})
 
 
 def test_help_says_what_it_is(lit):
