@@ -16,29 +16,37 @@ from lit_lipschitz.cli.measuring import Metric
 from lit_lipschitz.cli.policies import Policy
 
 _PERCENT = ("acc", "accuracy")
-_NOISE = 2.0
-"""A difference of fewer of its standard errors is noise."""
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Half the width of a 95 % interval in standard errors, by degrees of freedom from 1 on; further on it is about 2."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error, which a single number has not."""
+    """A mean of so many numbers and its standard error, which a single number has not."""
 
     mean: float
     error: float | None
+    count: int = 1
 
     @staticmethod
     def of(values: Sequence[float]) -> "Estimate":
         """The mean of some values, the error from their spread around it."""
         mean = sum(values) / len(values)
         several = len(values) > 1 and all(map(math.isfinite, values))
-        return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)) if several else None)
+        return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)) if several else None, len(values))
 
     def minus(self, other: "Estimate") -> "Estimate":
         """The difference of two means."""
         both = self.error is not None and other.error is not None
         error = math.hypot(self.error or 0.0, other.error or 0.0) if both else None
-        return Estimate(self.mean - other.mean, error)
+        return Estimate(self.mean - other.mean, error, min(self.count, other.count))
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of a 95 % interval by Student's t, with the degrees of freedom of the smaller sample."""
+        if self.error is None:
+            return None
+        return self.error * (_STUDENT[self.count - 2] if self.count - 2 < len(_STUDENT) else 2.0)
 
     @property
     def plain(self) -> dict[str, float | None]:
@@ -169,18 +177,20 @@ def _sentence(one: Summary, reference: Summary | None, fixed: int) -> str:
     choice = f"the best of the {fixed} fixed rates by validation" if fixed > 1 else "the fixed rate"
     other = f"{choice}, {reference.policy.name}: {_text(reference.final, one.metric)}{unit}"
     difference = _text(one.difference, one.metric, sign=True)
-    return f"{start}; {other}. The difference, {difference}, is {_verdict(one.difference, Metric(one.metric).lower)}."
+    return f"{start}; {other}. The difference, {difference}, is {_verdict(one.difference, one.metric)}."
 
 
-def _verdict(difference: Estimate, lower: bool) -> str:
+def _verdict(difference: Estimate, metric: str) -> str:
     if finite(difference.mean) is None:
         return "no number"
-    if difference.error is None:
+    if difference.interval is None:
         return "that of one seed each"
-    if abs(difference.mean) <= _NOISE * difference.error or not difference.mean:
-        return f"within the noise: no more than {_NOISE:g} of its standard errors"
-    better = (difference.mean < 0) == lower
-    return f"{'for the better' if better else 'for the worse'}, and more than {_NOISE:g} of its standard errors"
+    scale, digits = _scale(metric)
+    width = f"the 95 % interval of {difference.count} seeds, +- {scale * difference.interval:.{digits}f}"
+    if abs(difference.mean) <= difference.interval:
+        return f"within the noise, {width}"
+    better = (difference.mean < 0) == Metric(metric).lower
+    return f"{'for the better' if better else 'for the worse'}, beyond {width}"
 
 
 def _edge(reference: Summary, fixed: Sequence[Summary]) -> str:
@@ -198,8 +208,13 @@ def _percent(metric: str) -> bool:
     return metric.endswith(_PERCENT)
 
 
+def _scale(metric: str) -> tuple[float, int]:
+    """The factor with which a metric is shown, and its digits."""
+    return (100.0, 2) if _percent(metric) else (1.0, 4)
+
+
 def _text(value: Estimate, metric: str, sign: bool = False) -> str:
-    scale, digits = (100.0, 2) if _percent(metric) else (1.0, 4)
+    scale, digits = _scale(metric)
     mean = f"{scale * value.mean:{'+' if sign else ''}.{digits}f}"
     return mean if value.error is None else f"{mean} +- {scale * value.error:.{digits}f}"
 
@@ -231,7 +246,9 @@ def show(found: Sequence[Summary], failures: Mapping[str, str], said: str) -> No
     rows = table(found)
     drawn = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
     for name in rows[0]:
-        drawn.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        # A narrow terminal breaks a cell into lines, and loses nothing.
+        whole = name in ("policy", "n") or not terminal
+        drawn.add_column(name, justify="left" if name == "policy" else "right", no_wrap=whole, overflow="fold")
     for one, cells in zip(found, rows[1:], strict=True):
         drawn.add_row(*cells, style="bold" if one.policy.rate is None else None)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal)

@@ -257,7 +257,7 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     assert (
         "lipschitz: 97.10 +- 0.06 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.1" in said
     )
-    assert "The difference, +1.00 +- 0.08, is for the better, and more than 2 of its standard errors." in said
+    assert "The difference, +1.00 +- 0.08, is for the better, beyond the 95 % interval of 3 seeds, +- 0.35." in said
     assert "sgd:0.3 is the largest of its rates that were tried" in said
 
 
