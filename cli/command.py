@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -176,8 +177,19 @@ def check_checkpoint(path: Path) -> None:
         raise LitLipschitzError(f"--ckpt_path {path}: not saved by Lightning; pass a checkpoint of `lit-lipschitz fit`")
 
 
-def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> int:
-    """Runs a command line, that in ``sys.argv`` unless another is given; returns the exit code."""
+def run(
+    kind: type[Command] = Command, arguments: list[str] | None = None, report: Callable[[str, int], int] = fail
+) -> int:
+    """Runs a command line.
+
+    Args:
+        kind: The command.
+        arguments: The command line; None is that in ``sys.argv``.
+        report: Is told the line of an error and the exit code, and returns the exit code.
+
+    Returns:
+        The exit code.
+    """
     _quieten()
     # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
     command = kind.__new__(kind)
@@ -212,7 +224,7 @@ def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> in
         line, code = answer
         rank = int(os.environ.get("LOCAL_RANK", 0))
         if rank == 0:
-            return fail(line, code)
+            return report(line, code)
         # Every rank finds the same mistake in the configuration; at run time this one may be alone.
         return code if code == 2 else fail(f"[rank {rank}] {line}", code)
     return 0

@@ -20,6 +20,7 @@ commands:
   predict     write the classes of the test set and their probabilities to predictions.csv
   configs     list the bundled configs
   explain     make one step of fit in memory, and print how its rate comes about
+  compare     fit a config at 1/L and at fixed rates, over seeds: does it help?
   report      show the curves of runs, as a page, as pictures and as text
 
 common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --data.help lit_lipschitz.MNISTDataModule):
@@ -52,7 +53,33 @@ examples:
   lit-lipschitz explain --config cifar10.yaml
   lit-lipschitz explain --config digits.yaml --lipschitz.bound smooth --model.optimizer.weight_decay 1e-4
 """
-COMMANDS = ("fit", "validate", "test", "predict", "configs", "report", "explain")
+COMPARE_HELP = """\
+usage: lit-lipschitz compare --config NAME [options of fit] [--policies A,B,...] [--seeds N] [--output FILE.csv]
+                             [--metric NAME] [--json]
+
+Fits a config under several policies and seeds, one run after another on one device, and prints what they come to:
+mean and standard error on the validation and the test set after the last epoch, and the difference to the best of the
+fixed rates. That one is chosen by the validation set; the test set is measured once a run, at its end.
+
+  --policies LIST    with commas between them (default: lipschitz,sgd:0.03,sgd:0.1,sgd:0.3,adamw:0.001,adamw:0.003):
+      lipschitz        the config as it is, with LipschitzLR
+      lipschitz-adamw  the config with AdamW and LipschitzLR
+      paper            the papers' literal policy: plain SGD at 1/L with bound=paper, no scheduler
+      sgd:RATE         SGD with momentum 0.9 at a fixed rate; adamw:RATE likewise with AdamW
+      config:RATE      the config's own optimizer at a fixed rate
+                     All but the paper's keep the config's scheduler, which multiplies the rate. SGD and AdamW take the
+                     config's weight decay if the config's optimizer is AdamW or not as they are, else torch's default.
+  --seeds N          runs of each policy, with the config's seed_everything and the numbers after it (default: 1)
+  --output FILE.csv  a line a run (default: ./compare.csv); a run that stands there is not repeated
+  --metric NAME      what to compare, val_NAME and test_NAME (default: acc, or else loss)
+  --json             print all as JSON
+  all others         as for fit: lit-lipschitz fit --help
+
+Checkpoints and curves are written only with --trainer.enable_checkpointing true and --trainer.logger true.
+
+example: lit-lipschitz compare --config digits.yaml --policies lipschitz,sgd:0.03,sgd:0.1,sgd:0.3 --seeds 3
+"""
+COMMANDS = ("fit", "validate", "test", "predict", "configs", "report", "explain", "compare")
 """What the first argument can be."""
 
 
@@ -80,6 +107,9 @@ def main() -> int:
         if arguments[0] == "explain" and {"-h", "--help"} & set(arguments):
             print(EXPLAIN_HELP, end="")
             return 0
+        if arguments[0] == "compare" and {"-h", "--help"} & set(arguments):
+            print(COMPARE_HELP, end="")
+            return 0
         check_command(arguments[0])
         # ddp starts the other ranks with sys.argv, so the paths go in there.
         sys.argv[1:] = resolve_configs(arguments)
@@ -90,6 +120,10 @@ def main() -> int:
             from lit_lipschitz.cli.explain import explain
 
             return explain(sys.argv[2:])
+        if arguments[0] == "compare":
+            from lit_lipschitz.cli.compare import compare
+
+            return compare(sys.argv[2:])
         from lit_lipschitz.cli.command import run
 
         return run()
