@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
+from lit_lipschitz.cli.checkpoints import CheckpointOnSignal, WholeCheckpoints
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
 from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary, hyperparameters
@@ -118,6 +120,9 @@ class Command(LightningCLI):
                     "trainer.accelerator or trainer.devices"
                 )
             raise ConfigurationError(f"trainer: {cause}; {hint}") from error
+        # Some strategies write checkpoints in pieces, by means of their own.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self._get(self.config, "fixed_rate"):
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LipschitzLR)]
@@ -125,6 +130,7 @@ class Command(LightningCLI):
             callbacks.append(LipschitzAudit(every))
         if self.config["subcommand"] == "fit":
             callbacks.append(TensorBoardSummary(hyperparameters(self.config["fit"].as_dict())))
+            callbacks.append(CheckpointOnSignal())
         return trainer
 
     def after_instantiate_classes(self) -> None:

@@ -314,6 +314,11 @@ class LipschitzLR(Callback):
             controller.probes.arm("off")
             controller.end_batch(trainer, pl_module, batch_idx)
 
+    def share(self, trainer: Trainer) -> None:
+        """Has all ranks hold the same values, for a checkpoint after a step; all of them must call it then."""
+        for controller in self._controllers.values():
+            controller.share(trainer)
+
     # -- log and checkpoint ------------------------------------------------------------------------------------------
 
     def _log(self, pl_module: LightningModule, position: int) -> None:

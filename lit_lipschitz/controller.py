@@ -433,6 +433,11 @@ class Controller:
         elif trainer.world_size > 1 and _may_be_saved(trainer, batch_idx):
             self._reduce(trainer)
 
+    def share(self, trainer: Trainer) -> None:
+        """Has all ranks hold the same running maximum, for a checkpoint between two updates."""
+        if trainer.world_size > 1 and self.probes.chosen is not None and self.options.measure == "running":
+            self._reduce(trainer)
+
     def _epoch_over(self, trainer: Trainer) -> bool:
         # Where the last batch can't be known or the rest of an epoch is skipped, the next epoch's first step ends it.
         return trainer.is_last_batch or trainer.current_epoch > self._epoch
