@@ -103,6 +103,17 @@ class CheckpointOnSignal(L.Callback):
             signal.signal(number, handler)
         self._before = {}
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts an epoch that Lightning has not counted."""
+        # After a checkpoint of an epoch's last batch it does not, and takes the next checkpoint in mid-epoch for one of
+        # an epoch's end.
+        progress = trainer.fit_loop.epoch_progress
+        if progress.current.ready == progress.current.processed:
+            progress.increment_ready()
+            progress.increment_started()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

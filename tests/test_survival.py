@@ -34,6 +34,17 @@ class Send(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Die(L.Callback):
+    """Ends the run without a word before an optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            raise OSError(5, "dead")
+
+
 @pytest.fixture(autouse=True)
 def _signals():
     """Lightning leaves SIGINT ignored after an interrupt; a shell in the background has it ignored before."""
@@ -100,6 +111,18 @@ def test_a_signal_in_the_last_validation_saves_the_end_of_the_run(lit):  # noqa:
     assert found == 143
     assert last(".")["global_step"] == 120
     assert "SIGTERM after step 120: saved " in err
+
+
+def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(lit):  # noqa: F811
+    lit(*FIT, "--trainer.default_root_dir", "whole")
+    # A checkpoint of an epoch's last step, one in the middle of the next epoch, and one of its last step.
+    arguments = (*FIT, "--checkpoint.every_n_train_steps", "8", "--trainer.default_root_dir", "parts")
+    for step, saved, more in ((43, 40, ()), (51, 48, ("--ckpt_path", "last")), (85, 80, ("--ckpt_path", "last"))):
+        die = ("--trainer.callbacks+", "test_survival.Die", "--trainer.callbacks.step", str(step))
+        assert lit(*arguments, *die, *more)[0] == 1
+        assert last("parts")["global_step"] == saved
+    assert lit(*arguments, "--ckpt_path", "last")[0] == 0
+    assert same(last("whole"), last("parts"))
 
 
 # -- checkpoints that can't be written, or read ------------------------------------------------------------------------
