@@ -16,6 +16,7 @@ from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
+from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
 
@@ -90,6 +91,7 @@ class Controller:
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
         device = trainer.strategy.root_device
+        self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         self.probes = Probes(
             module,
@@ -453,6 +455,8 @@ class Controller:
                 f"the training batches, and the head {self.probes.chosen.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
+        if self.check_losses(trainer) and self._decision is not None:
+            return
         outcome = self.policy.decide(
             measured,
             loss=self._loss,
@@ -492,8 +496,11 @@ class Controller:
         direction = statistic.direction
         if trainer.global_rank > 0:
             direction = torch.full_like(direction, -math.inf)
-        reduced = trainer.strategy.reduce(torch.cat([weights, values, direction]), reduce_op="max")
+        slots = self.watch.slots()
+        reduced = trainer.strategy.reduce(torch.cat([weights, values, direction, slots]), reduce_op="max")
         assert isinstance(reduced, Tensor)
+        reduced, agreed = reduced[: -len(slots)], reduced[-len(slots) :]
+        self.watch.take(agreed)
         size = len(statistic.values)
         shared = reduced[1 : 1 + size]
         for i in (0, 1, 3, 4):  # how many batches were left out stays each rank's own
@@ -521,6 +528,20 @@ class Controller:
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
         )
+
+    def check_losses(self, trainer: Trainer) -> bool:
+        """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
+        found = self.watch.read()
+        self.watch.reset(trainer.global_step)
+        if found is None:
+            return False
+        message = describe(*found, self._decision.lr if self._decision else None)
+        if self.options.on_nonfinite == "raise":
+            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
+        if not self.watch.reported:
+            rank_zero_warn(f"LipschitzLR: {message}{', which is kept' if self._decision else ''}")
+            self.watch.reported = True
+        return True
 
     def _report(self, measured: Measurement, usable: bool) -> None:
         """Says once, or raises, what was not finite."""
