@@ -13,8 +13,9 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import ActionYesNo
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,12 +23,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.checkpoints import CheckpointOnSignal, WholeCheckpoints
+from lit_lipschitz.cli.epochs import EpochLines, Mode, RateBar
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
-from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary, hyperparameters
+from lit_lipschitz.cli.reporting import PredictionFile, TensorBoardSummary, hyperparameters
 from lit_lipschitz.data import ImageDataModule
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.module import ImageClassifier
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -65,6 +69,7 @@ class Command(LightningCLI):
     """LightningCLI with the callback under ``lipschitz``, checkpoints under ``checkpoint``, and a test after fit."""
 
     running = False
+    lines: EpochLines
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what the command has beyond LightningCLI."""
@@ -83,6 +88,12 @@ class Command(LightningCLI):
         parser.add_argument(
             "--audit", type=int, default=0, help="Audit the gradients every so many optimizer steps of fit; 0 is off."
         )
+        modes = {
+            "quiet": "Show warnings, errors and the final result alone.",
+            "json_lines": "Print a JSON object an epoch and one at the end of fit on stdout, and nothing else there.",
+        }
+        for name, meaning in modes.items():
+            parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=meaning)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, finds the checkpoint, and makes sure that it is one before anybody opens it."""
@@ -90,6 +101,7 @@ class Command(LightningCLI):
         config = self.config[self.config["subcommand"]]
         if config["audit"] < 0:
             raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
+        self.lines = EpochLines(_mode(config))
         path = config.get("ckpt_path")
         if path == "last":
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
@@ -109,6 +121,7 @@ class Command(LightningCLI):
         Raises:
             ConfigurationError: It can't be had as configured, on this machine.
         """
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": self._output()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -133,6 +146,17 @@ class Command(LightningCLI):
             callbacks.append(CheckpointOnSignal())
         return trainer
 
+    def _output(self) -> list[L.Callback]:
+        """What prints and writes, as the options have it; messages go to stderr."""
+        config = self._get(self.config_init, "trainer")
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        output: list[L.Callback] = [self.lines, PredictionFile()]
+        if config.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in given):
+            output.append(RateBar())
+        if config.enable_model_summary is not False and not any(isinstance(one, ModelSummary) for one in given):
+            output.append(ModelSummary())
+        return output
+
     def after_instantiate_classes(self) -> None:
         """Makes sure that network and data fit; what fails from here on fails at run time."""
         if isinstance(self.model, ImageClassifier) and isinstance(self.datamodule, ImageDataModule):
@@ -140,16 +164,33 @@ class Command(LightningCLI):
         self.running = True
 
     def after_fit(self) -> None:
-        """Tests the final weights on the test set."""
+        """Prints the table of the epochs, and tests the final weights on the test set."""
+        if self.trainer.is_global_zero:
+            self.lines.print_table()
         wanted = self._get(self.config, "test_after_fit") and not self.trainer.interrupted
         loaders = any(is_overridden("test_dataloader", source) for source in (self.model, self.datamodule))
-        possible = loaders and is_overridden("test_step", self.model)
-        if not (wanted and possible):
-            return
-        results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        results: dict[str, float] = {}
+        if wanted and loaders and is_overridden("test_step", self.model):
+            for found in self.trainer.test(self.model, datamodule=self.datamodule, verbose=False):
+                results.update(found)
         if self.trainer.is_global_zero:
-            for result in results:
-                print("  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
+            self.lines.print_result(self.trainer, results)
+
+
+def _mode(config: Any) -> Mode:
+    """How much a command prints; has Lightning print no more than that."""
+    if config["quiet"] and config["json_lines"]:
+        raise ConfigurationError("--quiet and --json_lines: expected one of them")
+    if not (config["quiet"] or config["json_lines"]):
+        return "lines"
+    config.trainer.enable_progress_bar = False
+    if config.trainer.enable_model_summary is None:
+        config.trainer.enable_model_summary = False
+    if config["json_lines"]:
+        return "json"
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return "quiet"
 
 
 def _newest_checkpoint(root: Path) -> Path:
@@ -188,6 +229,7 @@ def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> in
     # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
     command = kind.__new__(kind)
     started = time.time()
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     try:
         command.__init__(  # type: ignore[misc]
             model_class=L.LightningModule,
@@ -198,7 +240,7 @@ def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> in
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [EpochLines(), PredictionFile()],
+                "callbacks": [],
                 "enable_progress_bar": sys.stderr.isatty(),
             },
             auto_configure_optimizers=False,
@@ -221,6 +263,9 @@ def run(kind: type[Command] = Command, arguments: list[str] | None = None) -> in
             return fail(line, code)
         # Every rank finds the same mistake in the configuration; at run time this one may be alone.
         return code if code == 2 else fail(f"[rank {rank}] {line}", code)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     return 0
 
 
@@ -282,6 +327,15 @@ def _quieten() -> None:
     # Lightning advertises and lists what is absent; errors of one line are to be seen.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(
-            lambda record: not record.getMessage().startswith(("💡", "TPU available: False", "GPU available: False"))
+            lambda record: (
+                not record.getMessage().startswith(
+                    (
+                        "💡",
+                        "TPU available: False",
+                        "GPU available: False",
+                        "Trainer already configured with model summary",
+                    )
+                )
+            )
         )
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
