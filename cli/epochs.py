@@ -36,6 +36,11 @@ class RateBar(RichProgressBar):
         self._loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Epochs count from 1, as in the lines."""
+        epochs = self.trainer.max_epochs
+        return f"epoch {current_epoch + 1}{f'/{epochs}' if (epochs or -1) > 0 else ''} "
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The values as text; read from the device five times a second at most."""
         now = time.monotonic()
@@ -44,8 +49,11 @@ class RateBar(RichProgressBar):
         self._when = now
         found = super().get_metrics(trainer, pl_module)
         found.pop("v_num", None)
-        # First what there is no room to leave out.
-        values = {"rate": found.pop("lipschitz/lr", None), "loss": self._loss, **found}
+        ours = _callback(trainer)
+        if ours is not None:
+            found = {name: value for name, value in found.items() if not name.startswith("lipschitz/")}
+        rates = {} if ours is None else {"rate": ours.rate, "lr": ours.lr}
+        values = {**rates, "loss": self._loss, **found}
         self._shown = {name: _text(name, float(value)) for name, value in values.items() if _is_number(value)}
         return self._shown
 
