@@ -110,7 +110,7 @@ class CheckpointOnSignal(L.Callback):
         # After a checkpoint of an epoch's last batch it does not, and takes the next checkpoint in mid-epoch for one of
         # an epoch's end.
         progress = trainer.fit_loop.epoch_progress
-        if progress.current.ready == progress.current.processed:
+        if progress.current.ready == progress.current.processed:  # type: ignore[attr-defined]
             progress.increment_ready()
             progress.increment_started()
 
