@@ -14,19 +14,25 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse import ActionYesNo
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
+from lit_lipschitz.cli.checkpoints import CheckpointOnSignal, WholeCheckpoints
+from lit_lipschitz.cli.epochs import EpochLines, Mode, RateBar
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.cli.messages import condense
-from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary, hyperparameters
+from lit_lipschitz.cli.reporting import PredictionFile, TensorBoardSummary, hyperparameters
 from lit_lipschitz.data import ImageDataModule
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.module import ImageClassifier
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -64,6 +70,7 @@ class Command(LightningCLI):
     """LightningCLI with the callback under ``lipschitz``, checkpoints under ``checkpoint``, and a test after fit."""
 
     running = False
+    lines: EpochLines
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what the command has beyond LightningCLI."""
@@ -82,6 +89,12 @@ class Command(LightningCLI):
         parser.add_argument(
             "--audit", type=int, default=0, help="Audit the gradients every so many optimizer steps of fit; 0 is off."
         )
+        modes = {
+            "quiet": "Show warnings, errors and the final result alone.",
+            "json_lines": "Print a JSON object an epoch and one at the end of fit on stdout, and nothing else there.",
+        }
+        for name, meaning in modes.items():
+            parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=False, help=meaning)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, finds the checkpoint, and makes sure that it is one before anybody opens it."""
@@ -89,6 +102,7 @@ class Command(LightningCLI):
         config = self.config[self.config["subcommand"]]
         if config["audit"] < 0:
             raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
+        self.lines = EpochLines(_mode(config))
         path = config.get("ckpt_path")
         if path == "last":
             config["ckpt_path"] = path = str(_newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
@@ -108,6 +122,7 @@ class Command(LightningCLI):
         Raises:
             ConfigurationError: It can't be had as configured, on this machine.
         """
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": self._output()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -119,6 +134,9 @@ class Command(LightningCLI):
                     "trainer.accelerator or trainer.devices"
                 )
             raise ConfigurationError(f"trainer: {cause}; {hint}") from error
+        # Some strategies write checkpoints in pieces, by means of their own.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self._get(self.config, "fixed_rate"):
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LipschitzLR)]
@@ -126,7 +144,19 @@ class Command(LightningCLI):
             callbacks.append(LipschitzAudit(every))
         if self.config["subcommand"] == "fit":
             callbacks.append(TensorBoardSummary(hyperparameters(self.config["fit"].as_dict())))
+            callbacks.append(CheckpointOnSignal())
         return trainer
+
+    def _output(self) -> list[L.Callback]:
+        """What prints and writes, as the options have it; messages go to stderr."""
+        config = self._get(self.config_init, "trainer")
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        output: list[L.Callback] = [self.lines, PredictionFile()]
+        if config.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in given):
+            output.append(RateBar())
+        if config.enable_model_summary is not False and not any(isinstance(one, ModelSummary) for one in given):
+            output.append(ModelSummary())
+        return output
 
     def after_instantiate_classes(self) -> None:
         """Makes sure that network and data fit; what fails from here on fails at run time."""
@@ -135,16 +165,33 @@ class Command(LightningCLI):
         self.running = True
 
     def after_fit(self) -> None:
-        """Tests the final weights on the test set."""
+        """Prints the table of the epochs, and tests the final weights on the test set."""
+        if self.trainer.is_global_zero:
+            self.lines.print_table()
         wanted = self._get(self.config, "test_after_fit") and not self.trainer.interrupted
         loaders = any(is_overridden("test_dataloader", source) for source in (self.model, self.datamodule))
-        possible = loaders and is_overridden("test_step", self.model)
-        if not (wanted and possible):
-            return
-        results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        results: dict[str, float] = {}
+        if wanted and loaders and is_overridden("test_step", self.model):
+            for found in self.trainer.test(self.model, datamodule=self.datamodule, verbose=False):
+                results.update(found)
         if self.trainer.is_global_zero:
-            for result in results:
-                print("  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
+            self.lines.print_result(self.trainer, results)
+
+
+def _mode(config: Any) -> Mode:
+    """How much a command prints; has Lightning print no more than that."""
+    if config["quiet"] and config["json_lines"]:
+        raise ConfigurationError("--quiet and --json_lines: expected one of them")
+    if not (config["quiet"] or config["json_lines"]):
+        return "lines"
+    config.trainer.enable_progress_bar = False
+    if config.trainer.enable_model_summary is None:
+        config.trainer.enable_model_summary = False
+    if config["json_lines"]:
+        return "json"
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return "quiet"
 
 
 def _newest_checkpoint(root: Path) -> Path:
@@ -194,6 +241,7 @@ def run(
     # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
     command = kind.__new__(kind)
     started = time.time()
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     try:
         command.__init__(  # type: ignore[misc]
             model_class=L.LightningModule,
@@ -204,7 +252,7 @@ def run(
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [EpochLines(), PredictionFile()],
+                "callbacks": [],
                 "enable_progress_bar": sys.stderr.isatty(),
             },
             auto_configure_optimizers=False,
@@ -227,6 +275,9 @@ def run(
             return report(line, code)
         # Every rank finds the same mistake in the configuration; at run time this one may be alone.
         return code if code == 2 else fail(f"[rank {rank}] {line}", code)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     return 0
 
 
@@ -288,6 +339,15 @@ def _quieten() -> None:
     # Lightning advertises and lists what is absent; errors of one line are to be seen.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(
-            lambda record: not record.getMessage().startswith(("💡", "TPU available: False", "GPU available: False"))
+            lambda record: (
+                not record.getMessage().startswith(
+                    (
+                        "💡",
+                        "TPU available: False",
+                        "GPU available: False",
+                        "Trainer already configured with model summary",
+                    )
+                )
+            )
         )
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

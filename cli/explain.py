@@ -15,9 +15,10 @@ from lit_lipschitz import inspection, rules
 from lit_lipschitz.audit import LipschitzAudit
 from lit_lipschitz.callback import LipschitzLR
 from lit_lipschitz.cli.command import Command, run
+from lit_lipschitz.cli.epochs import EpochLines
 from lit_lipschitz.cli.explanation import text
 from lit_lipschitz.cli.main import fail
-from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary
+from lit_lipschitz.cli.reporting import PredictionFile, TensorBoardSummary
 from lit_lipschitz.constants import Bound
 from lit_lipschitz.controller import Controller
 from lit_lipschitz.errors import ConfigurationError

@@ -33,6 +33,8 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
   --audit N                   every N steps, compare each layer's gradient with the Lipschitz constant
   --fixed_rate true           train at the optimizer's own rate: a baseline
   --ckpt_path PATH            resume or evaluate a checkpoint; "last" is the newest run's
+  --quiet                     show warnings, errors and the final result alone
+  --json_lines                print a JSON object an epoch and one at the end, and nothing else on stdout
   --print_config              print the whole configuration and exit
   --version                   print the version and exit
 

@@ -17,6 +17,7 @@ from lit_lipschitz.decision import Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.inference import inference_pass
 from lit_lipschitz.losses import LOSSES
+from lit_lipschitz.spikes import LossWatch
 
 
 class LipschitzLR(Callback):
@@ -64,8 +65,11 @@ class LipschitzLR(Callback):
             Manual optimization needs it.
         dry_run: Measure, compute and log, but write nothing: training is what it is without the callback.
         restore: Go on from a checkpoint's state; False measures anew.
-        on_nonfinite: What to do when activations or the constant are not finite or the constant is 0: ``"keep"`` the
-            last rate and warn once, or ``"raise"``.
+        on_nonfinite: What to do when the loss, activations or the constant are not finite or the constant is 0:
+            ``"keep"`` the last rate and warn once, or ``"raise"``. A step is not held up for it: all ranks notice
+            together at the next update, at the latest at the end of the epoch, when the parameters have moved since;
+            one process on the CPU notices a loss before the parameters move. The message names the step, the ranks and
+            the last rate.
         schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
             linearly over the first tenth of the run and falls linearly to 0
             (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. ``"none"``: it does
@@ -157,6 +161,7 @@ class LipschitzLR(Callback):
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
         self.optimizers, self.restore = positions, restore
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
+        self._watch: LossWatch | None = None
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # what a checkpoint brings for them, until they are there
 
@@ -234,6 +239,10 @@ class LipschitzLR(Callback):
             i: Controller(self.policy, self.options, trainer, pl_module, i, self._stored.get(i, {}))
             for i in self._positions(trainer, pl_module)
         }
+        device = trainer.strategy.root_device
+        self._watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
+        for controller in self._controllers.values():
+            controller.watch = self._watch
 
     def _positions(self, trainer: Trainer, module: LightningModule) -> list[int]:
         count = len(trainer.optimizers)
@@ -301,6 +310,8 @@ class LipschitzLR(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """On the first step, finds out what the loss is and takes the head from its graph; ends a measurement."""
+        assert self._watch is not None
+        self._watch.see(loss, trainer.global_step)
         for controller in self._controllers.values():
             controller.take_loss(trainer, loss)
             # What a backward runs again (activation checkpointing) has been measured; by hand, more may come after it.
@@ -309,8 +320,12 @@ class LipschitzLR(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decides where an update is due, and writes the rate before the parameters move."""
+        # One process on the CPU has nothing to wait for.
+        soon = self.options.on_nonfinite == "raise" and trainer.world_size == 1
         for position, controller in self._controllers.items():
             if controller.optimizer is optimizer:
+                if soon and trainer.strategy.root_device.type == "cpu":
+                    controller.check_losses(trainer)
                 changed = controller.step(trainer, pl_module)
                 if changed or (trainer.global_step + 1) % _logging_interval(trainer) == 0:
                     self._log(pl_module, position)
@@ -322,6 +337,11 @@ class LipschitzLR(Callback):
         for controller in self._controllers.values():
             controller.probes.arm("off")
             controller.end_batch(trainer, pl_module, batch_idx)
+
+    def share(self, trainer: Trainer) -> None:
+        """Has all ranks hold the same values, for a checkpoint after a step; all of them must call it then."""
+        for controller in self._controllers.values():
+            controller.share(trainer)
 
     # -- log and checkpoint ------------------------------------------------------------------------------------------
 
@@ -340,7 +360,10 @@ class LipschitzLR(Callback):
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives every logger a point for the epoch's last step, however short the epoch."""
+        """Gives every logger a point for the epoch's last step, however short the epoch; looks at its last losses."""
+        if self._first and self._watch and self._watch.first != trainer.global_step:
+            self._watch.take(trainer.strategy.reduce(self._watch.slots(), reduce_op="max"))
+            self._first.check_losses(trainer)
         if trainer.global_step % _logging_interval(trainer) == 0:
             return
         for position, controller in self._controllers.items():

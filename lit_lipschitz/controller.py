@@ -19,6 +19,7 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
 from lit_lipschitz.schedules import linear_warmup_decay
+from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
 
@@ -105,6 +106,7 @@ class Controller:
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
         device = trainer.strategy.root_device
+        self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         self.probes = Probes(
             module,
@@ -493,6 +495,11 @@ class Controller:
         elif trainer.world_size > 1 and _may_be_saved(trainer, batch_idx):
             self._reduce(trainer)
 
+    def share(self, trainer: Trainer) -> None:
+        """Has all ranks hold the same running maximum, for a checkpoint between two updates."""
+        if trainer.world_size > 1 and self.probes.chosen is not None and self.options.measure == "running":
+            self._reduce(trainer)
+
     def _epoch_over(self, trainer: Trainer) -> bool:
         # Where the last batch can't be known or the rest of an epoch is skipped, the next epoch's first step ends it.
         return trainer.is_last_batch or trainer.current_epoch > self._epoch
@@ -507,6 +514,8 @@ class Controller:
                 f"the training batches, and the head {self.probes.chosen.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
+        if self.check_losses(trainer) and self._decision is not None:
+            return
         self._settle(measured, keep=interval_over if self._scale is None else read)
 
     def _settle(self, measured: Measurement, keep: bool) -> None:
@@ -554,8 +563,11 @@ class Controller:
         direction = statistic.direction
         if trainer.global_rank > 0:
             direction = torch.full_like(direction, -math.inf)
-        reduced = trainer.strategy.reduce(torch.cat([weights, values, direction]), reduce_op="max")
+        slots = self.watch.slots()
+        reduced = trainer.strategy.reduce(torch.cat([weights, values, direction, slots]), reduce_op="max")
         assert isinstance(reduced, Tensor)
+        reduced, agreed = reduced[: -len(slots)], reduced[-len(slots) :]
+        self.watch.take(agreed)
         size = len(statistic.values)
         shared = reduced[1 : 1 + size]
         for i in (0, 1, 3, 4):  # how many batches were left out stays each rank's own
@@ -584,6 +596,20 @@ class Controller:
             output_norm=outputs,
             scale=1.0 if self._scale is None else self._scale.value,
         )
+
+    def check_losses(self, trainer: Trainer) -> bool:
+        """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
+        found = self.watch.read()
+        self.watch.reset(trainer.global_step)
+        if found is None:
+            return False
+        message = describe(*found, self._decision.lr if self._decision else None)
+        if self.options.on_nonfinite == "raise":
+            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
+        if not self.watch.reported:
+            rank_zero_warn(f"LipschitzLR: {message}{', which is kept' if self._decision else ''}")
+            self.watch.reported = True
+        return True
 
     def _report(self, measured: Measurement, usable: bool) -> None:
         """Says once, or raises, what was not finite."""

@@ -304,9 +304,9 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
             Path(f"reductions{trainer.global_rank}").write_text(repr(self.reductions))
 
     two_ranks(LipschitzLR(), model(), 8, Count(), max_epochs=3)
-    # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; six numbers each.
+    # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; six numbers, and one a rank.
     for rank in range(2):
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6]
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2]
         assert len(reductions) == 4 + 2
 
 

@@ -1,5 +1,6 @@
 """docs/errors.md shows what each mistake prints; each message is made here, and must stand there word for word."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -186,6 +187,9 @@ MISTAKES = {
     "A pass and an interval": lambda: LipschitzLR(measure="pass", update=10),
     "A checkpoint of other settings": lambda: checkpointed({"bound": "smooth"}, {}),
     "A checkpoint of another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
+    "A loss that is not finite": lambda: fit(
+        LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
+    ),
     "Activations of zero": lambda: fit(LipschitzLR(on_nonfinite="raise"), module=dead()),
 }
 

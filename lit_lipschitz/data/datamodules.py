@@ -78,6 +78,8 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         self._val: Pixels | None = None
         self._test: Pixels | None = None
         self._center: Tensor | None = None  # the mean training image, in [0, 1]
+        self._training: DeviceLoader | None = None
+        self._position: dict[str, int] | None = None  # of a checkpoint, for the next loader
 
     @abc.abstractmethod
     def load(self, train: bool) -> Pixels:
@@ -118,7 +120,23 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
     def train_dataloader(self) -> DeviceLoader:
         """Shuffled, augmented batches of the training set."""
         assert self._train is not None
-        return self._loader(self._train, shuffle=True)
+        self._training = self._loader(self._train, shuffle=True)
+        if self._position is not None:
+            self._training.load_state_dict(self._position)
+            self._position = None
+        return self._training
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training stands in its epoch.
+
+        Lightning saves the loader's state as well, and does not give it back where a scheduler's length has asked for
+        the number of batches before the checkpoint was loaded.
+        """
+        return self._training.state_dict() if self._training is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Has the next training loader go on where the state was taken."""
+        self._position = dict(state_dict) or None
 
     def lipschitz_dataloader(self) -> DeviceLoader:
         """Batches of the training set in its order, not augmented, for ``LipschitzLR(measure="pass")``."""

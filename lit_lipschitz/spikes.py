@@ -1,0 +1,92 @@
+"""Watches for losses that are not finite, without waiting for the device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class LossWatch:
+    """Keeps on the device whether a loss was not finite, and in which optimizer step the first one was.
+
+    The ranks agree by a MAX of :meth:`slots`, one number a rank, that rides in a reduction which is made anyway.
+
+    Args:
+        rank: Index of this process.
+        world_size: Number of processes.
+        step: The optimizer step that comes next, the same on all ranks.
+        device: Where the losses are.
+
+    Attributes:
+        reported: Whether a loss that was not finite has been told of.
+    """
+
+    def __init__(self, rank: int, world_size: int, step: int, device: torch.device | None = None) -> None:
+        self._rank, self._world_size = rank, world_size
+        self.reported = False
+        self._sum = torch.zeros((), device=device)  # 0 until a loss is not finite, then not-a-number
+        self._passed = torch.zeros((), device=device)  # steps from the first one until then
+        self._agreed: Tensor | None = None
+        self.reset(step)
+
+    def reset(self, step: int) -> None:
+        """Forgets what was seen before a step; all ranks do so in the same one."""
+        self._first = self._current = step
+        self._sum.zero_()
+        self._passed.zero_()
+        self._agreed = None
+
+    @property
+    def first(self) -> int:
+        """The first step that is watched since the last :meth:`reset`."""
+        return self._first
+
+    @torch.no_grad()
+    def see(self, loss: Tensor, step: int) -> None:
+        """Takes in a loss of an optimizer step, in two or three operations on scalars.
+
+        Args:
+            loss: The loss that goes backward; shape ().
+            step: Optimizer steps before this one.
+        """
+        if step != self._current:
+            self._passed.add_(self._sum == 0, alpha=step - self._current)
+            self._current = step
+        loss = loss.detach().to(self._sum.device)
+        # 0 times what is not finite is not-a-number, and stays so.
+        self._sum.add_(loss if loss.ndim == 0 else loss.sum(), alpha=0)
+
+    @torch.no_grad()
+    def slots(self) -> Tensor:
+        """For each rank minus the steps before its first loss that is not finite, or -inf; this rank knows its own."""
+        slots = torch.full((self._world_size,), -math.inf, device=self._sum.device)
+        slots[self._rank] = torch.where(self._sum == 0, -math.inf, -self._passed)
+        return slots
+
+    def take(self, agreed: Tensor) -> None:
+        """Keeps the MAX of all ranks' :meth:`slots` until it is read."""
+        self._agreed = agreed
+
+    def read(self) -> tuple[int, list[int]] | None:
+        """The first step with a loss that was not finite and the ranks that had one in it, or None.
+
+        This waits for the device.
+        """
+        slots = (self.slots() if self._agreed is None else self._agreed).tolist()
+        most = max(slots)
+        if most == -math.inf:
+            return None
+        return self._first - int(most), [rank for rank, slot in enumerate(slots) if slot == most]
+
+
+def describe(step: int, ranks: list[int], rate: float | None) -> str:
+    """What is said of a loss that was not finite.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        ranks: Ranks that had it.
+        rate: The last rate, or None before the first one.
+    """
+    where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    last = "no rate was computed yet" if rate is None else f"the last rate was {rate:.4g}"
+    return f"a non-finite loss in step {step} on {where}; {last}"
