@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, Learning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.cli.command import Command, OneLineParser, run
+from lit_lipschitz.cli.epochs import EpochLines
 from lit_lipschitz.cli.exchange import ExchangeOptimizer
 from lit_lipschitz.cli.ledger import Row, finite
 from lit_lipschitz.cli.measuring import FixedRate, Recorder, no_validation
 from lit_lipschitz.cli.policies import Policy, needs_exchange
-from lit_lipschitz.cli.reporting import EpochLines, PredictionFile, TensorBoardSummary
+from lit_lipschitz.cli.reporting import PredictionFile, TensorBoardSummary
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 _PRINTERS = (EpochLines, PredictionFile, ModelSummary, ProgressBar)

@@ -287,9 +287,14 @@ RULE_OF_OPTIMIZER: dict[str, RuleName] = {
     "Adamax": "adamax",
 }
 """The paper's rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""
-GRAFTED_RULES: dict[str, RuleName] = dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"), "grafted")
-"""The rule of optimizers that rescale the gradient, where the constant is a bound; their directions are known in
-:mod:`lit_lipschitz.directions`."""
+GRAFTED = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop")
+"""Optimizers that rescale the gradient, whose directions are known in :mod:`lit_lipschitz.directions`."""
+RULE_OF_A_BOUND: dict[str, RuleName] = {
+    "SGD": "inverse",
+    "ZeroStartSGD": "inverse",
+    **dict.fromkeys(GRAFTED, "grafted"),  # type: ignore[dict-item]
+}
+"""The rule of each optimizer where the constant is a bound, strict or smooth."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
@@ -326,11 +331,9 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
         ValueError: No rule is known for the optimizer and the family.
     """
     forced = f"rule= with one of {', '.join(map(repr, RULES))} would force one"
-    known: dict[str, RuleName] = (
-        RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", "ZeroStartSGD": "inverse"} | GRAFTED_RULES
-    )
+    known = RULE_OF_OPTIMIZER if bound == "paper" else RULE_OF_A_BOUND
     if optimizer not in known:
-        beside = f" with bound={bound!r}" if optimizer in GRAFTED_RULES else ""
+        beside = f" with bound={bound!r}" if optimizer in GRAFTED else ""
         raise ValueError(
             f"no learning-rate rule is known for the optimizer {optimizer}{beside}; known: {', '.join(known)}; {forced}"
         )

@@ -296,7 +296,7 @@ def test_every_optimizer_of_torch_has_a_documented_rule_or_is_refused_by_name():
         options = {"lr": 0.1} if kind is torch.optim.SGD else {}
         settings = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).param_groups[0]
         for bound in ("paper", "strict", "smooth"):
-            known = rules.RULE_OF_OPTIMIZER if bound == "paper" else {"SGD": "inverse", **rules.GRAFTED_RULES}
+            known = rules.RULE_OF_OPTIMIZER if bound == "paper" else rules.RULE_OF_A_BOUND
             rule = known.get(kind.__name__)
             if rule is None:
                 with pytest.raises(ValueError, match=f"the optimizer {kind.__name__}( with|;)"):
