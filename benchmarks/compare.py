@@ -326,8 +326,8 @@ def _cost(task: Task, values: list[float]) -> float:
 
 
 def _mean_and_error(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.4g}"
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return f"{statistics.mean(values):.4g}"
     return f"{statistics.mean(values):.4g} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
 
 

@@ -1,0 +1,200 @@
+"""What else the rate could have been: the variants that were tried before the defaults were chosen, by validation.
+
+    python benchmarks/variants.py --variants "adamw: mean of readings" --tasks digits_mlp [--seeds 0,1,2]
+    python benchmarks/variants.py                      # the table of results/variants.jsonl
+
+Each is LipschitzLR's own constant (a dry run) times what the variant makes of it, with the same warm-up and decay. The
+table is of the validation part.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from compare import Recipe, _adamw, _mean_and_error, _quiet, _sgd, read, run
+from sensitivity import VARIANTS as MNIST_MLP
+from tasks import TASKS
+
+from lit_lipschitz import LipschitzLR
+from lit_lipschitz.directions import lengths
+
+RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
+ROOT = math.sqrt(10)  # 1 / sqrt(1 - 0.9)
+ALL = {**TASKS, "mnist_mlp": MNIST_MLP["middle"], "mnist_mlp, batch 512": MNIST_MLP["batch 512"]}
+
+
+class Variant(L.Callback):
+    """Writes the rate of a variant, after LipschitzLR has computed its own."""
+
+    def __init__(self, ours: LipschitzLR) -> None:
+        self.ours, self.steps, self.memory = ours, 0, dict[str, float]()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Writes it, times the scheduler's factor."""
+        self.steps += 1
+        factor = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+        assert self.ours.rate is not None
+        rate = self.rate(self.ours.rate, optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The variant's rate from 1/L."""
+        raise NotImplementedError
+
+    def mean(self, name: str, value: float) -> float:
+        """The mean of a value over the calls so far."""
+        count = self.memory[f"{name} count"] = self.memory.get(f"{name} count", 0) + 1
+        mean = self.memory.get(name, 0.0)
+        self.memory[name] = mean + (value - mean) / count
+        return self.memory[name]
+
+
+class Times(Variant):
+    """SGD at a number times 1/L."""
+
+    def __init__(self, ours: LipschitzLR, number: float) -> None:
+        super().__init__(ours)
+        self.number = number
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The product."""
+        return self.number * inverse
+
+
+class MeanOfInverses(Variant):
+    """SGD at the mean of 1/L over all steps so far."""
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The mean."""
+        return self.mean("inverse", inverse)
+
+
+class Grafted(Variant):
+    """Adam's direction, SGD's length; how readings of the lengths become a rate is the variant."""
+
+    every = 16
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The rate after the last reading."""
+        if self.steps % self.every == 0 or self.steps & (self.steps - 1) == 0:
+            gradient, step = lengths(optimizer).tolist()
+            self.memory["rate"] = self.read(gradient / step, inverse)
+        return ROOT * self.memory["rate"] * self.again(inverse)
+
+    def again(self, inverse: float) -> float:
+        """What is multiplied anew in each step."""
+        return inverse
+
+    def read(self, scale: float, inverse: float) -> float:
+        """Takes a reading in."""
+        recent = self.memory.get("recent")
+        self.memory["recent"] = scale if recent is None else math.sqrt(recent * scale)
+        return self.memory["recent"]
+
+
+class EachStep(Grafted):
+    """Each step's own lengths."""
+
+    every = 1
+
+    def read(self, scale: float, inverse: float) -> float:
+        """As it is."""
+        return scale
+
+
+class Capped(Grafted):
+    """Smoothed, and at most the mean so far."""
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The smaller one."""
+        recent = super().read(scale, inverse)
+        return min(recent, self.mean("recent mean", recent))
+
+
+class Smallest(Grafted):
+    """The smallest smoothed reading so far."""
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The minimum."""
+        self.memory["least"] = min(self.memory.get("least", math.inf), super().read(scale, inverse))
+        return self.memory["least"]
+
+
+class MeanOfReadings(Grafted):
+    """The mean over all readings of the smoothed scale over L: the default."""
+
+    def again(self, inverse: float) -> float:
+        """L is in the mean."""
+        return 1.0
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The mean."""
+        return self.mean("rates", super().read(scale, inverse) * inverse)
+
+
+KINDS: dict[str, Any] = {
+    "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
+    "sgd: 1 / L (default)": lambda ours: Times(ours, 1.0),
+    "sgd: 2 / L": lambda ours: Times(ours, 2.0),
+    "sgd: mean of 1 / L": MeanOfInverses,
+    "adamw: each step's lengths": EachStep,
+    "adamw: smoothed readings": Grafted,
+    "adamw: smoothed, at most their mean": Capped,
+    "adamw: smallest reading so far": Smallest,
+    "adamw: mean of readings (default)": MeanOfReadings,
+}
+
+
+def measure(kind: str, task: str, seed: int) -> dict[str, Any]:
+    """One run."""
+    ours = LipschitzLR(dry_run=True, rule="inverse")
+    optimizers = (_sgd if kind.startswith("sgd") else _adamw)("linear", 1.0)
+    return run(task, kind, seed, Recipe(optimizers, (ours, KINDS[kind](ours))), ALL[task])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The validation metric of each variant and task, in Markdown."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["policy"], row["task"]].append(row)
+    tasks = [task for task in ALL if any(task == other for _, other in found)]
+    lines = [f"| variant | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    for kind in KINDS:
+        cells = []
+        for task in tasks:
+            runs = found[kind, task]
+            lost = sum(row["diverged"] for row in runs)
+            figure = _mean_and_error([row["val"] for row in runs]) if runs else ""
+            cells.append(f"{lost} of {len(runs)} diverged" if lost else f"{figure} ({len(runs)})" if runs else "")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is not there yet, or prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--variants", default="")
+    parser.add_argument("--tasks", default="digits_mlp")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.variants:
+        _quiet()
+        torch.set_num_threads(1)
+    for kind in filter(None, arguments.variants.split(";")):
+        for task in arguments.tasks.split(","):
+            for seed in map(int, arguments.seeds.split(",")):
+                if (kind, task, seed) not in {(r["policy"], r["task"], r["seed"]) for r in read(arguments.results)}:
+                    with arguments.results.open("a") as file:
+                        file.write(json.dumps(measure(kind, task, seed)) + "\n")
+    print(table(read(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()
