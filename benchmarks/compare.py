@@ -335,7 +335,7 @@ PAIRS = (("lipschitz", "SGD, best of grid"), ("lipschitz-adamw", "AdamW, best of
 
 
 def tables(rows: Rows) -> str:
-    """The tables in Markdown: a row a policy and task, and the defaults beside the tuned ones."""
+    """A row for each task and policy, in Markdown."""
     chosen = summary(rows)
     order = ["lipschitz", *(f"{title}, best of grid" for title in TUNED), "lipschitz-adamw"]
     lines = ["| task | policy | test | validation | best epoch's validation | rate | diverged | seconds | seeds |",
@@ -352,11 +352,55 @@ def tables(rows: Rows) -> str:
                 f"{sum(row['diverged'] for row in found)} | {statistics.median(row['seconds'] for row in found):.0f} | "
                 f"{len(found)} |"
             )
-    lines += ["", "| task | default | test | tuned | test | default - tuned, same seeds |", "|---|---|---|---|---|---|"]
+    return "\n".join(lines)
+
+
+def pairs(rows: Rows) -> str:
+    """Each default beside the best fixed rate of its optimizer, by validation, on the same seeds, in Markdown."""
+    chosen = summary(rows)
+    lines = ["| task | default | test | tuned | test | default - tuned, same seeds |", "|---|---|---|---|---|---|"]
     for task in [task for task in TASKS if task in chosen]:
         for ours, tuned in PAIRS:
             if ours in chosen[task] and tuned in chosen[task]:
                 lines.append(_pair(task, ours, chosen[task][ours], chosen[task][tuned]))
+    return "\n".join(lines)
+
+
+def regrets(rows: Rows) -> str:
+    """How far each policy, a fixed rate for all tasks included, stays behind the best one of each task, in Markdown.
+
+    In points of accuracy or per cent of the loss, on the test part, means over the seeds; the best one of a task is
+    chosen by validation. A policy's worst task is what a user meets who takes it untuned.
+    """
+    runs: dict[str, dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[row["policy"]][row["task"]].append(row)
+    tasks = [task for task in TASKS if any(task in found for found in runs.values())]
+    mean: dict[str, dict[str, float]] = {
+        policy: {task: statistics.mean(row["test"] for row in part) for task, part in found.items()}
+        for policy, found in runs.items()
+    }
+    most = {task: max(len(found.get(task, ())) for found in runs.values()) for task in tasks}
+    lines = [f"| policy | {' | '.join(tasks)} | worst |", "|---" * (len(tasks) + 2) + "|"]
+    bests = {}
+    for task in tasks:
+        full = [policy for policy, found in runs.items() if len(found.get(task, ())) >= min(3, most[task])]
+        best = min(full, key=lambda policy: _cost(TASKS[task], [row["val"] for row in runs[policy][task]]))
+        bests[task] = mean[best][task]
+    table = []
+    for policy, found in mean.items():
+        gaps = []
+        for task in tasks:
+            points = TASKS[task].metric == "accuracy"
+            value = found.get(task, math.nan)
+            gap = bests[task] - value if points else 100 * (value / bests[task] - 1)
+            lost = any(row["diverged"] for row in runs[policy][task])
+            gaps.append(math.inf if lost else gap)
+        if sum(task in found for task in tasks) == len(tasks):
+            table.append((max(gaps), policy, gaps))
+    for worst, policy, gaps in sorted(table):
+        cells = ["diverged" if gap == math.inf else f"{gap:.1f}" for gap in [*gaps, worst]]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -385,7 +429,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not arguments.policies:
-        print(tables(read(arguments.results)))
+        rows = read(arguments.results)
+        print(f"{tables(rows)}\n\n{pairs(rows)}\n\n{regrets(rows)}")
         return
     _quiet()
     torch.set_num_threads(1)

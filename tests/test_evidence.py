@@ -1,0 +1,51 @@
+"""The tables of docs/evidence.md are what the scripts print, and what is chosen is chosen by validation."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compare
+    import write_tables
+
+    yield compare, write_tables
+    for name in ("compare", "write_tables", "sensitivity", "variants", "tasks"):
+        sys.modules.pop(name, None)
+
+
+def row(policy, seed, val, test, task="digits_mlp", diverged=False):
+    return {"task": task, "policy": policy, "seed": seed, "val": val, "test": test, "best_val": val, "rate": 0.1,
+            "diverged": diverged, "seconds": 1.0}  # fmt: skip
+
+
+def test_the_page_has_the_tables_as_they_are_printed(benchmarks):
+    _, write_tables = benchmarks
+    page = write_tables.PAGE.read_text()
+    assert write_tables.filled(page) == page
+
+
+def test_a_tuned_rate_is_the_best_by_validation_among_those_that_do_not_diverge(benchmarks):
+    compare, _ = benchmarks
+    rows = [row("lipschitz", seed, 90.0, 91.0 + seed) for seed in range(2)]
+    rows += [row("sgd:0.1", seed, 92.0, 89.0 + seed) for seed in range(2)]
+    rows += [row("sgd:0.3", seed, 91.0, 99.0) for seed in range(2)]
+    rows += [row("sgd:1", seed, 95.0, 95.0, diverged=seed == 1) for seed in range(2)]
+    rows += [row("sgd:0.01", 0, 99.0, 99.0)]  # on fewer seeds than the others
+    chosen = compare.summary(rows)["digits_mlp"]
+    assert {found["policy"] for found in chosen["SGD, best of grid"]} == {"sgd:0.1"}
+    assert "| digits_mlp | lipschitz | 91.5 ± 0.5 | sgd:0.1 | 89.5 ± 0.5 | 2 ± 0 (points) |" in compare.pairs(rows)
+
+
+def test_a_regret_is_behind_the_best_policy_by_validation_and_a_divergence_is_the_worst(benchmarks):
+    compare, _ = benchmarks
+    rows = [row("a", 0, 80.0, 70.0), row("b", 0, 70.0, 75.0), row("c", 0, 60.0, 50.0, diverged=True)]
+    rows += [row("a", 0, 0.2, 0.4, "diabetes_mlp"), row("b", 0, 0.3, 0.5, "diabetes_mlp")]
+    rows += [row("c", 0, 0.3, 0.5, "diabetes_mlp")]
+    lines = compare.regrets(rows).splitlines()
+    assert lines[2:] == ["| a | 0.0 | 0.0 | 0.0 |", "| b | -5.0 | 25.0 | 25.0 |", "| c | diverged | 25.0 | diverged |"]
