@@ -155,7 +155,9 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "limit": decision.cap or None,
         "by_hand": options.initial_lr if not decision.constant else None,
         "factor": rates[0] / decision.lr if decision.lr else 1.0,
-        "schedulers": [type(scheduler).__name__ for scheduler in schedulers],
+        "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
+        + ["LipschitzLR's own warm-up and decay"] * controller.schedules,
+        "scale": controller.measurement.scale if rule == "grafted" and controller.measurement else None,
         "lr": rates[0],
         "lr_of_groups": rates,
         "dry_run": options.dry_run,

@@ -169,6 +169,11 @@ class Controller:
         """Most batches that made one step in the interval that goes on, as far as is known."""
         return self._accumulated
 
+    @property
+    def schedules(self) -> bool:
+        """Whether the rate has the callback's own warm-up and decay; known from the first step on."""
+        return self._length is not None and self._length < math.inf
+
     def close(self) -> None:
         """Takes all hooks off."""
         self.probes.remove()

@@ -166,7 +166,20 @@ def test_limits_and_rates_set_by_hand_are_named(lit):
     assert "L         not behind this rate\n" in out
     assert "none yet: initial_lr is a rate set by hand" in out
     assert re.search(r"^rate +0.25$", out, re.M)
+    assert re.search(r"^factor +0.00\d+, from LipschitzLR's own warm-up and decay$", out, re.M)
+    off = ("--lipschitz.initial_lr", "0.25", "--model.scheduler", "null", "--lipschitz.schedule", "none")
+    code, out, _ = lit("explain", *DIGITS, *off)
+    assert code == 0
     assert re.search(r"^factor +1, without a scheduler$", out, re.M)
+
+
+def test_the_steps_of_adamw_are_explained(lit):
+    code, out, _ = lit("explain", *DIGITS, "--model.optimizer", "torch.optim.AdamW", "--model.scheduler", "null")
+    assert code == 0
+    assert re.search(r"^rule +grafted, for AdamW: ", out, re.M)
+    scale, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "rate"))
+    constant = float(re.findall(r"^ +\= ([\d.]+)$", out, re.M)[-1])
+    assert rate == pytest.approx(scale / (0.1**0.5 * constant), rel=1e-4)
 
 
 def test_a_pass_over_the_training_set_is_explained_too(explain):
@@ -237,7 +250,7 @@ def test_what_callbacks_of_fit_would_write_is_not_written(lit):
         ([*DIGITS, "--lipschitz.bund", "strict"], 2, "lipschitz.bund: no such option; closest: lipschitz.bound"),
         ([*DIGITS, "--fixed_rate", "true"], 2, "there is nothing to explain of a rate that the config sets"),
         ([*DIGITS, "--ckpt_path", "last"], 2, "has left a checkpoint; pass a path"),
-        ([*DIGITS, "--model.optimizer", "torch.optim.Adam"], 2, "Adam normalises the gradient"),
+        ([*DIGITS, "--model.optimizer", "torch.optim.Adagrad"], 2, "no learning-rate rule is known"),
         ([*DIGITS, "--trainer.strategy", "ddp_spawn"], 2, "pass --trainer.strategy ddp"),
     ],
 )

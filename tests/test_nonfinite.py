@@ -41,7 +41,7 @@ def fit(callback, module, **settings):
 @pytest.mark.parametrize("step", [0, 4, 7, 17])
 def test_it_is_reported_once_with_step_rank_and_last_rate(step, value):
     with pytest.warns(UserWarning, match=rf"a non-finite loss in step {step} on rank 0; ") as caught:
-        rates = fit(LipschitzLR(), Spiking(step, value))
+        rates = fit(LipschitzLR(schedule="none"), Spiking(step, value))
     (message,) = [str(one.message) for one in caught if "non-finite" in str(one.message)]
     if step:
         assert message.endswith(f"the last rate was {rates[step]:.4g}, which is kept")
@@ -51,9 +51,9 @@ def test_it_is_reported_once_with_step_rank_and_last_rate(step, value):
 
 
 def test_the_last_rate_is_kept_at_the_update_that_notices():
-    free = fit(LipschitzLR(), Classifier())
+    free = fit(LipschitzLR(schedule="none"), Classifier())
     with pytest.warns(UserWarning, match="in step 8"):
-        rates = fit(LipschitzLR(), Spiking(8))
+        rates = fit(LipschitzLR(schedule="none"), Spiking(8))
     assert len({*free[0:6], *free[6:12], *free[12:18]}) > 2
     assert free[12] != free[11]
     assert rates[12] == rates[11]
@@ -66,7 +66,7 @@ def test_the_first_step_is_the_one_that_is_named():
             return super().training_step(batch, batch_idx)
 
     with pytest.warns(UserWarning, match="in step 9 on rank 0"):
-        fit(LipschitzLR(), Broken(9))
+        fit(LipschitzLR(schedule="none"), Broken(9))
 
 
 @pytest.mark.parametrize("settings", [{}, {"update": 4}, {"measure": "pass"}, {"initial_lr": 0.01}])
@@ -74,7 +74,7 @@ def test_the_first_step_is_the_one_that_is_named():
 def test_on_one_cpu_raise_ends_the_run_before_the_parameters_move(settings, step):
     module = Spiking(step)
     with pytest.raises(LitLipschitzError, match=rf"a non-finite loss in step {step} on rank 0; .* would go on\)"):
-        fit(LipschitzLR(on_nonfinite="raise", **settings), module)
+        fit(LipschitzLR(schedule="none", on_nonfinite="raise", **settings), module)
     assert all(torch.equal(before, now) for before, now in zip(module.before, module.parameters(), strict=True))
 
 
@@ -82,14 +82,14 @@ def test_on_one_cpu_raise_ends_the_run_before_the_parameters_move(settings, step
 def test_the_end_of_an_epoch_looks_at_what_no_update_has(settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(LipschitzLR(**settings), max_epochs=1).fit(Spiking(5), loader())
+        trainer(LipschitzLR(schedule="none", **settings), max_epochs=1).fit(Spiking(5), loader())
     seen = [str(one.message) for one in caught if "non-finite loss in step 5 on rank 0" in str(one.message)]
     assert len(seen) == 1
 
 
 def test_accumulated_batches_count_as_their_step():
     with pytest.warns(UserWarning, match="in step 2 on rank 0"):
-        fit(LipschitzLR(), Spiking(2), accumulate_grad_batches=2)
+        fit(LipschitzLR(schedule="none"), Spiking(2), accumulate_grad_batches=2)
 
 
 def test_it_costs_no_value_on_the_host(monkeypatch):
@@ -131,7 +131,7 @@ def test_two_ranks_keep_the_same_rate_after_a_loss_of_one_of_them(monkeypatch):
             file.write(f"{message}\n")
 
     monkeypatch.setattr("lit_lipschitz.controller.rank_zero_warn", tell)
-    first, second = two_ranks(LipschitzLR(), Spiking(4, rank=1), 8, max_epochs=2)
+    first, second = two_ranks(LipschitzLR(schedule="none"), Spiking(4, rank=1), 8, max_epochs=2)
     assert first["rates"] == second["rates"]
     assert all(math.isfinite(rate) and rate < 1 for (rate,) in first["rates"])
     told = Path("warnings.txt").read_text().splitlines()
@@ -141,4 +141,4 @@ def test_two_ranks_keep_the_same_rate_after_a_loss_of_one_of_them(monkeypatch):
 
 def test_two_ranks_both_end_after_a_loss_of_one_of_them():
     with pytest.raises(Exception, match=r"a non-finite loss in step 4 on rank 1; .* would go on"):
-        two_ranks(LipschitzLR(on_nonfinite="raise"), Spiking(4, rank=1), 8, max_epochs=2)
+        two_ranks(LipschitzLR(schedule="none", on_nonfinite="raise"), Spiking(4, rank=1), 8, max_epochs=2)
