@@ -26,7 +26,7 @@ START = """\
 What a YAML file for `lit-lipschitz fit` can hold, and what each key means. A key is an option of the command as well:
 `bound: smooth` below `lipschitz:` in a file is `--lipschitz.bound smooth` on the command line. The command line goes
 before files, a later file before an earlier one. `lit-lipschitz fit --config digits.yaml --print_config` prints the
-whole config of a run. What an argument of a class is in Python, `LipschitzLR(bound="smooth")`, is under the class's key here.
+whole config of a run. What is an argument in Python, `LipschitzLR(bound="smooth")`, is under the class's key here.
 
 This page is written by `python docs/config_page.py` from the signatures and docstrings, and a test compares the two.
 """
@@ -47,8 +47,9 @@ GROUPS: list[tuple[str, type, str]] = [
         "model",
         lit_lipschitz.ImageClassifier,
         "`model.class_path` is any LightningModule, `model.init_args` its arguments (`--model.width 64` for short). "
-        "These are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and `scheduler` are a "
-        "class of torch or one's own by `class_path` and `init_args`, without the parameters and the optimizer.",
+        "These are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and "
+        "`scheduler` are a class of torch or one's own by `class_path` and `init_args`, without the "
+        "parameters and the optimizer.",
     ),
     ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; any `torch.nn.Module` will do."),
     ("model.network", lit_lipschitz.MNISTCNN, "With `class_path: lit_lipschitz.MNISTCNN`."),
@@ -84,8 +85,8 @@ OTHERS: list[tuple[str, type, str]] = [
     (
         "trainer",
         L.Trainer,
-        "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), which tells what they "
-        "mean. `callbacks` are added to the command's own.",
+        "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), which tells what "
+        "they mean. `callbacks` are added to the command's own.",
     ),
 ]
 CHANGED = {"checkpoint.save_last": "true", "checkpoint.filename": '"{epoch}"'}
