@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: train test slow check format benchmark clean
+.PHONY: train test slow check format docs benchmark clean
 
 train: $(STAMP)  ## train on real handwritten digits, and test
 	$(BIN)/lit-lipschitz fit --config digits.yaml
@@ -27,12 +27,16 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(STAMP)  ## these pages and the reference, in build/docs; a warning is an error, a link that leads nowhere one too
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
+
 benchmark: $(STAMP)  ## the cost of the callback
 	$(BIN)/python benchmarks/overhead.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[digits,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[digits,dev,docs]"
 	touch $@
 
 clean:

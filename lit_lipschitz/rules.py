@@ -277,6 +277,7 @@ RULES: dict[str, Rule] = {
     "adam_authors": adam_authors,
     "grafted": grafted,
 }
+"""The rules, by their names."""
 RULE_OF_OPTIMIZER: dict[str, RuleName] = {
     "SGD": "inverse",
     "ZeroStartSGD": "inverse",

@@ -1,0 +1,199 @@
+"""Writes config.md, the page of all keys of a config, from the signatures and docstrings of the classes behind them.
+
+python docs/config_page.py
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import docstring_parser
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lit_lipschitz
+from lit_lipschitz.cli.command import Command, OneLineParser
+from lit_lipschitz.data import ImageDataModule
+
+PAGE = Path(__file__).with_name("config.md")
+START = """\
+# Every key of a config
+
+What a YAML file for `lit-lipschitz fit` can hold, and what each key means. A key is an option of the command as well:
+`bound: smooth` below `lipschitz:` in a file is `--lipschitz.bound smooth` on the command line. The command line goes
+before files, a later file before an earlier one. `lit-lipschitz fit --config digits.yaml --print_config` prints the
+whole config of a run. What is an argument in Python, `LipschitzLR(bound="smooth")`, is under the class's key here.
+
+This page is written by `python docs/config_page.py` from the signatures and docstrings, and a test compares the two.
+"""
+TOP = """
+## The run
+"""
+TOP_KEYS = {
+    "seed_everything": ("bool or int", "True", "Seed of all random numbers; true draws one and prints it."),
+    "ckpt_path": (
+        "str or null",
+        "null",
+        "Checkpoint to go on from; `last` is the newest run's below `lightning_logs`.",
+    ),
+}
+GROUPS: list[tuple[str, type, str]] = [
+    ("lipschitz", lit_lipschitz.LipschitzLR, "The callback: the arguments of `LipschitzLR`."),
+    (
+        "model",
+        lit_lipschitz.ImageClassifier,
+        "`model.class_path` is any LightningModule, `model.init_args` its arguments (`--model.width 64` for short). "
+        "These are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and "
+        "`scheduler` are a class of torch or one's own by `class_path` and `init_args`, without the "
+        "parameters and the optimizer.",
+    ),
+    ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; any `torch.nn.Module` will do."),
+    ("model.network", lit_lipschitz.MNISTCNN, "With `class_path: lit_lipschitz.MNISTCNN`."),
+    ("model.network", lit_lipschitz.ResNetV1, "With `class_path: lit_lipschitz.ResNetV1`."),
+    ("model.network", lit_lipschitz.ResNetV2, "With `class_path: lit_lipschitz.ResNetV2`."),
+    ("model.network", lit_lipschitz.DenseNet, "With `class_path: lit_lipschitz.DenseNet`."),
+    ("model.scheduler", lit_lipschitz.LinearWarmupDecay, "With `class_path: lit_lipschitz.LinearWarmupDecay`."),
+    ("model.scheduler", lit_lipschitz.TimeDecay, "With `class_path: lit_lipschitz.TimeDecay`."),
+    (
+        "data",
+        ImageDataModule,
+        "`data.class_path` is any LightningDataModule, or there is no `data` where the module has loaders of its own. "
+        "These are the arguments of the bundled ones: `DigitsDataModule`, `MNISTDataModule`, `FashionMNISTDataModule`, "
+        "`CIFAR10DataModule` and `CIFAR100DataModule`, all of `lit_lipschitz`.",
+    ),
+]
+OTHERS: list[tuple[str, type, str]] = [
+    (
+        "model.optimizer",
+        torch.optim.SGD,
+        "With `class_path: torch.optim.SGD`; any optimizer of torch is written likewise, and "
+        "[its documentation](https://docs.pytorch.org/docs/stable/optim.html) tells what its arguments mean. "
+        "`lit_lipschitz.ZeroStartSGD` has the same ones. The callback sets the rate, so that the size of `lr` has no "
+        "effect, except with [`fixed_rate`](#fixed_rate).",
+    ),
+    (
+        "checkpoint",
+        ModelCheckpoint,
+        "The arguments of [ModelCheckpoint](https://lightning.ai/docs/pytorch/stable/api/"
+        "lightning.pytorch.callbacks.ModelCheckpoint.html), which tells what they mean; `save_last` and `filename` "
+        "have defaults of the command's.",
+    ),
+    (
+        "trainer",
+        L.Trainer,
+        "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), which tells what "
+        "they mean. `callbacks` are added to the command's own.",
+    ),
+]
+CHANGED = {"checkpoint.save_last": "true", "checkpoint.filename": '"{epoch}"'}
+FILLED_IN = {torch.optim.Optimizer: "params", torch.optim.lr_scheduler.LRScheduler: "optimizer"}
+
+
+def _plain(text: str) -> str:
+    """A docstring's text as Markdown: no roles, no double backquotes, in one paragraph."""
+    text = re.sub(r":math:`([^`]*)`", r"`\1`", text)
+    text = re.sub(r":\w+:`~?(?:lit_lipschitz\.)?([^`]*)`", r"`\1`", text)
+    text = re.sub(r"\bNone\b", "null", text.replace("``", "`"))
+    return " ".join(text.split())
+
+
+def _kind(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    if choices and len(choices) == len(get_args(annotation)):
+        return ", ".join(f"`{choice}`" for choice in choices)
+    text = re.sub(
+        r"\b(?:typing|torch\.nn\.modules\.module|collections\.abc|torch\.optim\.optimizer)\.", "", str(annotation)
+    )
+    if "Callable" in text:
+        return "a class by `class_path` and `init_args`" + (" or null" if text.endswith("None") else "")
+    text = re.sub(r"Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text)
+    parts = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " | "), text).split(" | ")
+    return " or ".join("null" if part == "None" else part.strip("'") for part in parts)
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return "none, it must be given"
+    if callable(parameter.default):
+        return _plain((parameter.default.__doc__ or parameter.default.__name__).splitlines()[0]).rstrip(".")
+    names = {None: "null", True: "true", False: "false"}
+    value = parameter.default
+    return f"`{names[value] if value is None or isinstance(value, bool) else value}`"
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(kind.__init__).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        parameters = {**inspect.signature(kind.__mro__[1].__init__).parameters, **parameters}  # type: ignore[misc]
+    left_out = {"self", *(name for base, name in FILLED_IN.items() if issubclass(kind, base))}
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: one for name, one in parameters.items() if name not in left_out and one.kind not in variable}
+
+
+def _section(key: str, kind: str, default: str, meaning: str) -> str:
+    if meaning[1:2] != ",":  # which follows a symbol
+        meaning = meaning[:1].upper() + meaning[1:]
+    return f"\n### `{key}`\n\n{_fill(meaning)}\n\n{_fill(f'Value: {kind}. Default: {default}.')}\n"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
+
+
+def _group(prefix: str, kind: type, introduction: str, repeated: bool) -> Iterator[str]:
+    yield f"\n## `{prefix}`{': ' + kind.__name__ if repeated else ''}\n\n{_fill(introduction)}\n"
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        parsed = docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")).params if base is not object else []
+        meanings.update({one.arg_name: _plain(one.description or "") for one in parsed})
+    for name, parameter in _parameters(kind).items():
+        if name not in meanings:
+            raise KeyError(f"the docstring of {kind.__name__} says nothing of {name}")
+        key = f"{prefix}.{name}" + (f" ({kind.__name__})" if repeated else "")
+        yield _section(key, _kind(parameter.annotation), _default(parameter), meanings[name])
+
+
+def _top() -> Iterator[str]:
+    yield TOP
+    for key, (kind, default, meaning) in TOP_KEYS.items():
+        yield _section(key, kind, f"`{default.lower()}`", meaning)
+    parser = OneLineParser()
+    Command.add_arguments_to_parser(Command.__new__(Command), parser)
+    for action in parser._actions:
+        if "." not in action.dest and action.dest not in ("help", "lipschitz", "checkpoint", "config"):
+            yield _section(
+                action.dest, type(action.default).__name__, f"`{str(action.default).lower()}`", str(action.help)
+            )
+
+
+def _table(prefix: str, kind: type, introduction: str) -> Iterator[str]:
+    yield f"\n## `{prefix}`\n\n{_fill(introduction)}\n\n| key | default |\n|---|---|\n"
+    for name, parameter in _parameters(kind).items():
+        key = f"{prefix}.{name}"
+        default = f"`{CHANGED[key]}`" if key in CHANGED else _default(parameter)
+        yield f"| `{key}` | {default} |\n"
+
+
+def page(others: bool = True) -> str:
+    """The page.
+
+    Args:
+        others: With the tables of torch's and Lightning's own keys, which depend on their versions.
+    """
+    parts = [START, *_top()]
+    prefixes = [prefix for prefix, _, _ in GROUPS]
+    for prefix, kind, introduction in GROUPS:
+        parts += _group(prefix, kind, introduction, prefixes.count(prefix) > 1)
+    for prefix, kind, introduction in OTHERS if others else []:
+        parts += _table(prefix, kind, introduction)
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
