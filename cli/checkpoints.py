@@ -84,11 +84,12 @@ class CheckpointOnSignal(L.Callback):
 
     def __init__(self) -> None:
         self._received = 0
+        self._asked = 0  # the step after which the ranks have last told each other
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals from Lightning, which ends a run without a checkpoint."""
-        self._received = signal.SIGTERM if trainer.received_sigterm else 0
+        self._received, self._asked = (signal.SIGTERM if trainer.received_sigterm else 0), trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -121,7 +122,7 @@ class CheckpointOnSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the run where it can go on from without a difference."""
-        due = trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0
+        due = trainer.world_size == 1 or trainer.global_step - self._asked >= AGREE_EVERY
         if due and _between_steps(trainer, batch_idx) and (number := self._agreed(trainer)):
             self._end(trainer, number)
 
@@ -139,6 +140,7 @@ class CheckpointOnSignal(L.Callback):
         """The signal that this rank or another one has received, or 0."""
         if trainer.world_size == 1:
             return self._received
+        self._asked = trainer.global_step
         number = torch.tensor(float(self._received), device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 

@@ -74,8 +74,11 @@ class Controller:
                 f"LipschitzLR(rule='grafted') knows the steps of {', '.join(directions.DIRECTIONS)} and found "
                 f"{type(optimizer).__name__}; use one of them, or pass another rule="
             )
+        self._rule = rule
         self._scale = rules.StepScale() if rule == "grafted" else None
         self._clock = 0  # optimizer steps of the run
+        # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
+        self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._length: float | None = None  # optimizer steps that the run will have, for the schedule; inf without one
         self._alone = len(trainer.optimizers) == 1
         self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
@@ -426,7 +429,7 @@ class Controller:
             self._pass = None
         elif first and self.options.initial_lr is not None:
             self._decision = self._decision or Decision(self.options.initial_lr)
-        elif first and running and self._steps & (self._steps - 1) == 0:
+        elif running and (self._decision is None or (first and self._steps & (self._steps - 1) == 0)):
             self._decide(trainer, interval_over=False, read=read)
         elif read and self._measured is not None and self._scale is not None:
             self._settle(replace(self._measured, scale=self._scale.value), keep=True)
@@ -441,15 +444,16 @@ class Controller:
     def _read_scale(self, trainer: Trainer) -> bool:
         """Reads, where it is due, how long the optimizer's step is.
 
-        Due after 1, 2, 4, 8 and 16 steps and then every 16: on every rank alike, with one reduction.
+        Due after 1, 2, 4, 8 and 16 steps and then every 16, and until there is a reading: on every rank alike, with one
+        reduction. Gradients are as they are before they are clipped.
         """
         self._clock += 1
         clock = self._clock
-        if self._scale is None or (clock % READ_EVERY and clock & (clock - 1)):
+        if self._scale is None or (self._scale.value and clock % READ_EVERY and clock & (clock - 1)):
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0)
+        read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0, self.writer.rates(1.0))
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
         read = torch.where(torch.isfinite(read), read, math.inf).to(trainer.strategy.root_device)
         reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
@@ -620,6 +624,8 @@ class Controller:
         """Says once, or raises, what was not finite."""
         if usable and not measured.dropped:
             return
+        if not measured.scale and self._may_overflow:
+            return
         message = f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
         if not usable:
             last = "the configured rate" if self._decision is None else f"the last rate, {self._decision.lr:.4g}"
@@ -660,6 +666,7 @@ class Controller:
             "decision": asdict(self._decision) if self._decision else None,
             "measurement": asdict(self._measured) if self._measured else None,
             "rule_state": asdict(self._rule_state),
+            "rule": self._rule,
             "scale": asdict(self._scale) if self._scale else None,
             "clock": self._clock,
             "steps": self._steps,
@@ -685,8 +692,14 @@ class Controller:
         measured = state.get("measurement")  # later than the rest of the state
         self._measured = Measurement(**measured) if measured else None
         self._rule_state = rules.RuleState(**state["rule_state"])
-        self._clock = state["clock"]
-        if self._scale is not None and state["scale"]:
+        if state.get("rule", self._rule) != self._rule:
+            raise LitLipschitzError(
+                f"LipschitzLR's state in the checkpoint was saved with the rule {state['rule']!r}, and this run's "
+                f"{type(self.optimizer).__name__} has the rule {self._rule!r}; resume with the optimizer that it was "
+                "saved with, or pass restore=False to measure anew"
+            )
+        self._clock = state.get("clock", state["steps"])
+        if self._scale is not None and state.get("scale"):
             self._scale = rules.StepScale(**state["scale"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]

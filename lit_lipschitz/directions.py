@@ -1,6 +1,7 @@
 """How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 @torch.no_grad()
-def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0) -> Tensor:
+def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
     """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
 
     Weight decay that is added to the gradient counts in both, weight decay that is not in neither.
@@ -80,16 +81,18 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0) -> Tensor:
     Args:
         optimizer: One of :data:`DIRECTIONS`, about to step.
         grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
+        ratios: Each parameter group's rate over the first one's; groups beyond the list have 1.
 
     Returns:
-        The two Euclidean norms over all parameters that have a gradient; shape (2,), float32, on the gradients' device.
+        The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
+        float32, on the gradients' device.
 
     Raises:
         KeyError: The optimizer is none of them.
     """
     direction = DIRECTIONS[type(optimizer).__name__]
     squares: list[Tensor] = []
-    for group in optimizer.param_groups:
+    for group, ratio in zip_longest(optimizer.param_groups, ratios, fillvalue=1.0):
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
@@ -100,7 +103,7 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0) -> Tensor:
             grad = grad / grad_scale
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
-            squares += [_square(grad), _square(direction(grad, state, group))]
+            squares += [ratio**2 * _square(part) for part in (grad, direction(grad, state, group))]
     if not squares:
         return torch.zeros(2)
     pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)

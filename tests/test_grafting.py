@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_lipschitz import LinearWarmupDecay, LipschitzLR, rules
+from lit_lipschitz import LinearWarmupDecay, LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.decision import Measurement, Policy
 from lit_lipschitz.losses import Loss
 
@@ -125,6 +125,55 @@ def test_the_scale_of_a_gradscaler_does_not_enter(fused):
         module = Classifier(lambda p: torch.optim.AdamW(p, lr=1.0, fused=fused))
         rates.append(fit(LipschitzLR(schedule="none"), module, max_steps=1, plugins=plugins)[0])
     assert rates[1] == pytest.approx(rates[0], rel=2e-2)  # half precision
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": 1}, {"on_nonfinite": "raise"}], ids=str)
+def test_steps_that_a_scaler_skips_at_the_start_leave_no_step_at_the_configured_rate(settings):
+    class Overflowing(Classifier):
+        def on_after_backward(self):
+            if self.global_step < 2:
+                for parameter in self.parameters():
+                    parameter.grad.fill_(math.inf)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    module = Overflowing(lambda p: torch.optim.AdamW(p, lr=1.0))
+    rates = fit(LipschitzLR(schedule="none", **settings), module, plugins=[plugin])
+    assert len(rates) == 10
+    assert max(rates) < 0.5
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 10.0])
+def test_groups_with_other_rates_count_by_them(ratio):
+    """The whole step is as long as that of SGD with the same groups."""
+
+    class Grouped(Classifier):
+        def configure_optimizers(self):
+            groups = [{"params": self.net[2].parameters()}, {"params": self.net[0].parameters(), "lr": ratio}]
+            return torch.optim.AdamW(groups, lr=1.0, weight_decay=0.0)
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.before = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.moved = self.sgd = 0.0
+            groups = trainer.optimizers[0].param_groups
+            for group, before, weight in zip(groups, self.before, (1.0, ratio), strict=True):
+                for parameter, old in zip(group["params"], before, strict=True):
+                    self.moved += ((parameter.detach() - old) ** 2).sum().item()
+                    self.sgd += (weight * parameter.grad).pow(2).sum().item()
+
+    trainer(callback := LipschitzLR(schedule="none"), look := Look(), max_steps=1).fit(Grouped(), loader())
+    assert look.moved**0.5 == pytest.approx(look.sgd**0.5 / callback.constant / 0.1**0.5, rel=1e-4)
+
+
+def test_the_state_of_another_optimizers_rule_is_refused():
+    run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint("sgd.ckpt")
+    module = Classifier(lambda p: torch.optim.AdamW(p, lr=1.0))
+    with pytest.raises(LitLipschitzError, match="rule 'inverse', and this run's AdamW has the rule 'grafted'"):
+        trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(module, loader(), ckpt_path="sgd.ckpt")
 
 
 # -- the schedule ------------------------------------------------------------------------------------------------------
