@@ -85,6 +85,8 @@ class CheckpointOnSignal(L.Callback):
     def __init__(self) -> None:
         self._received = 0
         self._asked = 0  # the step after which the ranks have last told each other
+        self._pending = 0  # the signal that all ranks know of
+        self._waited = 0  # steps since then
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,9 +124,15 @@ class CheckpointOnSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the run where it can go on from without a difference."""
-        due = trainer.world_size == 1 or trainer.global_step - self._asked >= AGREE_EVERY
-        if due and _between_steps(trainer, batch_idx) and (number := self._agreed(trainer)):
-            self._end(trainer, number)
+        if not _steps_after(trainer, batch_idx):
+            return
+        if not self._pending and (trainer.world_size == 1 or trainer.global_step - self._asked >= AGREE_EVERY):
+            self._pending = self._agreed(trainer)
+        if self._pending:
+            self._waited += 1
+            # There may be no such step, as where each is followed by a validation.
+            if _between_steps(trainer, batch_idx) or self._waited > 2:
+                self._end(trainer, self._pending)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ends a run whose last step is over; gives the signals back."""
@@ -180,14 +188,18 @@ def save_last(trainer: L.Trainer) -> str | None:
     return path
 
 
+def _steps_after(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step ends with a batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 def _between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a run that is saved after this batch goes on as if it had not ended.
 
     It does not among batches that are accumulated, and Lightning leaves out a validation that was still to come.
     """
-    accumulated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     interval: Any = getattr(trainer, "val_check_batch", None)
     last = trainer.is_last_batch and trainer.num_training_batches > 1
     count = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
     validated = bool(interval) and interval not in (1, float("inf")) and (count + 1) % interval == 0
-    return (accumulated or trainer.is_last_batch) and not last and not validated
+    return _steps_after(trainer, batch_idx) and not last and not validated

@@ -57,7 +57,7 @@ class LipschitzLR(Callback):
             ``"all"`` tensors of the network, moving statistics included, as in the authors' scripts.
         initial_lr: Rate to use until the first interval is over, in place of a measured one. The authors' rule for
             momentum starts its average from the same number.
-        min_lr: No rate below this one.
+        min_lr: No rate below this one, before a schedule's factor.
         max_lr: No rate above this one.
         max_growth: No rate above this many times the one before.
         optimizers: Position in what configure_optimizers returns of the optimizer to control, or a list of positions,
@@ -72,7 +72,8 @@ class LipschitzLR(Callback):
             the last rate.
         schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
             linearly over the first tenth of the run and falls linearly to 0
-            (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. ``"none"``: it does
+            (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. A run that is
+            limited by time, and one whose accumulated batches change, count as of unknown length. ``"none"``: it does
             not.
 
     Raises:

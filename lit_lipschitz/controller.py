@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -76,6 +74,7 @@ class Controller:
             )
         self._rule = rule
         self._scale = rules.StepScale() if rule == "grafted" else None
+        self._trained = 0  # parameters that the readings are of
         self._clock = 0  # optimizer steps of the run
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -449,7 +448,13 @@ class Controller:
         """
         self._clock += 1
         clock = self._clock
-        if self._scale is None or (self._scale.value and clock % READ_EVERY and clock & (clock - 1)):
+        if self._scale is None:
+            return False
+        trained = sum(p.requires_grad for group in self.optimizer.param_groups for p in group["params"])
+        if trained != self._trained:
+            # The readings so far are of steps of other parameters.
+            self._trained, self._scale, self._rule_state = trained, rules.StepScale(), rules.RuleState()
+        if self._scale.value and clock % READ_EVERY and clock & (clock - 1):
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -473,15 +478,18 @@ class Controller:
         if self.options.schedule == "none" or self.policy.bound == "paper" or self.writer.scheduled:
             return math.inf
         length = math.inf
-        if module.automatic_optimization:
-            with suppress(MisconfigurationException):  # of a number of accumulated batches that changes
-                length = float(trainer.estimated_stepping_batches)
+        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        changing = any(isinstance(one, GradientAccumulationScheduler) and len(one.scheduling) > 1 for one in callbacks)
+        timed = any(isinstance(one, Timer) and one.time_remaining() is not None for one in callbacks)
+        if module.automatic_optimization and not changing and not timed:
+            length = float(trainer.estimated_stepping_batches)
         if not 1 <= length < math.inf:
             rank_zero_info(
                 "LipschitzLR: the length of the run is not known, so the rate has no warm-up and no decay; set "
                 "max_epochs or max_steps, or bring a scheduler (schedule='none' says that none is wanted)"
             )
             return math.inf
+        rank_zero_info(f"LipschitzLR: warm-up and decay over {int(length)} optimizer steps (schedule='none' has none)")
         return length
 
     def end_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
@@ -667,6 +675,7 @@ class Controller:
             "measurement": asdict(self._measured) if self._measured else None,
             "rule_state": asdict(self._rule_state),
             "rule": self._rule,
+            "trained": self._trained,
             "scale": asdict(self._scale) if self._scale else None,
             "clock": self._clock,
             "steps": self._steps,
@@ -699,6 +708,7 @@ class Controller:
                 "saved with, or pass restore=False to measure anew"
             )
         self._clock = state.get("clock", state["steps"])
+        self._trained = state.get("trained", 0)
         if self._scale is not None and state.get("scale"):
             self._scale = rules.StepScale(**state["scale"])
         self._steps = state["steps"]

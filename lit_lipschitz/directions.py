@@ -1,7 +1,7 @@
 """How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
     """
     direction = DIRECTIONS[type(optimizer).__name__]
     squares: list[Tensor] = []
-    for group, ratio in zip_longest(optimizer.param_groups, ratios, fillvalue=1.0):
+    for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
@@ -100,7 +100,7 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
             # The moments of a complex parameter are those of its parts.
             grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
-            grad = grad / grad_scale
+            grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
             squares += [ratio**2 * _square(part) for part in (grad, direction(grad, state, group))]

@@ -9,6 +9,7 @@ from lit_lipschitz.directions import DIRECTIONS, lengths
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1.0, weight_decay=0.1),
     "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=1.0, amsgrad=True, betas=(0.8, 0.9)),
+    "Adam, maximize": lambda p: torch.optim.Adam(p, lr=1.0, maximize=True),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.0, eps=1e-3),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1.0, betas=(0.7, 0.95)),
     "RAdam": lambda p: torch.optim.RAdam(p, lr=1.0, betas=(0.9, 0.95)),

@@ -38,7 +38,9 @@ class Moves(L.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.before = [p.detach().clone() for p in pl_module.parameters()]
-        self.gradients.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm().item())
+        self.gradients.append(
+            torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]).norm().item()
+        )
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         moved = [(p.detach() - b).flatten() for p, b in zip(pl_module.parameters(), self.before, strict=True)]
@@ -167,6 +169,24 @@ def test_groups_with_other_rates_count_by_them(ratio):
     assert look.moved**0.5 == pytest.approx(look.sgd**0.5 / callback.constant / 0.1**0.5, rel=1e-4)
 
 
+def test_parameters_that_thaw_begin_the_readings_anew():
+    """The step of many more parameters is longer; the mean over readings of the few would keep the rate up."""
+
+    class Thawing(Classifier):
+        def configure_optimizers(self):
+            self.net[0].requires_grad_(False)
+            return torch.optim.AdamW(self.net.parameters(), lr=1.0, weight_decay=0.0)
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch >= 8)
+
+    module = Thawing(net=torch.nn.Sequential(torch.nn.Linear(6, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 3)))
+    moves = Moves()
+    callback = LipschitzLR(schedule="none")
+    fit(callback, module, moves, max_steps=49)
+    assert moves.moves[-1] == pytest.approx(moves.gradients[-1] / callback.constant / 0.1**0.5, rel=1e-3)
+
+
 def test_the_state_of_another_optimizers_rule_is_refused():
     run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
     run.fit(Classifier(), loader())
@@ -233,6 +253,12 @@ def test_a_schedule_is_there_only_where_it_is_asked_for_and_the_length_is_known(
     run.fit(Classifier(), data())
     constant = ours.rate == ours.lr
     assert constant == (ours.options.schedule == "none" or ours.policy.bound == "paper")
+
+
+def test_accumulation_that_changes_has_no_schedule():
+    run = trainer(callback := LipschitzLR(), L.pytorch.callbacks.GradientAccumulationScheduler({0: 2, 1: 1}))
+    run.fit(Classifier(), loader())
+    assert callback.rate == callback.lr
 
 
 def test_a_run_of_unknown_length_says_that_it_has_no_schedule(caplog):
