@@ -183,7 +183,7 @@ def test_parameters_that_thaw_begin_the_readings_anew():
     module = Thawing(net=torch.nn.Sequential(torch.nn.Linear(6, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 3)))
     moves = Moves()
     callback = LipschitzLR(schedule="none")
-    fit(callback, module, moves, max_steps=49)
+    fit(callback, module, moves, max_steps=49, max_epochs=20)
     assert moves.moves[-1] == pytest.approx(moves.gradients[-1] / callback.constant / 0.1**0.5, rel=1e-3)
 
 
