@@ -179,6 +179,7 @@ def test_the_readmes_python_runs(monkeypatch):
     names["trainer"].fit(Classifier(), loader())
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_prints_what_it_shows(monkeypatch, lit):
     """All but `compare`, which is below."""
     monkeypatch.syspath_prepend(os.getcwd())
