@@ -111,12 +111,14 @@ class EpochLines(L.Callback):
         """Prints the epoch, on rank 0."""
         start, steps, caps = self._start, self._steps, self._caps
         self._start, self._steps, self._caps = None, 0, []
+        # Each rank reads them, since that makes the ranks' means one by a reduction.
+        metrics = dict(trainer.callback_metrics)
         # A run that is resumed between the last step of an epoch and its end has nothing to tell of it.
         if not trainer.is_global_zero or not steps:
             return
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **_rates(trainer)}
         row["caps"] = caps
-        for name, value in trainer.callback_metrics.items():
+        for name, value in metrics.items():
             # The means over the rest of an epoch are not those of the epoch.
             if not name.startswith(("lipschitz/", "audit/")) and (start is not None or not name.startswith("train")):
                 row[name] = float(value)

@@ -13,16 +13,44 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
 
 Batch = tuple[Tensor, Tensor]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 def momentum_sgd(parameters: Iterable[Any]) -> Optimizer:
     """SGD with momentum 0.9; the callback sets the rate."""
     return torch.optim.SGD(parameters, momentum=0.9)
+
+
+class EpochMean(Metric):
+    """The mean over the examples of an epoch, on all ranks; an update is one or two operations on scalars.
+
+    Lightning logs it if it is logged once an epoch; ``self.log`` in every step costs more than a small network's
+    forward.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: int, weight: int = 1) -> None:
+        """Takes in the sum over some examples, divided by a weight."""
+        self.total.add_(total, alpha=weight)
+        self.count.add_(count)
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.count
 
 
 class ImageClassifier(L.LightningModule):
@@ -46,6 +74,9 @@ class ImageClassifier(L.LightningModule):
             with label smoothing.
         decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
             decay is for, the others having none; None is all.
+        channels_last: Keep images and convolutions in the channels-last order, which is faster on most GPUs.
+        compile: Compile the network by ``torch.compile`` in this mode; ``"reduce-overhead"`` replays CUDA graphs. None
+            runs it eagerly.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -61,6 +92,8 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
         clip_probabilities: float = 0.0,
         decayed: list[str] | None = None,
+        channels_last: bool = False,
+        compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
@@ -76,13 +109,27 @@ class ImageClassifier(L.LightningModule):
         self.label_smoothing = label_smoothing
         self.clip_probabilities = clip_probabilities
         self.decayed = decayed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile_mode = compile
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._interval, self._monitor = scheduler_interval, monitor
         self._seed: int | None = None
+        self._means: dict[str, dict[str, EpochMean]] = {}
+        self._logged: int | None = None  # the epoch whose training means Lightning knows of
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes)."""
+        if self.memory_format == torch.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.network(images)
+
+    def setup(self, stage: str) -> None:
+        """Brings the network into the order and the form that were asked for; nothing runs yet."""
+        if self.memory_format == torch.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_mode is not None and self.network._compiled_call_impl is None:
+            # In place, so that parameters keep their names and checkpoints fit with and without.
+            self.network.compile(mode=self.compile_mode)
 
     def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
         """Makes sure that the network takes images of a shape and tells as many classes apart.
@@ -173,7 +220,7 @@ class ImageClassifier(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is random in this batch."""
         assert self._seed is not None
-        torch.manual_seed(fold(self._seed, self.current_epoch, batch_idx, self.global_rank))
+        seed_device(fold(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -184,36 +231,53 @@ class ImageClassifier(L.LightningModule):
             loss = F.nll_loss(F.log_softmax(logits, dim=1).clamp(least, most), labels)
         else:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self._log("train", loss, logits, labels)
+        # A run that is resumed in an epoch logs what is left of it.
+        self._log("train", loss, logits, labels, first=self._logged != self.current_epoch)
+        self._logged = self.current_epoch
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of one batch."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, first=batch_idx == 0)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of one batch."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, first=batch_idx == 0)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities of shape (batch, classes)."""
         return self(batch[0]).softmax(dim=1)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch, first: bool) -> None:
         images, labels = batch
         logits = self(images)
-        self._log(stage, F.cross_entropy(logits, labels), logits, labels)
+        self._log(stage, F.cross_entropy(logits, labels), logits, labels, first)
 
-    def _log(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
-        self.log_dict(
-            {f"{stage}_loss": loss.detach(), f"{stage}_acc": accuracy},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=len(labels),
-        )
+    def _log(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor, first: bool) -> None:
+        """Adds a batch to the means of the epoch, and has Lightning log them, which is asked for once an epoch."""
+        if stage not in self._means:
+            self._means[stage] = {f"{stage}_loss": EpochMean(), f"{stage}_acc": EpochMean()}
+        means = self._means[stage]
+        if first:
+            for name, mean in means.items():
+                # Lightning moves its results to the CPU at an epoch's end.
+                self.log(name, mean.to(self.device), on_step=False, on_epoch=True, prog_bar=True, metric_attribute=name)
+        count = len(labels)
+        with torch.no_grad():
+            correct = (logits.argmax(dim=1) == labels).sum()
+            for mean, total, weight in zip(means.values(), (loss.detach(), correct), (count, 1), strict=True):
+                mean.update(total, count, weight)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seeds the generators of the CPU and of a device; ``torch.manual_seed`` costs 0.3 ms where there is no GPU."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _total_steps_of(factory: Callable[..., Any]) -> tuple[bool, bool]:

@@ -1,7 +1,9 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
@@ -98,3 +100,80 @@ def test_what_comes_in_from_outside_can_be_the_nearest_pixel():
             images, degrees=0, zoom=0, shift=0.5, generator=torch.Generator().manual_seed(0), outside=outside
         )
         assert shifted.min().item() == pytest.approx(least, abs=1e-5)
+
+
+def blobs(count):
+    """Two spots of light, whose places tell rotation and shift."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    spots = [torch.exp(-((x - 16) ** 2 + (y - at) ** 2) / 8) * weight for at, weight in ((11, 1.0), (22, 0.5))]
+    return torch.stack(spots)[None].repeat(count, 1, 1, 1)
+
+
+def centers(batch):
+    """Centre of mass of each spot, in pixels; shape (count, 2 spots, 2)."""
+    mass = batch.sum(dim=(2, 3))
+    pixels = torch.arange(batch.shape[-1], dtype=torch.float32)
+    return torch.stack([(batch.sum(3) @ pixels) / mass, (batch.sum(2) @ pixels) / mass], dim=2)
+
+
+def quantities(batch):
+    """Angle between the spots in degrees, and the shift of their middle in pixels, down and right."""
+    first, second = centers(batch).unbind(1)
+    down, right = (second - first).unbind(1)
+    middle = (first + second) / 2 - (centers(blobs(1))[0].sum(0) / 2)
+    return {"angle": torch.rad2deg(torch.atan2(right, down)), "down": middle[:, 0], "right": middle[:, 1]}
+
+
+COUNT = 2000
+LIMIT = 1.63 * math.sqrt(2 / COUNT)  # two samples of one distribution are further apart in 1 of 100 cases
+
+
+def distance(ours, theirs):
+    """The statistic of Kolmogorov and Smirnov: the largest distance between two empirical distributions."""
+    both = torch.cat([ours, theirs]).sort().values
+    first, second = (
+        torch.searchsorted(sample.sort().values, both, right=True) / len(sample) for sample in (ours, theirs)
+    )
+    return (first - second).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "looked_at"),
+    [
+        (
+            {"degrees": 15, "zoom": 0, "shift": 0},
+            {"degrees": 15},
+            ["angle"],
+        ),
+        (
+            {"degrees": 0, "zoom": 0, "shift": 0.1},
+            {"degrees": 0, "translate": (0.1, 0.1)},
+            ["down", "right"],
+        ),
+    ],
+)
+def test_affine_maps_are_distributed_as_torchvisions(ours, theirs, looked_at):
+    torch.manual_seed(0)
+    per_image = v2.RandomAffine(**theirs, interpolation=v2.InterpolationMode.BILINEAR)
+    mine = quantities(random_affine(blobs(COUNT), generator=seeded(), **ours))
+    reference = quantities(torch.stack([per_image(image) for image in blobs(COUNT)]))
+    for name in looked_at:
+        assert reference[name].std() > 1
+        # torchvision shifts by whole pixels.
+        spread = torch.rand(COUNT, generator=seeded(1)) - 0.5 if "translate" in theirs else 0
+        assert distance(mine[name], reference[name] + spread) < LIMIT + (0.05 if "translate" in theirs else 0)
+
+
+def test_crops_and_flips_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    per_image = v2.Compose([v2.RandomCrop(8, padding=2), v2.RandomHorizontalFlip()])
+    image = torch.arange(1, 65).reshape(1, 1, 8, 8)
+    batch = image.repeat(COUNT, 1, 1, 1)
+    kinds = [
+        Counter(tuple(crop.flatten().tolist()) for crop in crops)
+        for crops in (random_flip(random_crop(batch, 2, seeded()), seeded(1)), map(per_image, batch))
+    ]
+    assert kinds[0].keys() == kinds[1].keys()
+    assert len(kinds[0]) == 50  # 25 places, mirrored or not
+    # Sum of squares over 49 degrees of freedom; above 74.9 in 1 of 100 cases.
+    assert sum((kinds[0][kind] - kinds[1][kind]) ** 2 / (kinds[0][kind] + kinds[1][kind]) for kind in kinds[0]) < 74.9

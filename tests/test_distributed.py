@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import functional as F
 
-from lit_lipschitz import LipschitzLR
+from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR
 from lit_lipschitz.data import DeviceLoader
 
 
@@ -468,3 +469,29 @@ def test_a_run_that_is_killed_between_checkpoints_resumes_to_the_same_weights(de
     process.communicate(timeout=60)
     found = run_to_the_end(devices, "--ckpt_path", "last", folder=".")
     assert all(torch.equal(value, found[name]) for name, value in undisturbed[devices].items())
+
+
+class Means(L.Callback):
+    """Leaves what a rank logged in a file."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save(values, f"means{trainer.global_rank}.pt")
+
+
+def test_epoch_means_are_those_of_all_ranks():
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=50, val_split=0.5, augment=False)
+    module = ImageClassifier(MLP(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer(Means(), devices=2, strategy=strategy, max_epochs=1).fit(module, datamodule=data)
+    first, second = (torch.load(f"means{rank}.pt") for rank in range(2))
+    assert first == second
+    data.setup("fit")
+    data.batch_size = 100  # the global batch
+    for stage, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        with torch.no_grad():
+            logits = module(images)
+        assert first[f"{stage}_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert first[f"{stage}_acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), rel=1e-5)

@@ -1,5 +1,9 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_lipschitz import ConfigurationError
 from lit_lipschitz.data.loader import DeviceLoader, fold
@@ -115,3 +119,39 @@ def test_seeds_differ():
     seeds = {fold(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Living(TorchDispatchMode):
+    """Follows the bytes of the tensors that are made, from when they are made until they are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.known:
+                self.known.add(address := storage.data_ptr())
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, address, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def gone(self, address, size):
+        self.known.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize("count", [1_000, 8_000])
+def test_an_epoch_needs_the_memory_of_some_batches_whatever_the_size_of_the_data(count):
+    images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+    source = DeviceLoader(images, torch.zeros(count).long(), 100, lambda batch, _: batch.float(), shuffle=True)
+    with Living() as living:
+        for batch in source:
+            assert len(batch[0]) == 100
+    float_batch = 100 * 3 * 32 * 32 * 4
+    order = 8 * count
+    assert living.peak < 2.5 * float_batch + 3 * order  # of the data themselves: 3,072 bytes an image
+    assert living.peak > float_batch

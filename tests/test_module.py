@@ -1,5 +1,6 @@
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 from conftest import Steps, trainer
@@ -8,7 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from lit_lipschitz import MLP, ConfigurationError, DigitsDataModule, ImageClassifier, LinearWarmupDecay, LipschitzLR
+from lit_lipschitz import (
+    MLP,
+    ConfigurationError,
+    DigitsDataModule,
+    ImageClassifier,
+    LinearWarmupDecay,
+    LipschitzLR,
+    ResNetV1,
+)
+from lit_lipschitz.data import DeviceLoader
 
 
 def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
@@ -26,6 +36,77 @@ def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
         correct = (logits.argmax(1) == labels).double().mean().item()
         assert float(values[f"{stage}_acc"]) == pytest.approx(correct, rel=1e-5)
     assert {"train_loss", "train_acc"} <= set(logged)
+
+
+def test_training_means_are_those_of_each_epoch_alone():
+    data = DigitsDataModule(batch_size=100, val_split=0.0, augment=False)
+    module = ImageClassifier(MLP(), optimizer=partial(torch.optim.SGD, lr=0.0))  # all epochs see the same weights
+    seen = []
+
+    class Reads(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    # 14 batches an epoch; the third one is cut short by the end of the run.
+    trainer(Reads(), max_steps=33, max_epochs=-1).fit(module, datamodule=data)
+    expected = []
+    for epoch, batches in ((0, 14), (1, 14), (2, 5)):
+        loader = data.train_dataloader()
+        loader.epoch = lambda epoch=epoch: epoch
+        images, labels = (torch.cat(parts) for parts in zip(*list(loader)[:batches], strict=True))
+        with torch.no_grad():
+            logits = module(images)
+        loss, accuracy = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+        expected.append(pytest.approx({"train_loss": loss, "train_acc": accuracy}, rel=1e-5))
+    assert seen == expected
+
+
+class LastLoss(L.Callback):
+    """Keeps the training loss of the last epoch."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.loss = float(trainer.callback_metrics["train_loss"])
+
+
+def train_as(**settings):
+    torch.manual_seed(0)
+    module = ImageClassifier(ResNetV1(depth=8), **settings)
+    rates, loss = Steps(), LastLoss()
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(64) % 10
+    loader = DeviceLoader(images, labels, 16, lambda batch, _: batch, shuffle=True)
+    trainer(LipschitzLR(schedule="none"), rates, loss, max_epochs=2).fit(module, loader)
+    return [rate for (rate,) in rates.rates], loss.loss, module.state_dict()
+
+
+def test_channels_last_is_the_same_training():
+    (rates, loss, weights), (other_rates, other_loss, other_weights) = (
+        train_as(channels_last=channels_last) for channels_last in (False, True)
+    )
+    assert other_rates == pytest.approx(rates, rel=1e-3)
+    assert other_loss == pytest.approx(loss, rel=1e-3)
+    kernels = [tensor for tensor in other_weights.values() if tensor.ndim == 4 and tensor.shape[1] > 1]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert weights.keys() == other_weights.keys()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_trains_alike_and_its_checkpoints_fit(monkeypatch, backend):
+    compiled = []
+
+    def counted(function, **settings):
+        compiled.append(settings)
+        return torch_compile(function, backend=backend)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", counted)
+    (rates, loss, weights), (other_rates, other_loss, other_weights) = (
+        train_as(compile=mode) for mode in (None, "default")
+    )
+    assert compiled == [{"mode": "default"}]
+    assert other_rates == pytest.approx(rates, rel=1e-3)
+    assert other_loss == pytest.approx(loss, rel=1e-3)
+    assert weights.keys() == other_weights.keys()
 
 
 @pytest.mark.parametrize(

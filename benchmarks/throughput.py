@@ -1,0 +1,232 @@
+"""How fast `lit-lipschitz fit` trains, beside a loop written by hand and beside the customary Lightning set-up.
+
+    python benchmarks/throughput.py [--networks mnist_cnn,resnet20,...] [--batches 128,512] [--rounds 5] [--steps 12]
+
+For each network, batch size, precision and eager or compiled, four ways in turns:
+
+    hand      plain PyTorch over tensors on the device, with the same augmentation, optimizer and schedule
+    fit       `lit-lipschitz fit`, with everything that it has on by default, LipschitzLR among it
+    no rate   the same without LipschitzLR (`--fixed_rate true`)
+    workers   the same as that, with torchvision's transforms image by image in the workers of a DataLoader
+
+A row is the median step with quartiles, images a second, and the ratio to `hand` within a round: median and quartiles
+of the rounds. Rows are kept in results/throughput.json as soon as they are measured, each with versions and hardware;
+without arguments after `--print` the table is printed from there. The images are random; nothing is downloaded.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from workloads import Clock, RandomCIFAR10, RandomMNIST, by_hand, summary
+
+import lit_lipschitz
+from lit_lipschitz.cli.command import run
+
+RESULTS = Path(__file__).parent / "results" / "throughput.json"
+NETWORKS: dict[str, tuple[str, str]] = {
+    "mlp": ("MLP", "mnist"),
+    "mnist_cnn": ("MNISTCNN", "mnist"),
+    "resnet20": ("ResNetV1", "cifar10"),
+    "densenet40": ("DenseNet", "cifar10"),
+    "resnet9": ("ResNet9", "cifar10"),
+}
+"""Name: class, data. The MLP is not one of the issue's; it shows what a step costs beside the arithmetic."""
+WAYS = ("hand", "fit", "no rate", "workers")
+SKIP = 9
+"""Steps that are not counted: allocations, compilation, and the first updates of the rate (after 1, 2, 4, 8 steps)."""
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Arguments of a network beside its defaults."""
+    return {"in_shape": [1, 28, 28]} if name == "mlp" else {}
+
+
+def one(way: str, name: str, batch_size: int, precision: str, compiled: bool, steps: int, stride: int) -> Clock:
+    """Trains a fresh network one way; returns the clock of the run."""
+    kind, data = NETWORKS[name]
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    if way == "hand":
+        clock = Clock(SKIP, stride)
+        module = (RandomMNIST if data == "mnist" else RandomCIFAR10)(batch_size=batch_size, val_split=0.0)
+        network: nn.Module = getattr(lit_lipschitz, kind)(**arguments_of(name))
+        by_hand(module, network, steps, clock, device, precision, compiled)
+        return clock
+    folder = tempfile.mkdtemp()
+    try:
+        _fit(way, name, batch_size, precision, compiled, steps, stride, folder)
+    finally:
+        shutil.rmtree(folder)
+    assert Clock.last is not None
+    return Clock.last
+
+
+def _fit(
+    way: str, name: str, batch_size: int, precision: str, compiled: bool, steps: int, stride: int, folder: str
+) -> None:
+    """Runs the command in this process, on a config of its own."""
+    kind, data = NETWORKS[name]
+    random = "workloads.RandomMNIST" if data == "mnist" else "workloads.RandomCIFAR10"
+    loader = (
+        {"class_path": "workloads.PerImage", "init_args": {"data": data, "batch_size": batch_size}}
+        if way == "workers"
+        else {"class_path": random, "init_args": {"batch_size": batch_size, "val_split": 0.0}}
+    )
+    config = {
+        "seed_everything": 0,
+        "data": loader,
+        "model": {
+            "class_path": "lit_lipschitz.ImageClassifier",
+            "init_args": {
+                "network": {"class_path": f"lit_lipschitz.{kind}", "init_args": arguments_of(name)},
+                "scheduler": {"class_path": "lit_lipschitz.LinearWarmupDecay"},
+                "channels_last": True,
+                "compile": "default" if compiled else None,
+            },
+        },
+        "fixed_rate": way != "fit",
+        "test_after_fit": False,
+        "trainer": {
+            "default_root_dir": folder,
+            "max_steps": steps,
+            "max_epochs": -1,
+            "precision": precision,
+            "accelerator": "auto",
+            "devices": 1,
+            "callbacks": [{"class_path": "workloads.Clock", "init_args": {"skip": SKIP, "stride": stride}}],
+        },
+    }
+    path = Path(folder, "config.yaml")
+    path.write_text(json.dumps(config))  # JSON is YAML
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = run(arguments=["fit", "--config", str(path)])
+    if code:
+        sys.exit(f"lit-lipschitz fit ended with {code}:\n{said.getvalue()}")
+
+
+def measure(
+    name: str, batch_size: int, precision: str, compiled: bool, ways: list[str], rounds: int, steps: int, stride: int
+) -> list[dict[str, Any]]:
+    """The rows of one network and setting."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    medians: dict[str, list[float]] = {way: [] for way in ways}
+    ends: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        # The order turns, so that a drift of the machine's speed is shared.
+        turned = ways[number % len(ways) :] + ways[: number % len(ways)]
+        for way in turned:
+            clock = one(way, name, batch_size, precision, compiled, SKIP + steps + 1, stride)
+            seconds[way] += clock.seconds()
+            medians[way].append(statistics.median(clock.seconds()))
+            ends[way].append(clock.end)
+    rows = []
+    for way in ways:
+        low, middle, high = summary(seconds[way])
+        row: dict[str, Any] = {
+            "network": name,
+            "batch_size": batch_size,
+            "precision": precision,
+            "compiled": compiled,
+            "way": way,
+            "ms": 1e3 * middle,
+            "ms_quartiles": [1e3 * low, 1e3 * high],
+            "images_per_second": batch_size / middle,
+            "end_ms": 1e3 * statistics.median(ends[way]),
+            "rounds": rounds,
+            "steps": steps,
+        }
+        for base in ("hand", "no rate", "workers"):
+            if base in ways and base != way:
+                ratios = summary([medians[base][i] / medians[way][i] for i in range(rounds)])
+                row[f"speed_to_{base.replace(' ', '_')}"] = [ratios[1], ratios[0], ratios[2]]
+        rows.append(row)
+    return rows
+
+
+def hardware() -> dict[str, str]:
+    """Where it runs."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version()}
+    return {"device": device, **versions}
+
+
+def keep(rows: list[dict[str, Any]]) -> None:
+    """Puts rows into the file in place of older ones of the same setting and device; the file is whole at any time."""
+    key = ("network", "batch_size", "precision", "compiled", "way", "device")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    new = {tuple(row[name] for name in key) for row in rows}
+    merged = [row for row in known if tuple(row[name] for name in key) not in new] + rows
+    aside = RESULTS.with_suffix(".part")
+    aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n")
+    os.replace(aside, RESULTS)
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The table, in Markdown."""
+    yield "| network | batch | | way | ms a step (quartiles) | images/s | speed of the hand-written loop (quartiles) |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        speed = row.get("speed_to_hand")
+        compared = "1" if row["way"] == "hand" else "" if not speed else "{:.2f} ({:.2f} .. {:.2f})".format(*speed)
+        kind = f"{row['precision']}{', compiled' if row['compiled'] else ''}"
+        low, high = row["ms_quartiles"]
+        yield (
+            f"| {row['network']} | {row['batch_size']} | {kind} | {row['way']} | {row['ms']:.4g} ({low:.4g} .. "
+            f"{high:.4g}) | {row['images_per_second']:.4g} | {compared} |"
+        )
+
+
+def main() -> None:
+    """Parses the arguments, measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", default="mlp,mnist_cnn,resnet20,densenet40,resnet9")
+    parser.add_argument("--batches", default="128,512")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    parser.add_argument("--precisions", default="32-true,bf16-mixed" if half else "32-true")
+    parser.add_argument("--compiled", default="no,yes", help="no, yes or both")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="counted steps a round; 0 is 12 on a CPU and 200 on a GPU")
+    parser.add_argument("--print", action="store_true", help="print the table of the results and measure nothing")
+    options = parser.parse_args()
+    if options.print:
+        print("\n".join(lines(json.loads(RESULTS.read_text()))))
+        return
+    warnings.filterwarnings("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    stride = 20 if torch.cuda.is_available() else 1
+    steps = options.steps or (200 if torch.cuda.is_available() else 12)
+    where = hardware()
+    print(", ".join(where.values()), flush=True)
+    print("\n".join(list(lines([]))), flush=True)
+    for name in options.networks.split(","):
+        for batch_size in map(int, options.batches.split(",")):
+            for precision in options.precisions.split(","):
+                for compiled in options.compiled.split(","):
+                    setting = (name, batch_size, precision, compiled == "yes")
+                    rows = measure(*setting, options.ways.split(","), options.rounds, steps, stride)
+                    keep([{**row, **where} for row in rows])
+                    print("\n".join(list(lines(rows))[2:]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
