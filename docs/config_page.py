@@ -55,6 +55,7 @@ GROUPS: list[tuple[str, type, str]] = [
     ("model.network", lit_lipschitz.MNISTCNN, "With `class_path: lit_lipschitz.MNISTCNN`."),
     ("model.network", lit_lipschitz.ResNetV1, "With `class_path: lit_lipschitz.ResNetV1`."),
     ("model.network", lit_lipschitz.ResNetV2, "With `class_path: lit_lipschitz.ResNetV2`."),
+    ("model.network", lit_lipschitz.ResNet9, "With `class_path: lit_lipschitz.ResNet9`."),
     ("model.network", lit_lipschitz.DenseNet, "With `class_path: lit_lipschitz.DenseNet`."),
     ("model.scheduler", lit_lipschitz.LinearWarmupDecay, "With `class_path: lit_lipschitz.LinearWarmupDecay`."),
     ("model.scheduler", lit_lipschitz.TimeDecay, "With `class_path: lit_lipschitz.TimeDecay`."),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         MNISTDataModule,
     )
     from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
-    from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNetV1, ResNetV2
+    from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNet9, ResNetV1, ResNetV2
     from lit_lipschitz.module import ImageClassifier
     from lit_lipschitz.optimizers import ZeroStartSGD
     from lit_lipschitz.schedules import LinearWarmupDecay, TimeDecay
@@ -37,6 +37,7 @@ __all__ = [
     "LipschitzLR",
     "LitLipschitzError",
     "MNISTDataModule",
+    "ResNet9",
     "ResNetV1",
     "ResNetV2",
     "TimeDecay",
@@ -45,7 +46,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(["ConfigurationError", "DataError", "LitLipschitzError"], "errors"),
-    **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNetV1", "ResNetV2"], "models"),
+    **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNet9", "ResNetV1", "ResNetV2"], "models"),
     **{name: "data" for name in __all__ if name.endswith("DataModule")},
     "ImageClassifier": "module",
     **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "schedules"),

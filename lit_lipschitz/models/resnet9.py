@@ -1,0 +1,80 @@
+"""A small residual network that learns CIFAR-10 in few epochs."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ResNet9(nn.Module):
+    """David Page's ResNet-9 for CIFAR: wide and shallow, with residual blocks in its first and third stage alone.
+
+    A 3x3 stem of width w; three stages, each a 3x3 convolution that doubles the width and a 2x2 max-pooling, the first
+    and the third followed by a residual block of two 3x3 convolutions; the maximum over all places; a head without
+    bias. Each convolution is without bias and followed by BatchNorm and ReLU. Width 64 has 6,573,120 parameters.
+
+    Page multiplies the logits by 0.125. Here the head's inputs are multiplied, which makes the same logits from the
+    same weights, and leaves the head the last thing before the loss: there LipschitzLR measures what the weight is
+    multiplied by.
+
+    Args:
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        width: Channels of the stem, w.
+        scale: Factor of the head's inputs.
+        channels_last: Keep weights and activations with the channels as the last dimension in memory, which is faster
+            on tensor cores. Values are the same up to rounding.
+
+    References:
+        D. Page: How to train your ResNet, parts 4 and 8, myrtle.ai, 2018-2019.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
+        scale: float = 0.125,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.scale, self.layout = scale, torch.channels_last if channels_last else torch.contiguous_format
+        self.stem = _conv_norm_relu(in_channels, width)
+        self.stages = nn.Sequential(
+            _conv_norm_relu(width, 2 * width),
+            nn.MaxPool2d(2),
+            Residual(2 * width),
+            _conv_norm_relu(2 * width, 4 * width),
+            nn.MaxPool2d(2),
+            _conv_norm_relu(4 * width, 8 * width),
+            nn.MaxPool2d(2),
+            Residual(8 * width),
+        )
+        self.pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8 * width, num_classes, bias=False)
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""
+        features = self.pool(self.stages(self.stem(images.contiguous(memory_format=self.layout))))
+        return self.head(self.scale * features)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and ReLU, added to what came in.
+
+    Args:
+        channels: Channels that come in and go out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(_conv_norm_relu(channels, channels), _conv_norm_relu(channels, channels))
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """The sum."""
+        return activations + self.residual(activations)
+
+
+def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )
