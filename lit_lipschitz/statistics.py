@@ -116,7 +116,7 @@ def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
         return (activations,)
     if activations.is_contiguous():
         activations = activations.flatten(0, -2)
-    return activations.split(max(1, limit * len(activations) // activations.numel()))
+    return torch.split(activations, max(1, limit * len(activations) // activations.numel()))
 
 
 def _matrix(part: Tensor) -> Tensor:
