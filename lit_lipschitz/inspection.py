@@ -37,11 +37,16 @@ def head_size(head: nn.Module) -> tuple[int, int]:
     return head.in_features, head.out_features
 
 
-def head_rows(head: nn.Module, activations: Tensor) -> Tensor:
-    """A head's input as a matrix: one row an example, token or pixel, shape (rows, width)."""
+def head_inputs(head: nn.Module, activations: Tensor) -> Tensor:
+    """A head's input as it lies in memory, with the width as the last of at least 2 dimensions."""
     if isinstance(head, _CONVOLUTIONS):
         activations = activations.movedim(_channels(head), -1)
-    return activations.flatten(0, -2) if activations.ndim > 1 else activations.unsqueeze(0)
+    return activations if activations.ndim > 1 else activations.unsqueeze(0)
+
+
+def head_rows(head: nn.Module, activations: Tensor) -> Tensor:
+    """A head's input as a matrix: one row an example, token or pixel, shape (rows, width)."""
+    return head_inputs(head, activations).flatten(0, -2)
 
 
 def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> Tensor:

@@ -30,15 +30,18 @@ class Probe:
         self.name, self.head, self.statistic = name, head, statistic
         self.ran_at = torch.zeros_like(clock)
         self.mode: Mode = "off"
+        self.chosen = False  # when it runs matters until then
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # A deep copy of the network (a moving average, a teacher) brings the hook along, with another module.
             if self.mode == "off" or module is not head or torch.is_grad_enabled() == (self.mode == "inference"):
                 return
             if self.mode != "watching":
-                rows = inspection.head_rows(module, args[0] if args else kwargs["input"])
-                statistic.update(rows) if self.mode == "inference" else statistic.add(rows)
-            self.ran_at.copy_(clock.add_(1))
+                inputs = inspection.head_inputs(module, args[0] if args else kwargs["input"])
+                statistic.update(inputs) if self.mode == "inference" else statistic.add(inputs)
+            # A compiled network is not compiled anew for what it has to do less.
+            if torch.compiler.is_compiling() or not self.chosen:
+                self.ran_at.copy_(clock.add_(1))
 
         self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
 
@@ -161,6 +164,7 @@ class Probes:
         for probe in self._candidates:
             if probe is not chosen:
                 probe.remove()
+        chosen.chosen = True
         self._candidates, self._chosen, self._stored = [chosen], chosen, None
 
     def state_dict(self) -> dict[str, Any] | None:

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+KEPT = 64
+"""Steps whose losses are kept apart, until one operation looks at them all."""
+
 
 class LossWatch:
     """Keeps on the device whether a loss was not finite, and in which optimizer step the first one was.
@@ -24,16 +27,18 @@ class LossWatch:
     def __init__(self, rank: int, world_size: int, step: int, device: torch.device | None = None) -> None:
         self._rank, self._world_size = rank, world_size
         self.reported = False
-        self._sum = torch.zeros((), device=device)  # 0 until a loss is not finite, then not-a-number
-        self._passed = torch.zeros((), device=device)  # steps from the first one until then
+        self._kept = torch.zeros(KEPT, device=device)  # a step each: 0, or not-a-number if a loss was not finite
+        self._cells = self._kept.unbind()
+        self._offsets = torch.arange(KEPT, dtype=torch.float32, device=device)
+        self._slot = torch.zeros((), device=device)  # minus the steps from the first one to one that was not; or -inf
         self._agreed: Tensor | None = None
         self.reset(step)
 
     def reset(self, step: int) -> None:
         """Forgets what was seen before a step; all ranks do so in the same one."""
-        self._first = self._current = step
-        self._sum.zero_()
-        self._passed.zero_()
+        self._first = self._begin = step
+        self._kept.zero_()
+        self._slot.fill_(-math.inf)
         self._agreed = None
 
     @property
@@ -41,26 +46,31 @@ class LossWatch:
         """The first step that is watched since the last :meth:`reset`."""
         return self._first
 
-    @torch.no_grad()
     def see(self, loss: Tensor, step: int) -> None:
-        """Takes in a loss of an optimizer step, in two or three operations on scalars.
+        """Takes in a loss of an optimizer step, in one operation on scalars.
 
         Args:
             loss: The loss that goes backward; shape ().
             step: Optimizer steps before this one.
         """
-        if step != self._current:
-            self._passed.add_(self._sum == 0, alpha=step - self._current)
-            self._current = step
-        loss = loss.detach().to(self._sum.device)
+        if not 0 <= step - self._begin < KEPT:
+            self._look()
+            self._begin = step
+        loss = loss.detach().to(self._slot.device)
         # 0 times what is not finite is not-a-number, and stays so.
-        self._sum.add_(loss if loss.ndim == 0 else loss.sum(), alpha=0)
+        self._cells[step - self._begin].add_(loss if loss.ndim == 0 else loss.sum(), alpha=0)
 
-    @torch.no_grad()
+    def _look(self) -> None:
+        """Takes what is kept together, on the device."""
+        before = torch.where(self._kept == 0, -math.inf, float(self._first - self._begin) - self._offsets)
+        torch.maximum(self._slot, before.max(), out=self._slot)
+        self._kept.zero_()
+
     def slots(self) -> Tensor:
         """For each rank minus the steps before its first loss that is not finite, or -inf; this rank knows its own."""
-        slots = torch.full((self._world_size,), -math.inf, device=self._sum.device)
-        slots[self._rank] = torch.where(self._sum == 0, -math.inf, -self._passed)
+        self._look()
+        slots = torch.full((self._world_size,), -math.inf, device=self._slot.device)
+        slots[self._rank] = self._slot
         return slots
 
     def take(self, agreed: Tensor) -> None:

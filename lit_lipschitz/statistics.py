@@ -1,5 +1,7 @@
 """Running maxima of the size of the head's inputs, kept on the device: no host synchronisation per batch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,13 +9,17 @@ from lit_lipschitz.constants import Norm
 
 POWER_ITERATIONS = 3
 """Per batch; the vector is kept from batch to batch, so the estimate goes on improving."""
+PART = 2**20
+"""Most activations that are copied to fp32 at a time, on the CPU: 4 MiB, which its caches hold."""
+PART_OF_DEVICE = 2**23
+"""The same on other devices: 32 MiB, in fewer kernels."""
 
 
 def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
     """Frobenius norm of a batch of activations, in fp32.
 
     Args:
-        activations: Shape (rows, width), any floating type.
+        activations: Shape (rows, width), or with more dimensions in place of the rows; any floating type and layout.
         bias: Whether every row carries an extra 1, the input of the head's bias.
 
     Returns:
@@ -22,29 +28,31 @@ def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
     Raises:
         ValueError: There are no rows.
     """
-    _check_rows(activations)
-    norm = torch.linalg.vector_norm(_single(activations), dtype=torch.float32)
-    return torch.sqrt(norm * norm + activations.shape[0]) if bias else norm
+    rows = _check_rows(activations)
+    norm = _norm(activations, 2)
+    return torch.sqrt(norm * norm + rows) if bias else norm
 
 
 def sample(activations: Tensor, bias: bool = False) -> Tensor:
     """Largest Euclidean norm of a row; arguments, result and errors as for :func:`frobenius`."""
     _check_rows(activations)
-    norm = torch.linalg.vector_norm(_single(activations), dim=1, dtype=torch.float32).max()
+    parts = _reduced_in_parts(activations)
+    largest = [torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32).max() for part in parts]
+    norm = largest[0] if len(largest) == 1 else torch.stack(largest).max()
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
 def unit(activations: Tensor, bias: bool = False) -> Tensor:
     """Largest absolute activation; arguments, result and errors as for :func:`frobenius`."""
     _check_rows(activations)
-    norm = torch.linalg.vector_norm(_single(activations), ord=float("inf"), dtype=torch.float32)
+    norm = _norm(activations, float("inf"))
     return norm.clamp(min=1.0) if bias else norm
 
 
 def squares(activations: Tensor) -> Tensor:
     """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
     _check_rows(activations)
-    norm = torch.linalg.vector_norm(_single(activations), ord=4, dtype=torch.float32)
+    norm = _norm(activations, 4)
     return norm * norm
 
 
@@ -52,7 +60,7 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
     """Largest singular value of a batch of activations, by power iteration from a given vector.
 
     Args:
-        activations: Shape (rows, width), any floating type.
+        activations: As for :func:`frobenius`.
         direction: Vector to start from, shape (width + bias,), float32, not 0.
         bias: Whether every row carries an extra 1.
 
@@ -63,19 +71,57 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
         ValueError: There are no rows.
     """
     _check_rows(activations)
-    matrix = activations.float()
+    width = activations.shape[-1]
+    scattered = activations.ndim > 2 and not activations.is_contiguous()
+    parts = _parts(activations, copied=scattered or activations.dtype != torch.float32)
 
-    def image_of(vector: Tensor) -> Tensor:
-        image = matrix @ vector[: matrix.shape[1]]
-        return image + vector[-1] if bias else image
+    def image_of(matrix: Tensor, vector: Tensor) -> Tensor:
+        return torch.addmv(vector[width], matrix, vector[:width]) if bias else matrix @ vector
 
     for _ in range(POWER_ITERATIONS):
-        image = _unit_vector(image_of(direction))
-        direction = matrix.T @ image
-        if bias:
-            direction = torch.cat([direction, image.sum().reshape(1)])
-        direction = _unit_vector(direction)
-    return torch.linalg.vector_norm(image_of(direction)), direction
+        total: Tensor | None = None
+        for part in parts:  # each is read, and made fp32, once for both products
+            matrix = _matrix(part)
+            image = image_of(matrix, direction)
+            back = matrix.T @ image
+            if bias:
+                back = torch.cat([back, image.sum().reshape(1)])
+            total = back if total is None else total.add_(back)
+        assert total is not None
+        direction = _unit_vector(total)
+    lengths = [torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts]
+    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(lengths)), direction
+
+
+def _norm(activations: Tensor, order: float) -> Tensor:
+    """Norm of all entries as one vector, in fp32."""
+    parts = _reduced_in_parts(activations)
+    norms = [torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _reduced_in_parts(activations: Tensor) -> Sequence[Tensor]:
+    """Activations in the parts that a norm is taken of, so that no fp32 copy of all of them is made."""
+    # CUDA's reductions read the narrower types as they are; the others, and torch for doubles, make a copy first.
+    narrow = (torch.bfloat16, torch.float16) if activations.is_cuda else ()
+    return _parts(activations, copied=activations.dtype not in (torch.float32, *narrow))
+
+
+def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
+    """The activations whole, or where they are copied in parts of some rows."""
+    if not copied:
+        return (activations,)
+    limit = PART if activations.device.type == "cpu" else PART_OF_DEVICE
+    if activations.numel() <= limit:
+        return (activations,)
+    if activations.is_contiguous():
+        activations = activations.flatten(0, -2)
+    return torch.split(activations, max(1, limit * len(activations) // activations.numel()))
+
+
+def _matrix(part: Tensor) -> Tensor:
+    """A part in fp32, shape (rows, width)."""
+    return part.float().flatten(0, -2)
 
 
 def _single(activations: Tensor) -> Tensor:
@@ -83,14 +129,18 @@ def _single(activations: Tensor) -> Tensor:
     return activations.float() if activations.dtype == torch.float64 else activations
 
 
-def _check_rows(activations: Tensor) -> None:
-    if activations.ndim != 2 or not len(activations):
+def _check_rows(activations: Tensor) -> int:
+    """How many there are."""
+    if activations.ndim < 2 or not activations.numel():
         raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
+    return activations.numel() // activations.shape[-1]
 
 
 def _unit_vector(vector: Tensor) -> Tensor:
     """The vector at length 1, or as it is where it is all zeros."""
-    return vector / torch.linalg.vector_norm(vector).clamp(min=torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    vector = vector / torch.linalg.vector_norm(vector, float("inf")).clamp(min=tiny)  # whose squares may overflow
+    return vector / torch.linalg.vector_norm(vector).clamp(min=tiny)
 
 
 def _raise_to(largest: Tensor, value: Tensor) -> None:
@@ -145,12 +195,11 @@ class RunningMaximum:
 
     @torch.no_grad()
     def add(self, activations: Tensor) -> None:
-        """Take in a call of the head, activations of shape (rows, width).
+        """Take in a call of the head, activations of shape (rows, width) or (..., width).
 
         Raises:
             ValueError: There are no rows.
         """
-        activations = activations.detach()
         if self.norm == "spectral":
             with torch.autocast(activations.device.type, enabled=False):
                 value, direction = spectral(activations, self.direction, self.bias)
@@ -158,9 +207,10 @@ class RunningMaximum:
             self.direction.copy_(torch.where(usable, direction, self.direction))
         else:
             value = _NORMS[self.norm](activations, self.bias)
-        self._dropped.add_(value - value != 0)  # of numbers that are not finite alone
-        _raise_to(self._size, value)
-        self._rows.clamp_(min=activations.shape[0])
+        value = torch.nan_to_num(value, nan=-1.0, posinf=-1.0)  # -1 stands for what is not finite
+        self._dropped.sub_(value.clamp(max=0.0))
+        torch.maximum(self._size, value, out=self._size)
+        self._rows.clamp_(min=activations.numel() // activations.shape[-1])
         if self.squares:
             _raise_to(self._squares, squares(activations))
 
@@ -194,7 +244,7 @@ class RunningMaximum:
             value = value * weight
         _raise_to(self._largest, value)
         if isinstance(count, Tensor):
-            _raise_to(self._most, count)
+            torch.fmax(self._most, count, out=self._most)
         else:
             self._most.clamp_(min=count)
         if self.squares:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
-from lit_lipschitz.spikes import LossWatch
+from lit_lipschitz.spikes import KEPT, LossWatch
 
 
 class Spiking(Classifier):
@@ -142,3 +142,18 @@ def test_two_ranks_keep_the_same_rate_after_a_loss_of_one_of_them(monkeypatch):
 def test_two_ranks_both_end_after_a_loss_of_one_of_them():
     with pytest.raises(Exception, match=r"a non-finite loss in step 4 on rank 1; .* would go on"):
         two_ranks(LipschitzLR(schedule="none", on_nonfinite="raise"), Spiking(4, rank=1), 8, max_epochs=2)
+
+
+@pytest.mark.parametrize("step", [0, 5, KEPT - 1, KEPT, KEPT + 3, 5 * KEPT + 7])
+def test_the_watch_knows_the_first_of_many_steps(step):
+    watch = LossWatch(rank=1, world_size=3, step=2)
+    for i in range(6 * KEPT):
+        for bad in (False, i in (step, step + 1, step + KEPT)):
+            watch.see(torch.tensor(-math.inf if bad else 1e38), 2 + i)
+    assert watch.read() == (2 + step, [1])
+    watch.reset(6 * KEPT)
+    watch.see(torch.tensor(1.0), 6 * KEPT + 1000)
+    assert watch.read() is None
+    watch.see(torch.tensor(math.nan), 6 * KEPT + 1000)
+    watch.see(torch.tensor(1.0), 6 * KEPT + 1001)
+    assert watch.read() == (6 * KEPT + 1000, [1])

@@ -3,7 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_lipschitz import statistics
 from lit_lipschitz.statistics import RunningMaximum
 
 
@@ -164,3 +167,75 @@ def test_double_precision_is_measured_too(norm):
         single.update(torch.from_numpy(batch).float())
     assert double.values.dtype == torch.float32
     torch.testing.assert_close(double.values, single.values)
+
+
+NORMS = ["frobenius", "sample", "unit", "spectral"]
+
+
+def peak_memory(function):
+    """The most bytes that a call holds at once beyond what there was, copies inside of torch's operations included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_copy_of_the_activations_is_made(norm, dtype, monkeypatch):
+    monkeypatch.setattr(statistics, "PART", 2**14)
+    peaks = []
+    for rows in (2048, 4096):
+        activations = torch.randn(rows, 512).to(dtype)
+        statistic = RunningMaximum(norm, 512, bias=True, mean=True, squares=norm == "frobenius")
+        statistic.update(activations)
+        peaks.append(peak_memory(lambda statistic=statistic, of=activations: statistic.update(of)))
+    # Two parts in fp32, where they are copied; a number a row, and some vectors. A copy would be 2 MiB a thousand rows.
+    part = 4 * 2**14 if dtype is not torch.float32 else 0
+    assert peaks[1] <= 2 * part + 2 * 4 * 4096 + 16 * 4 * 512
+    assert peaks[1] - peaks[0] <= 2 * 4 * 2048 + 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_parts_and_layouts_change_nothing_but_the_rounding(norm, dtype, monkeypatch):
+    channels_first = torch.randn(6, 5, 3, 4).to(dtype)
+    rows = channels_first.movedim(1, -1).reshape(-1, 5)
+    whole, parts, scattered = (RunningMaximum(norm, 5, bias=True, squares=norm != "spectral") for _ in range(3))
+    whole.update(rows)
+    monkeypatch.setattr(statistics, "PART", 35)
+    parts.update(rows)
+    scattered.update(channels_first.movedim(1, -1))
+    for other in (parts, scattered):
+        torch.testing.assert_close(other.values, whole.values)
+        torch.testing.assert_close(other.direction, whole.direction)
+    assert whole.values[1] == 72
+
+
+def operations(function):
+    """The operations on tensors that a call makes."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
+            names.append(str(operation))
+            return operation(*arguments, **(settings or {}))
+
+    names = []
+    with Record():
+        function()
+    return names
+
+
+def test_a_batch_costs_as_many_operations_whatever_its_size():
+    found = {}
+    for rows, width in ((8, 16), (512, 16), (8, 1024)):
+        statistic = RunningMaximum("frobenius", width, bias=True, mean=True)
+        batch, count = torch.randn(rows, width), torch.tensor(float(rows))
+        found[rows, width] = operations(lambda s=statistic, b=batch, c=count: (s.add(b), s.finish(c)))
+    (names,) = {tuple(names) for names in found.values()}
+    assert len(names) <= 17
+    assert not any("_local_scalar" in name or "item" in name for name in names)
