@@ -25,7 +25,7 @@ STARTS = ("lit-lipschitz", "python", "python3", "pip", "make", "git", "tensorboa
 
 NOT_RUN = {
     r"git clone": "needs the repository's address",
-    r"python3 -m venv|pip install": "changes the environment; the wheel's installation is tested in test_imports.py",
+    r"python3 -m venv|pip install": "changes the environment; the wheel's installation is tested in test_package.py",
     r"tensorboard ": "a server that does not end; test_tensorboard.py starts one where there is Chromium to look at it",
     r"torchrun|srun": "needs several nodes; what they start is parsed",
     r".*--trainer\.devices 8": "needs 8 devices",
