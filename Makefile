@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: train test slow check format docs benchmark clean
+.PHONY: train test slow check format docs links benchmark clean
 
 train: $(STAMP)  ## train on real handwritten digits, and test
 	$(BIN)/lit-lipschitz fit --config digits.yaml
@@ -30,6 +30,9 @@ format: $(STAMP)
 docs: $(STAMP)  ## these pages and the reference, in build/docs; a warning is an error, a link that leads nowhere one too
 	rm -rf build/docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
+
+links: $(STAMP)  ## opens every link of README and docs to another site; needs the network
+	$(BIN)/python -m sphinx --quiet --keep-going -b linkcheck -d build/doctrees docs build/links
 
 benchmark: $(STAMP)  ## the cost of the callback
 	$(BIN)/python benchmarks/overhead.py

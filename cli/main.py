@@ -38,6 +38,12 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
   --print_config              print the whole configuration and exit
   --version                   print the version and exit
 
+environment:
+  LIT_LIPSCHITZ_DATA          folder of the data, where --data.data_dir is not given
+  NO_COLOR                    any value: no colours on a terminal
+
+exit codes: 0; 1 after a failure while running, 2 for a mistake in the configuration, 130 and 143 after Ctrl-C, SIGTERM
+
 example: lit-lipschitz fit --config digits.yaml
 """
 EXPLAIN_HELP = """\

@@ -20,6 +20,9 @@ autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 
+linkcheck_timeout = 30
+linkcheck_retries = 2
+
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Learning rates computed, not tuned",

@@ -86,8 +86,9 @@ OTHERS: list[tuple[str, type, str]] = [
     (
         "trainer",
         L.Trainer,
-        "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), which tells what "
-        "they mean. `callbacks` are added to the command's own.",
+        "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/api/"
+        "lightning.pytorch.trainer.trainer.Trainer.html), which tells what they mean. "
+        "`callbacks` are added to the command's own.",
     ),
 ]
 CHANGED = {"checkpoint.save_last": "true", "checkpoint.filename": '"{epoch}"'}

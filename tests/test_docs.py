@@ -25,8 +25,8 @@ STARTS = ("lit-lipschitz", "python", "python3", "pip", "make", "git", "tensorboa
 
 NOT_RUN = {
     r"git clone": "needs the repository's address",
-    r"python3 -m venv|pip install": "changes the environment; the wheel's installation is tested in test_imports.py",
-    r"tensorboard ": "a server that does not end; started in test_tensorboard.py",
+    r"python3 -m venv|pip install": "changes the environment; the wheel's installation is tested in test_package.py",
+    r"tensorboard ": "a server that does not end; test_tensorboard.py starts one where there is Chromium to look at it",
     r"torchrun|srun": "needs several nodes; what they start is parsed",
     r".*--trainer\.devices 8": "needs 8 devices",
     r".*--config (mnist|cifar10|paper_)": "downloads MNIST or CIFAR-10, and takes minutes; run in test_training.py, "
@@ -34,6 +34,7 @@ NOT_RUN = {
     r"make ": "makes an environment of its own; .ci/run runs check, docs, test, train and slow",
     r"python benchmarks/": "takes minutes to hours, and figures are not what a test is for",
     r"python docs/config_page\.py": "writes into the checkout; a test here compares what it would write",
+    r"python docs/tensorboard_picture\.py": "needs Chromium; test_tensorboard.py runs it where that is",
     r"python -m pytest": "is tests, which run anyway",
     r"lit-lipschitz (fit|compare) --config my\.yaml": "the reader's own config",
     r"lit-lipschitz compare .*--seeds": "takes a minute or more; shorter ones in test_compare_command.py",

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -11,7 +12,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_lipschitz.cli.events import find_runs
 from lit_lipschitz.cli.main import main
-from lit_lipschitz.cli.reporting import hyperparameters
+from lit_lipschitz.cli.reporting import TensorBoardSummary, hyperparameters
+
+ROOT = Path(__file__).parent.parent
 
 FIT = ["fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
 
@@ -89,3 +92,54 @@ def test_what_is_not_set_is_no_hyperparameter():
         "seed_everything": 0, "fixed_rate": False, "model": "a.B", "model.width": 3, "model.inner": "c.D",
         "lipschitz.optimizers": "[0, 1]", "trainer.max_epochs": 5, "trainer.devices": "auto",
     }  # fmt: skip
+
+
+# -- the picture in the documentation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tensorboard_picture
+
+    return tensorboard_picture
+
+
+def charts(picture, count):
+    """How many pixels each run's curve has in each chart, the charts being side by side right of the settings."""
+    image = pytest.importorskip("matplotlib.image").imread(picture)[..., :3]
+    colours = np.array([[255, 112, 67], [0, 119, 187]]) / 255  # of the first two runs
+    found = []
+    for chart in range(count):
+        left = 375 + 350 * chart
+        area = image[155:335, left : left + 345]
+        found.append([int((np.abs(area - colour).max(axis=-1) < 0.03).sum()) for colour in colours])
+    return image.shape, found
+
+
+def test_the_picture_is_in_the_page_with_the_commands_that_made_it(script):
+    page = " ".join((ROOT / "README.md").read_text().split())
+    (alt,) = re.findall(r"!\[([^]]+)\]\(docs/tensorboard\.png\)", page)
+    (titles,) = TensorBoardSummary.LAYOUT.values()
+    for title in titles:
+        assert re.search(rf"\b{title}\b", alt)
+    for i, command in enumerate(script.COMMANDS):
+        assert f"`{command}` (version_{i})" in page
+
+
+def test_the_picture_has_a_curve_of_each_run_in_each_chart_of_the_layout(script):
+    assert script.PICTURE.stat().st_size < 200_000
+    (titles,) = TensorBoardSummary.LAYOUT.values()
+    (height, width, _), found = charts(script.PICTURE, len(titles))
+    assert (width, height) == (script.WIDTH, script.HEIGHT)
+    assert np.min(found) > 200, found
+
+
+@pytest.mark.slow
+def test_tensorboard_draws_the_layout_of_new_runs(script):
+    if script.browser() is None:
+        pytest.skip("no Chromium on the PATH")
+    script.make(Path("new.png"), "--trainer.max_epochs", "5")
+    (titles,) = TensorBoardSummary.LAYOUT.values()
+    _, found = charts("new.png", len(titles))
+    assert np.min(found) > 200, found
