@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning as L
 import torch
@@ -70,7 +70,15 @@ class Command(LightningCLI):
     """LightningCLI with the callback under ``lipschitz``, checkpoints under ``checkpoint``, and a test after fit."""
 
     running = False
+    wanted: ClassVar[str | None] = None
+    """The subcommand, where it is known before the command line is parsed: the parsers of the others are not built."""
     lines: EpochLines
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
+        """The subcommand that is wanted, or all of them."""
+        known = LightningCLI.subcommands()
+        return {cls.wanted: known[cls.wanted]} if cls.wanted in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what the command has beyond LightningCLI."""
@@ -88,6 +96,12 @@ class Command(LightningCLI):
         )
         parser.add_argument(
             "--audit", type=int, default=0, help="Audit the gradients every so many optimizer steps of fit; 0 is off."
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Precision of float32 matrix products, as torch.set_float32_matmul_precision has it: high is TF32.",
         )
         modes = {
             "quiet": "Show warnings, errors and the final result alone.",
@@ -122,6 +136,7 @@ class Command(LightningCLI):
         Raises:
             ConfigurationError: It can't be had as configured, on this machine.
         """
+        torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": self._output()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -238,6 +253,8 @@ def run(
         The exit code.
     """
     _quieten()
+    given = sys.argv[1:] if arguments is None else arguments
+    kind = type(kind.__name__, (kind,), {"wanted": given[0] if given else None})
     # LightningCLI runs the command in its constructor; what it has built so far is needed when that fails.
     command = kind.__new__(kind)
     started = time.time()

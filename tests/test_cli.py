@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import write_idx
 
@@ -348,6 +349,32 @@ def test_the_data_of_a_config_without_a_model_is_asked_for(lit):
 
 def test_an_unknown_message_stays_as_it_is_in_one_line():
     assert condense("something\n  else") == "something else"
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_the_precision_of_matrix_products_is_torchs(lit, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        code, _, _ = lit(
+            "fit", "--config", "digits", *SHORT, "--trainer.max_epochs", 1, "--matmul_precision", precision
+        )
+        assert code == 0
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_only_the_parser_that_is_wanted_is_built(lit, monkeypatch):
+    built = []
+    prepare = LightningCLI._prepare_subcommand_parser
+
+    def noted(self, klass, subcommand, **settings):
+        built.append(subcommand)
+        return prepare(self, klass, subcommand, **settings)
+
+    monkeypatch.setattr(LightningCLI, "_prepare_subcommand_parser", noted)
+    assert lit("fit", "--config", "digits", "--print_config")[0] == 0
+    assert built == ["fit"]
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lipschitz import (
     MLP,
@@ -107,6 +108,48 @@ def test_a_compiled_network_trains_alike_and_its_checkpoints_fit(monkeypatch, ba
     assert other_rates == pytest.approx(rates, rel=1e-3)
     assert other_loss == pytest.approx(loss, rel=1e-3)
     assert weights.keys() == other_weights.keys()
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host has to wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], torch.Tensor):
+            return args[0]  # a number of the host
+        self.count += func.__name__.partition(".")[0] in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_between_updates_waits_for_the_device(monkeypatch):
+    waits, per_step = Waits(), []
+    tolist = torch.Tensor.tolist  # which is no operation on a CPU
+
+    def counted(tensor):
+        waits.count += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_):
+            self.before = waits.count
+
+        def on_train_batch_end(self, *_):
+            per_step.append(waits.count - self.before)
+
+    data = DigitsDataModule(batch_size=100, val_split=0.0)
+    module = ImageClassifier(MLP(dropout=0.1), scheduler=LinearWarmupDecay)
+    with waits:
+        trainer(LipschitzLR(), Count(), max_epochs=3).fit(module, datamodule=data)
+    assert len(per_step) == 3 * 14
+    assert per_step[0] > 0
+    assert per_step[14:27] == [0] * 13
+    assert per_step[27] > 0
+    assert per_step[28:41] == [0] * 13
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,35 @@ def test_cifar10_learns_from_10_000_images(real_data, figure):
     assert losses[1] < losses[0] < math.log(10)
 
 
+def classifier():
+    """Somebody's module, on batches that are there."""
+    from conftest import Classifier, loader
+
+    return Classifier(), [[part.cuda() for part in batch] for batch in loader()]
+
+
+def bundled(compile):
+    """What the configs train: augmented batches, seeds, means of the epoch, a schedule."""
+    from lit_lipschitz import ImageClassifier, LinearWarmupDecay, ResNetV1
+    from lit_lipschitz.data import DeviceLoader
+    from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
+
+    def augment(images, generator):
+        images = random_flip(random_crop(images.float(), 4, generator), generator)
+        return random_affine(images, degrees=15, zoom=0.1, shift=0.1, generator=generator)
+
+    images = torch.randint(256, (160, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    labels = torch.randint(10, (160,), device="cuda")
+    module = ImageClassifier(ResNetV1(depth=8), scheduler=LinearWarmupDecay, channels_last=True, compile=compile)
+    return module, DeviceLoader(images, labels, 16, augment, shuffle=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_synchronises_with_a_gpu_between_updates():
-    from conftest import Classifier, loader, trainer
+@pytest.mark.parametrize(
+    "made", [classifier, partial(bundled, None), partial(bundled, "default")], ids=["any", "bundled", "compiled"]
+)
+def test_nothing_synchronises_with_a_gpu_between_updates(made):
+    from conftest import trainer
 
     class Strict(LipschitzLR):
         """Lets only the steps synchronise in which an update is due: in each epoch's last and the first 4."""
@@ -78,7 +105,7 @@ def test_nothing_synchronises_with_a_gpu_between_updates():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             torch.cuda.set_sync_debug_mode("default")
 
-    batches = [[part.cuda() for part in batch] for batch in loader()]
+    module, batches = made()
     callback = Strict()
-    trainer(callback, accelerator="gpu", devices=1, max_epochs=3).fit(Classifier(), batches)
+    trainer(callback, accelerator="gpu", devices=1, max_epochs=3).fit(module, batches)
     assert callback.rate is not None
