@@ -94,7 +94,7 @@ class Benchmark:
             return found[-1]
         arguments = ["--config", config, "--seed_everything", str(seed), "--data.seed", str(seed)]
         arguments += ["--data.verify", "false", "--trainer.precision", self.precision]
-        arguments += ["--model.scheduler.max_lr", str(peak)] if peak is not None else []
+        arguments += ["--model.optimizer.lr", str(peak)] if peak is not None else []
         arguments += ["--data.val_split", "0.1", "--test_after_fit", "false"] if tuning else []
         lines, watch = fit([*arguments, *self.extra])
         epochs = [line for line in lines if line["event"] == "epoch"]

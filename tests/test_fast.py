@@ -29,15 +29,15 @@ def small():
     ]
 
 
-def test_the_two_configs_differ_in_the_rate_alone():
+def test_the_two_configs_differ_in_the_rate_and_its_warm_up_alone():
     ours, theirs = (yaml.safe_load(Path(find_config(name)).read_text()) for name in NAMES)
     assert theirs.pop("fixed_rate") is True
     assert ours.pop("lipschitz") == {"bound": "strict"}
-    schedule, cycle = (config["model"]["init_args"].pop("scheduler") for config in (ours, theirs))
-    assert schedule["class_path"] == "lit_lipschitz.LinearWarmupDecay"
-    assert cycle["class_path"] == "torch.optim.lr_scheduler.OneCycleLR"
+    models = [config["model"]["init_args"] for config in (ours, theirs)]
+    assert [model["scheduler"]["init_args"].pop("warmup") for model in models] == [0.1, 0.2]
+    assert models[1]["optimizer"]["init_args"].pop("lr") == 0.4
     assert ours == theirs
-    assert ours["model"]["init_args"]["optimizer"]["init_args"]["nesterov"] is True
+    assert models[0]["optimizer"]["init_args"]["nesterov"] is True
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,6 +50,8 @@ def test_a_fast_config_trains_and_is_tested(lit, small, name):  # noqa: F811
     assert 0 <= end["test_acc"] <= 1
     assert "val_acc" not in second
     assert ("rate" in second) == (name == NAMES[0])
+    if name == NAMES[1]:  # the sixth of 10 steps comes next, and 3 of 8 steps down are over
+        assert first["lr"] == pytest.approx(0.4 * 5 / 8)
     assert Path(end["checkpoint"]).is_file()  # although the run is shorter than the interval of checkpoints
 
 
