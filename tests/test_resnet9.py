@@ -23,9 +23,9 @@ def test_it_has_the_parameters_of_its_layers():
 @pytest.mark.parametrize(
     ("network", "shape", "classes"),
     [
-        (ResNet9(width=4), (3, 32, 32), 10),
-        (ResNet9(num_classes=100, in_channels=1, width=2), (1, 28, 28), 100),
-        (ResNet9(width=2), (3, 33, 40), 10),
+        (ResNet9(width=8), (3, 32, 32), 10),
+        (ResNet9(num_classes=100, in_channels=1, width=8), (1, 28, 28), 100),
+        (ResNet9(width=8), (3, 33, 40), 10),
     ],
 )
 def test_images_go_in_and_logits_come_out(network, shape, classes):
@@ -54,7 +54,7 @@ def pages_network(images, weights):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_logits_and_gradients_are_those_of_pages_network(channels_last):
-    network = ResNet9(width=4, channels_last=channels_last).double()
+    network = ResNet9(width=8, channels_last=channels_last).double()
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     weights = [parameter.detach().clone().requires_grad_() for parameter in network.parameters()]
     ours, theirs = network(images), pages_network(images, list(weights))
@@ -91,19 +91,19 @@ def first_rate(network, **options):
 
 
 def test_the_rate_is_one_over_the_constant_of_the_scaled_features():
-    rate, inputs = first_rate(ResNet9(width=4))
-    # The longest gradient in the logits: all on a wrong class, of targets with 0.82 on the right one and 0.02 elsewhere.
+    rate, inputs = first_rate(ResNet9(width=8))
+    # The longest gradient in the logits: all on a wrong class, with 0.82 on the right one and 0.02 on the others.
     slope = math.sqrt(0.98**2 + 0.82**2 + 8 * 0.02**2)
     assert rate == pytest.approx(1 / (slope / math.sqrt(6) * float(inputs.norm())), rel=1e-5)
 
 
 def test_a_factor_behind_the_head_is_refused_and_has_the_same_rate_once_the_head_is_named():
     torch.manual_seed(0)
-    rate, _ = first_rate(ResNet9(width=4))
+    rate, _ = first_rate(ResNet9(width=8))
     torch.manual_seed(0)
-    scaled = Scaled(ResNet9(width=4))
+    scaled = Scaled(ResNet9(width=8))
     with pytest.raises(ConfigurationError, match="LogSoftmax > Mul > "):
         first_rate(scaled)
     torch.manual_seed(0)
-    named, _ = first_rate(Scaled(ResNet9(width=4)), head="network.network.head")
+    named, _ = first_rate(Scaled(ResNet9(width=8)), head="network.network.head")
     assert named == pytest.approx(rate, rel=1e-5)
