@@ -97,7 +97,7 @@ def _fit(
             "init_args": {
                 "network": {"class_path": f"lit_lipschitz.{kind}", "init_args": arguments_of(name)},
                 "scheduler": {"class_path": "lit_lipschitz.LinearWarmupDecay"},
-                "channels_last": True,
+                "channels_last": torch.cuda.is_available(),
                 "compile": "default" if compiled else None,
             },
         },

@@ -150,7 +150,8 @@ def by_hand(
     assert data._train is not None
     images, labels = (part.to(device) for part in data._train)
     transform = data._transform(augment=True, device=device)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     run: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     schedule = LinearWarmupDecay(optimizer, total_steps=steps)
@@ -167,7 +168,7 @@ def by_hand(
         batch, targets = transform(images[index], generator), labels[index]
         optimizer.zero_grad()
         with half:
-            logits = run(batch.contiguous(memory_format=torch.channels_last))
+            logits = run(batch.contiguous(memory_format=layout) if device.type == "cuda" else batch)
             loss = F.cross_entropy(logits, targets)
         loss.backward()
         optimizer.step()

@@ -52,9 +52,9 @@ def pages_network(images, weights):
     return 0.125 * (outputs.amax((2, 3)) @ weights.pop(0).mT)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_logits_and_gradients_are_those_of_pages_network(channels_last):
-    network = ResNet9(width=8, channels_last=channels_last).double()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_logits_and_gradients_are_those_of_pages_network(layout):
+    network = ResNet9(width=8).double().to(memory_format=layout)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     weights = [parameter.detach().clone().requires_grad_() for parameter in network.parameters()]
     ours, theirs = network(images), pages_network(images, list(weights))

@@ -1,6 +1,5 @@
 """A small residual network that learns CIFAR-10 in few epochs."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -20,8 +19,6 @@ class ResNet9(nn.Module):
         in_channels: Channels of the images.
         width: Channels of the stem, w.
         scale: Factor of the head's inputs.
-        channels_last: Keep weights and activations with the channels as the last dimension in memory, which is faster
-            on tensor cores. Values are the same up to rounding.
 
     References:
         D. Page: How to train your ResNet, parts 4 and 8, myrtle.ai, 2018-2019.
@@ -33,10 +30,9 @@ class ResNet9(nn.Module):
         in_channels: int = 3,
         width: int = 64,
         scale: float = 0.125,
-        channels_last: bool = True,
     ) -> None:
         super().__init__()
-        self.scale, self.layout = scale, torch.channels_last if channels_last else torch.contiguous_format
+        self.scale = scale
         self.stem = _conv_norm_relu(in_channels, width)
         self.stages = nn.Sequential(
             _conv_norm_relu(width, 2 * width),
@@ -50,11 +46,10 @@ class ResNet9(nn.Module):
         )
         self.pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(8 * width, num_classes, bias=False)
-        self.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""
-        features = self.pool(self.stages(self.stem(images.contiguous(memory_format=self.layout))))
+        features = self.pool(self.stages(self.stem(images)))
         return self.head(self.scale * features)
 
 
