@@ -244,7 +244,7 @@ class RunningMaximum:
             value = value * weight
         _raise_to(self._largest, value)
         if isinstance(count, Tensor):
-            torch.fmax(self._most, count, out=self._most)
+            torch.maximum(self._most, count, out=self._most)
         else:
             self._most.clamp_(min=count)
         if self.squares:
