@@ -164,7 +164,7 @@ def seconds(ranks: int, size: int, hop: float, bandwidth: float, ring: bool) -> 
 
 
 def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> list[dict[str, Any]]:
-    """For each number of ranks: bytes, and milliseconds of an update and of an epoch's calls, at 5 and at 20 us a hop."""
+    """For each number of ranks: bytes, and milliseconds of an update and of an epoch, at 5 and at 20 us a hop."""
     rows = []
     for count in ranks:
         for ring in (False, True):
