@@ -10,9 +10,9 @@ from lit_lipschitz.constants import Norm
 POWER_ITERATIONS = 3
 """Per batch; the vector is kept from batch to batch, so the estimate goes on improving."""
 PART = 2**20
-"""Most activations that are copied to fp32 at a time, on the CPU: 4 MiB, which its caches hold."""
+"""Most activations that are copied to fp32 at a time on the CPU, which are 4 MiB."""
 PART_OF_DEVICE = 2**23
-"""The same on other devices: 32 MiB, in fewer kernels."""
+"""The same on other devices, 32 MiB in fewer kernels."""
 
 
 def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
