@@ -6,7 +6,9 @@ the median step with the quartiles, the ratio of the medians, and the median tim
     python benchmarks/overhead.py [--rounds 9] [--steps 20] [--device cpu]
 
 The ratio holds everything, Lightning's calls of the hooks included, and as much noise as the machine has; the time
-inside is a lower bound of the cost that noise does not reach.
+inside is a lower bound of the cost that noise does not reach. Then come the parts of the time inside, for the MLP, and
+what Lightning takes for a callback that does nothing. With OMP_NUM_THREADS=1 times on the CPU are the process's own,
+which others on the machine add less to.
 """
 
 import argparse
@@ -35,6 +37,12 @@ WARM_UP = 3
 """Steps of a round that are not counted; the first ones allocate, and the callback updates its rate after 1 and 2."""
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """The time, or the process's time on the CPU where it has one thread."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 class Clock(L.Callback):
     """Seconds from the start of one batch to the start of the next."""
 
@@ -45,7 +53,7 @@ class Clock(L.Callback):
         """Notes the time, once the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.starts.append(time.perf_counter())
+        self.starts.append(clock(self.device)())
 
     def steps(self) -> list[float]:
         """The steps after the warm-up."""
@@ -55,8 +63,10 @@ class Clock(L.Callback):
 class Inside:
     """Seconds spent in the callback's functions in each step, as they return to the host."""
 
-    def __init__(self, callback: LipschitzLR) -> None:
+    def __init__(self, callback: LipschitzLR, device: torch.device) -> None:
         self.seconds: list[float] = []
+        self.parts: dict[str, list[float]] = {}
+        self.now = clock(device)
         for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
             setattr(callback, name, self.timed(getattr(callback, name)))
 
@@ -67,9 +77,11 @@ class Inside:
         def call(*args: object, **kwargs: object) -> None:
             if function.__name__ == "on_train_batch_start":
                 self.seconds.append(0.0)
-            start = time.perf_counter()
+            start = self.now()
             function(*args, **kwargs)
-            self.seconds[-1] += time.perf_counter() - start
+            took = self.now() - start
+            self.seconds[-1] += took
+            self.parts.setdefault(function.__name__, []).append(took)
 
         return call
 
@@ -97,24 +109,27 @@ def one_round(task: str, callbacks: list[L.Callback], steps: int, device: torch.
     return clock.steps()
 
 
-def measure(task: str, rounds: int, steps: int, device: torch.device) -> None:
-    """Prints a row."""
+def measure(task: str, rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Prints a row; returns the seconds of each function of the callback."""
+    parts: dict[str, list[float]] = {}
     timed: dict[bool, list[float]] = {False: [], True: []}
     insides: list[float] = []
-    update = RunningMaximum.update
+    add = RunningMaximum.add
     for number in range(rounds * 2):
         # Pairs in alternating order, so that a drift of the machine's speed is shared.
         with_callback = (number % 2 == 0) == (number // 2 % 2 == 0)
         callbacks: list[L.Callback] = []
         if with_callback:
             callback = LipschitzLR(update=10**9)
-            watch = Inside(callback)
-            RunningMaximum.update = watch.timed(update)  # type: ignore[assignment]
+            watch = Inside(callback, device)
+            RunningMaximum.add = watch.timed(add)  # type: ignore[assignment]
             callbacks = [callback]
         timed[with_callback] += one_round(task, callbacks, steps, device)
-        RunningMaximum.update = update  # type: ignore[method-assign]
+        RunningMaximum.add = add  # type: ignore[method-assign]
         if with_callback:
             insides += watch.seconds[WARM_UP:-1]
+            for name, seconds in watch.parts.items():
+                parts.setdefault(name, []).extend(seconds[WARM_UP:-1])
     inside = statistics.median(insides)
     without, with_ = ([1e3 * q for q in statistics.quantiles(timed[key], n=4)] for key in (False, True))
     share = 1e3 * inside / without[1]
@@ -123,6 +138,17 @@ def measure(task: str, rounds: int, steps: int, device: torch.device) -> None:
         f"{with_[2]:.3f})   {with_[1] / without[1]:.4f}   {1e6 * inside:7.1f}   {share:.3%}",
         flush=True,
     )
+    return parts
+
+
+def idle(task: str, rounds: int, steps: int, device: torch.device, count: int = 50) -> float:
+    """Seconds of a step that Lightning takes for a callback that does nothing."""
+    medians: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(rounds * 2):
+        some = (number % 2 == 0) == (number // 2 % 2 == 0)
+        callbacks = [L.Callback() for _ in range(count if some else 0)]
+        medians[some].append(statistics.median(one_round(task, callbacks, steps, device)))
+    return (statistics.median(medians[True]) - statistics.median(medians[False])) / count
 
 
 def main() -> None:
@@ -136,11 +162,18 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name += ", CPU time" if clock(device) is time.process_time else ", wall clock"
     print(f"{name}; torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}")
     print(f"{arguments.rounds} rounds of {arguments.steps} steps each way; milliseconds: median (quartiles)")
     print(f"{'':22} {'without the callback':>30} {'with it':>30}   ratio    inside, microseconds and share")
-    for task in TASKS:
-        measure(task, arguments.rounds, arguments.steps, device)
+    parts = {task: measure(task, arguments.rounds, arguments.steps, device) for task in TASKS}
+    first = next(iter(TASKS))
+    print(f"\n{first}, microseconds a step: median (quartiles)")
+    for name, seconds in parts[first].items():
+        low, median, high = (1e6 * q for q in statistics.quantiles(seconds, n=4))
+        print(f"{name:30} {median:7.1f} ({low:.1f} .. {high:.1f})")
+    nothing = 1e6 * idle(first, arguments.rounds, arguments.steps, device)
+    print(f"{'a callback that does nothing':30} {nothing:7.1f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 KEPT = 64
-"""Steps whose losses are kept apart, until one operation looks at them all."""
+"""Steps whose losses are kept apart until they are looked at together."""
 
 
 class LossWatch:

@@ -10,9 +10,9 @@ from lit_lipschitz.constants import Norm
 POWER_ITERATIONS = 3
 """Per batch; the vector is kept from batch to batch, so the estimate goes on improving."""
 PART = 2**20
-"""Most activations that are copied to fp32 at a time, on the CPU: 4 MiB, which its caches hold."""
+"""Most activations that are copied to fp32 at a time on the CPU, which are 4 MiB."""
 PART_OF_DEVICE = 2**23
-"""The same on other devices: 32 MiB, in fewer kernels."""
+"""The same on other devices, 32 MiB in fewer kernels."""
 
 
 def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
@@ -207,12 +207,17 @@ class RunningMaximum:
             self.direction.copy_(torch.where(usable, direction, self.direction))
         else:
             value = _NORMS[self.norm](activations, self.bias)
-        value = torch.nan_to_num(value, nan=-1.0, posinf=-1.0)  # -1 stands for what is not finite
-        self._dropped.sub_(value.clamp(max=0.0))
-        torch.maximum(self._size, value, out=self._size)
+        torch.maximum(self._size, self._count_dropped(value), out=self._size)
         self._rows.clamp_(min=activations.numel() // activations.shape[-1])
         if self.squares:
             _raise_to(self._squares, squares(activations))
+
+    def _count_dropped(self, value: Tensor) -> Tensor:
+        """The value, or -1 where it is not finite, which is counted."""
+        # The same few operations everywhere, which the caches hold then.
+        value = torch.nan_to_num(value, nan=-1.0, posinf=-1.0)
+        self._dropped.sub_(value.clamp(max=0.0))
+        return value
 
     @torch.no_grad()
     def finish(
@@ -234,17 +239,23 @@ class RunningMaximum:
         of_matrix = self.norm in ("frobenius", "spectral")
         if calls > 1 and of_matrix:
             weight = weight * calls**0.5
-        if isinstance(count, Tensor):
+        given = isinstance(count, Tensor)
+        if count is None:
+            count = self._rows
+        elif isinstance(count, Tensor):
             count = count.float()
+        value = self._size / count**0.5 if self.mean else self._size
+        if given and self.mean:  # not finite for a count of 0
+            value = self._count_dropped(value)
+        elif given:
             self._dropped.add_(count == 0)
-        count = self._rows if count is None else count
-        root = count**0.5 if self.mean else 1.0
-        value = self._size / root
-        if not isinstance(weight, float) or weight != 1.0:
-            value = value * weight
-        _raise_to(self._largest, value)
+        plain = isinstance(weight, float) and weight == 1.0
+        if plain and given and self.mean:  # it is finite, or -1
+            torch.maximum(self._largest, value, out=self._largest)
+        else:
+            _raise_to(self._largest, value if plain else value * weight)
         if isinstance(count, Tensor):
-            torch.fmax(self._most, count, out=self._most)
+            torch.maximum(self._most, count, out=self._most)
         else:
             self._most.clamp_(min=count)
         if self.squares:
