@@ -124,6 +124,11 @@ def main() -> int:
     except LitLipschitzError as error:
         return fail(error, 2 if isinstance(error, ConfigurationError) else 1)
     try:
+        try:
+            import torch  # noqa: F401
+            import torchmetrics  # noqa: F401
+        except FileNotFoundError as error:
+            return fail(f"torch can't be loaded: {error.strerror or error}; make room there or set TMPDIR", 1)
         if arguments[0] == "explain":
             from lit_lipschitz.cli.explain import explain
 
