@@ -7,8 +7,8 @@ its first checkpoint starts anew, and is counted as such; a kill that came after
 
 Then runs are ended by SIGTERM and SIGINT at random moments, which have to give the conventional exit code, and resumed
 and compared likewise. Then a finished run goes on with something broken: a full disk (no file may be larger than a part
-of a checkpoint, or than a few points of a curve), folders that can't be written, checkpoints that are cut off at random,
-of another network, none at all or with code in them, and data files that are cut off. Each has to end with one line on
+of a checkpoint, or than a few points of a curve), folders that can't be written, checkpoints that are cut off, of
+another network, none at all or with code in them, and data files that are cut off. Each has to end with one line on
 stderr and code 1, and to leave the run's checkpoints byte for byte as they were.
 
     python benchmarks/survive.py [--kills 20] [--again 0.5] [--signals 5] [--breaks 5] [--epochs 4] [--seed 0]
