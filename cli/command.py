@@ -1,9 +1,11 @@
 """The LightningCLI behind `fit`, `validate`, `test` and `predict`, and what becomes of its errors."""
 
+import errno
 import logging
 import os
 import pickle
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -33,6 +35,7 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.module import ImageClassifier
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -259,6 +262,9 @@ def run(
     command = kind.__new__(kind)
     started = time.time()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    unwritten: list[OSError] = []
+    hook = threading.excepthook
+    threading.excepthook = lambda found: _take_unwritten(found, unwritten, hook)
     try:
         command.__init__(  # type: ignore[misc]
             model_class=L.LightningModule,
@@ -283,7 +289,7 @@ def run(
         return 130 if interrupted and end.code == 1 else end.code if isinstance(end.code, int) else 0
     except Exception as error:
         _discard_run(command, started)
-        answer = _explain(error, command.running)
+        answer = _explain(error, command)
         if answer is None:
             raise
         line, code = answer
@@ -293,19 +299,41 @@ def run(
         # Every rank finds the same mistake in the configuration; at run time this one may be alone.
         return code if code == 2 else fail(f"[rank {rank}] {line}", code)
     finally:
+        threading.excepthook = hook
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-    return 0
+    # TensorBoard's thread writes after the last time that it is asked.
+    return report(_no_room(unwritten[0], command), 1) if unwritten else 0
 
 
-def _explain(error: Exception, running: bool) -> tuple[str, int] | None:
+def _take_unwritten(found: Any, unwritten: list[OSError], otherwise: Callable[[Any], object]) -> None:
+    """Keeps quiet of what TensorBoard's thread could not write: the next one who writes to it has the same error."""
+    if isinstance(found.exc_value, OSError) and type(found.thread).__module__.startswith("tensorboard."):
+        unwritten.append(found.exc_value)
+    else:
+        otherwise(found)
+
+
+def _no_room(error: OSError, command: Command) -> str:
+    trainer = getattr(command, "trainer", None)
+    folder = trainer and ((trainer.logger and trainer.logger.log_dir) or trainer.default_root_dir)
+    return (
+        f"{folder or os.getcwd()}: can't be written: {error.strerror}; make room there or pass another "
+        "--trainer.default_root_dir, and go on with --ckpt_path"
+    )
+
+
+def _explain(error: Exception, command: Command) -> tuple[str, int] | None:
     """The line to print and the exit code, or None for what only a traceback can explain."""
+    running = command.running
     if isinstance(error, LitLipschitzError):
         return condense(str(error)), 2 if isinstance(error, ConfigurationError) else 1
     if isinstance(error, MisconfigurationException):
         return str(error), 1 if running else 2
     if isinstance(error, (ValueError, TypeError)) and not running:
         return condense(str(error)), 2
+    if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+        return _no_room(error, command), 1
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):

@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import os
 import sys
+from contextlib import suppress
 
 from lit_lipschitz import __version__
 from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
@@ -98,7 +100,26 @@ def main() -> int:
         The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration, 130 and 143 for a run that
         was ended by SIGINT and SIGTERM.
     """
-    arguments = sys.argv[1:]
+    try:
+        code = _answer(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_output()  # who reads it, such as head, has what it wants
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            _discard_output()
+        return fail(f"{error.filename or 'stdout'}: {error.strerror or error}", 1)
+
+
+def _discard_output() -> None:
+    """Has Python not write what is left when it ends."""
+    with suppress(OSError, ValueError):  # where stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(HELP, end="")
@@ -124,6 +145,11 @@ def main() -> int:
     except LitLipschitzError as error:
         return fail(error, 2 if isinstance(error, ConfigurationError) else 1)
     try:
+        try:
+            import torch  # noqa: F401
+            import torchmetrics  # noqa: F401
+        except FileNotFoundError as error:
+            return fail(f"torch can't be loaded: {error.strerror or error}; make room there or set TMPDIR", 1)
         if arguments[0] == "explain":
             from lit_lipschitz.cli.explain import explain
 

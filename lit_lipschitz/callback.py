@@ -11,13 +11,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lipschitz import constants, inspection
+from lit_lipschitz import constants, graph, inspection
 from lit_lipschitz.controller import Controller, Options
 from lit_lipschitz.decision import Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.inference import inference_pass
 from lit_lipschitz.losses import LOSSES
-from lit_lipschitz.spikes import LossWatch
 
 
 class LipschitzLR(Callback):
@@ -69,7 +68,8 @@ class LipschitzLR(Callback):
             ``"keep"`` the last rate and warn once, or ``"raise"``. A step is not held up for it: all ranks notice
             together at the next update, at the latest at the end of the epoch, when the parameters have moved since;
             one process on the CPU notices a loss before the parameters move. The message names the step, the ranks and
-            the last rate.
+            the last rate. Of several optimizers those keep theirs whose heads the loss is taken of, or all where its
+            graph does not tell; a checkpoint in between has what was not told of yet.
         schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
             linearly over the first tenth of the run and falls linearly to 0
             (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. A run that is
@@ -162,7 +162,6 @@ class LipschitzLR(Callback):
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
         self.optimizers, self.restore = positions, restore
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
-        self._watch: LossWatch | None = None
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # what a checkpoint brings for them, until they are there
 
@@ -236,14 +235,13 @@ class LipschitzLR(Callback):
                 "one, or use measure='running'"
             )
         self._detach()
+        positions = self._positions(trainer, pl_module)
         self._controllers = {
-            i: Controller(self.policy, self.options, trainer, pl_module, i, self._stored.get(i, {}))
-            for i in self._positions(trainer, pl_module)
+            i: Controller(
+                self.policy, self.options, trainer, pl_module, i, self._stored.get(i, {}), several=len(positions) > 1
+            )
+            for i in positions
         }
-        device = trainer.strategy.root_device
-        self._watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
-        for controller in self._controllers.values():
-            controller.watch = self._watch
 
     def _positions(self, trainer: Trainer, module: LightningModule) -> list[int]:
         count = len(trainer.optimizers)
@@ -311,13 +309,21 @@ class LipschitzLR(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """On the first step, finds out what the loss is and takes the head from its graph; ends a measurement."""
-        assert self._watch is not None
-        self._watch.see(loss, trainer.global_step)
+        for controller in self._watching(loss):
+            controller.watch.see(loss, trainer.global_step)
         for controller in self._controllers.values():
             controller.take_loss(trainer, loss)
             # What a backward runs again (activation checkpointing) has been measured; by hand, more may come after it.
             if pl_module.automatic_optimization:
                 controller.probes.arm("off")
+
+    def _watching(self, loss: Tensor) -> list[Controller]:
+        """Those whose heads a loss is taken of; all, where its graph tells of none."""
+        controllers = list(self._controllers.values())
+        if len(controllers) == 1:
+            return controllers
+        heads = graph.first_heads(loss)
+        return [one for one in controllers if any(one.probes.owns(head) for head in heads)] or controllers
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decides where an update is due, and writes the rate before the parameters move."""
@@ -362,9 +368,11 @@ class LipschitzLR(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every logger a point for the epoch's last step, however short the epoch; looks at its last losses."""
-        if self._first and self._watch and self._watch.first != trainer.global_step:
-            self._watch.take(trainer.strategy.reduce(self._watch.slots(), reduce_op="max"))
-            self._first.check_losses(trainer)
+        for controller in self._controllers.values():
+            if controller.watch.first != trainer.global_step:
+                agreed: Any = trainer.strategy.reduce(controller.watch.slots(), reduce_op="max")
+                controller.watch.take(agreed)
+                controller.check_losses(trainer)
         if trainer.global_step % _logging_interval(trainer) == 0:
             return
         for position, controller in self._controllers.items():

@@ -50,6 +50,7 @@ class Controller:
         module: Its module.
         position: The place of the optimizer, neither stepped nor restored, among the trainer's.
         state: :meth:`state_dict` of the run that is resumed, or nothing.
+        several: Whether other optimizers are controlled as well.
 
     Raises:
         ConfigurationError: The module or the optimizer is not what can be controlled.
@@ -63,6 +64,7 @@ class Controller:
         module: LightningModule,
         position: int,
         state: Mapping[str, Any],
+        several: bool = False,
     ) -> None:
         optimizer = trainer.optimizers[position]
         self.policy, self.options, self.optimizer, self._position = policy, options, optimizer, position
@@ -101,14 +103,15 @@ class Controller:
         self._joined = False  # whether outputs of several calls were put together
         self._unclear = False  # whether the graph does not tell what comes between the head and the loss
         self._unknown: ConfigurationError | None = None  # why the last loss was not taken
+        self._whose = f" of optimizer {position}" if several else ""
+        device = trainer.strategy.root_device
+        self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         self._take(state)
 
         schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
-        device = trainer.strategy.root_device
-        self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         self.probes = Probes(
             module,
@@ -620,7 +623,7 @@ class Controller:
         self.watch.reset(trainer.global_step)
         if found is None:
             return False
-        message = describe(*found, self._decision.lr if self._decision else None)
+        message = describe(*found, self._decision.lr if self._decision else None, self._whose)
         if self.options.on_nonfinite == "raise":
             raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
         if not self.watch.reported:
@@ -684,6 +687,7 @@ class Controller:
             "passed": self._passed,
             "accumulated": self._accumulated,
             "warned": self._warned,
+            "losses": self.watch.state_dict(),
             "measured": self.probes.state_dict(),
             "references": self.writer.references,
         }
@@ -717,6 +721,8 @@ class Controller:
         self._passed = state["passed"]
         self._accumulated = state["accumulated"]
         self._warned = state["warned"]
+        if state.get("losses"):  # later than the rest of the state
+            self.watch.load_state_dict(state["losses"])
 
 
 def _may_be_saved(trainer: Trainer, batch_idx: int) -> bool:

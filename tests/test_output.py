@@ -3,8 +3,11 @@
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -86,3 +89,19 @@ def test_a_table_leaves_out_what_is_not_there():
     assert [line.split() for line in table(rows)] == [
         ["epoch", "lr", "mine", "s"], ["1", "0.1", "2", "1.0"], ["2", "0.1", "-", "1.0"]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["configs", "--json"], ["report", "."]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_who_reads_may_stop_and_a_full_disk_is_one_line(arguments, buffered):
+    Path("metrics.csv").write_text("epoch,step,val_loss\n0,5,0.5\n1,10,0.25\n")
+    command = [sys.executable, "-m", "lit_lipschitz.cli.main", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    gone = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    os.close(writing)
+    assert (gone.returncode, gone.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "lit-lipschitz: error: stdout: No space left on device\n")

@@ -159,7 +159,8 @@ def test_code_in_a_checkpoint_does_not_run(lit):  # noqa: F811
 # A file may be no larger than this: a disk that is full for checkpoints (of 60 kB), which leaves room for curves.
 LIMITED = """
 import resource, signal, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 sys.argv = ["lit-lipschitz", *sys.argv[1:]]
 from lit_lipschitz.cli.main import main
 sys.exit(main())
@@ -170,7 +171,10 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):  # n
     lit(*FIT[:-1], "1")
     before = last(".")
     run = subprocess.run(
-        [sys.executable, "-c", LIMITED, *FIT, "--ckpt_path", "last"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LIMITED, "40000", *FIT, "--ckpt_path", "last"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 1
     line = error_line(run.stderr)
@@ -178,6 +182,61 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):  # n
         assert part.replace("last.ckpt", ".ckpt") in line
     assert same(before, last("."))
     assert not list(Path("lightning_logs").rglob("*.part"))
+
+
+@pytest.mark.parametrize("size", [500, 3000])
+def test_a_disk_that_is_full_for_curves_is_one_line(lit, size):  # noqa: F811
+    """The checkpoints are in another folder, and none is due before the end."""
+    lit(*FIT[:-1], "1")
+    before = last(".")
+    rare = ("--checkpoint.every_n_epochs", "50", "--trainer.log_every_n_steps", "2")
+    command = [sys.executable, "-c", LIMITED, str(size), *FIT, *rare]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    line = error_line(run.stderr)
+    for part in ("lightning_logs/version_1: can't be written: File too large", "make room", "default_root_dir"):
+        assert part in line
+    assert same(before, last("."))
+
+
+def test_no_room_for_temporary_files_is_one_line():
+    """As torch needs them."""
+    command = [sys.executable, "-c", LIMITED, "0", *FIT]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "No usable temporary directory found" in error_line(run.stderr)
+    assert "TMPDIR" in error_line(run.stderr)
+
+
+def test_a_folder_without_write_permission_is_one_line(lit):  # noqa: F811
+    lit(*FIT[:-1], "1")
+    before = last(".")
+    Path("locked").mkdir(mode=0o555)
+    # Root may write anywhere, unless it gives up that capability.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    for more in (
+        ("--trainer.default_root_dir", "locked"),
+        ("--checkpoint.dirpath", "locked/checkpoints", "--ckpt_path", "last"),
+    ):
+        command = [*drop, sys.executable, "-m", "lit_lipschitz.cli.main", *FIT, *more]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 1
+        assert "locked" in error_line(run.stderr)
+        assert "Permission denied" in error_line(run.stderr)
+    assert list(Path("locked").iterdir()) == []
+    assert same(before, last("."))
+
+
+def test_a_truncated_checkpoint_is_one_line_and_leaves_earlier_ones_whole(lit):  # noqa: F811
+    lit(*FIT[:-1], "1")
+    (whole,) = Path("lightning_logs").rglob("last.ckpt")
+    content = whole.read_bytes()
+    for share in (0.0, 0.3, 0.6, 0.99):
+        Path("part.ckpt").write_bytes(content[: int(share * len(content))])
+        code, _, err = lit(*FIT, "--ckpt_path", "part.ckpt")
+        assert code == 1
+        assert "part.ckpt: not a checkpoint, or only a part of one" in error_line(err)
+        assert whole.read_bytes() == content
 
 
 def test_a_folder_that_can_not_be_written_is_one_line(lit):  # noqa: F811
