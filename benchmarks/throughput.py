@@ -9,9 +9,11 @@ For each network, batch size, precision and eager or compiled, four ways in turn
     no rate   the same without LipschitzLR (`--fixed_rate true`)
     workers   the same as that, with torchvision's transforms image by image in the workers of a DataLoader
 
-A row is the median step with quartiles, images a second, and the ratio to `hand` within a round: median and quartiles
-of the rounds. Rows are kept in results/throughput.json as soon as they are measured, each with versions and hardware;
-without arguments after `--print` the table is printed from there. The images are random; nothing is downloaded.
+A row is the median step with quartiles, images a second, and the speed as a share of that of `hand` in the same round:
+median and quartiles of the rounds, by the wall's clock and by the CPU time of the training thread, which other
+processes disturb less (it leaves out the workers). Rows are kept in results/throughput.json as soon as they are
+measured, each with versions and hardware; `--print` prints the table from there. The images are random; nothing is
+downloaded.
 """
 
 import argparse
@@ -126,9 +128,7 @@ def measure(
     name: str, batch_size: int, precision: str, compiled: bool, ways: list[str], rounds: int, steps: int, stride: int
 ) -> list[dict[str, Any]]:
     """The rows of one network and setting."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    medians: dict[str, list[float]] = {way: [] for way in ways}
-    ends: dict[str, list[float]] = {way: [] for way in ways}
+    seconds, medians, cpu, ends = ({way: list[float]() for way in ways} for _ in range(4))
     for number in range(rounds):
         # The order turns, so that a drift of the machine's speed is shared.
         turned = ways[number % len(ways) :] + ways[: number % len(ways)]
@@ -136,6 +136,7 @@ def measure(
             clock = one(way, name, batch_size, precision, compiled, SKIP + steps + 1, stride)
             seconds[way] += clock.seconds()
             medians[way].append(statistics.median(clock.seconds()))
+            cpu[way].append(statistics.median(clock.seconds(cpu=True)))
             ends[way].append(clock.end)
     rows = []
     for way in ways:
@@ -149,14 +150,16 @@ def measure(
             "ms": 1e3 * middle,
             "ms_quartiles": [1e3 * low, 1e3 * high],
             "images_per_second": batch_size / middle,
+            "cpu_ms": 1e3 * statistics.median(cpu[way]),
             "end_ms": 1e3 * statistics.median(ends[way]),
             "rounds": rounds,
             "steps": steps,
         }
         for base in ("hand", "no rate", "workers"):
             if base in ways and base != way:
-                ratios = summary([medians[base][i] / medians[way][i] for i in range(rounds)])
-                row[f"speed_to_{base.replace(' ', '_')}"] = [ratios[1], ratios[0], ratios[2]]
+                for kind, times in (("speed", medians), ("cpu_speed", cpu)):
+                    low, middle, high = summary([times[base][i] / times[way][i] for i in range(rounds)])
+                    row[f"{kind}_to_{base.replace(' ', '_')}"] = [middle, low, high]
         rows.append(row)
     return rows
 
@@ -181,17 +184,20 @@ def keep(rows: list[dict[str, Any]]) -> None:
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table, in Markdown."""
-    yield "| network | batch | | way | ms a step (quartiles) | images/s | speed of the hand-written loop (quartiles) |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| network | batch | | way | ms a step (quartiles) | images/s | speed, `hand` = 1 (quartiles) | by CPU time |"
+    yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
-        speed = row.get("speed_to_hand")
-        compared = "1" if row["way"] == "hand" else "" if not speed else "{:.2f} ({:.2f} .. {:.2f})".format(*speed)
+        speeds = [_ratio(row, "speed_to_hand"), _ratio(row, "cpu_speed_to_hand") if row["way"] != "workers" else ""]
         kind = f"{row['precision']}{', compiled' if row['compiled'] else ''}"
         low, high = row["ms_quartiles"]
         yield (
             f"| {row['network']} | {row['batch_size']} | {kind} | {row['way']} | {row['ms']:.4g} ({low:.4g} .. "
-            f"{high:.4g}) | {row['images_per_second']:.4g} | {compared} |"
+            f"{high:.4g}) | {row['images_per_second']:.4g} | {' | '.join(speeds)} |"
         )
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    return "{:.3f} ({:.3f} .. {:.3f})".format(*row[name]) if name in row else "1"
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ class Clock(L.Callback):
 
     def __init__(self, skip: int = 4, stride: int = 1) -> None:
         self._skip, self._stride = skip, stride
-        self._looks: list[float] = []
+        self._looks: list[tuple[float, float]] = []
         self._step = 0
         self.end = 0.0
         type(self).last = self
@@ -110,12 +110,13 @@ class Clock(L.Callback):
     def look(self) -> None:
         """Starts a step; to be called once more after the last one."""
         if self._step >= self._skip and (self._step - self._skip) % self._stride == 0:
-            self._looks.append(_now())
+            self._looks.append((_now(), time.thread_time()))
         self._step += 1
 
-    def seconds(self) -> list[float]:
-        """The steps that were counted, each the mean of a stride."""
-        return [(b - a) / self._stride for a, b in zip(self._looks, self._looks[1:], strict=False)]
+    def seconds(self, cpu: bool = False) -> list[float]:
+        """The steps that were counted, each the mean of a stride; of the wall's clock or of this thread's."""
+        pairs = zip(self._looks, self._looks[1:], strict=False)
+        return [(later[cpu] - earlier[cpu]) / self._stride for earlier, later in pairs]
 
     def on_train_batch_start(self, *_: object) -> None:
         """A step starts."""
