@@ -17,14 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "startup.json"
 PHASES = {
     "python": "Python itself",
-    "torch": "import torch",
-    "lightning": "import lightning.pytorch.cli",
-    "ours": "import lit_lipschitz.cli.command",
+    "torch": "`import torch`",
+    "lightning": "`import lightning.pytorch.cli`",
+    "ours": "`import lit_lipschitz.cli.command`",
     "parse": "parser, config, and the trainer with its callbacks",
     "setup": "network and data module made",
     "sanity": "data read, optimizer and checks",
@@ -154,36 +157,45 @@ def main() -> None:
     for number in range(options.rounds):
         for kind in sorted(runs, reverse=number % 2 == 1):
             runs[kind].append(launch(kind, options.config))
-    print(f"{options.config}, {options.rounds} processes each way; seconds: median (quartiles)")
-    print(f"{'':52} {'lit-lipschitz fit':>24} {'smallest LightningCLI':>24}")
-    table = {}
-    for phase, meaning in PHASES.items():
-        table[phase] = {kind: _spread([run[phase] for run in runs[kind]]) for kind in runs}
-        print(f"{meaning:52} {_text(table[phase]['fit']):>24} {_text(table[phase]['smallest']):>24}")
-    totals = {kind: [sum(run.values()) for run in runs[kind]] for kind in runs}
-    print(f"{'all':52} {_text(_spread(totals['fit'])):>24} {_text(_spread(totals['smallest'])):>24}")
+    table = {phase: {kind: _spread([run[phase] for run in runs[kind]]) for kind in runs} for phase in PHASES}
     own = [
         sum(fit[phase] - smallest[phase] for phase in PHASES if phase not in (*ARITHMETIC, *IMPORTS))
         for fit, smallest in zip(runs["fit"], runs["smallest"], strict=True)
     ]
-    imports = [import_time() for _ in range(options.rounds)]
-    print(f"the project's own, beyond imports, Lightning and arithmetic: {_text(_spread(own))}")
-    print(f"import lit_lipschitz: {_text(_spread(imports))}")
-    from importlib.metadata import version
-
     versions = {name: version(name) for name in ("torch", "lightning", "jsonargparse")}
     result = {
         "config": options.config,
         "rounds": options.rounds,
         "phases": table,
+        "all": {kind: _spread([sum(run.values()) for run in runs[kind]]) for kind in runs},
         "own": _spread(own),
-        "import": _spread(imports),
+        "import": _spread([import_time() for _ in range(options.rounds)]),
         "device": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         **versions,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(", ".join(str(result[name]) for name in ("config", "rounds", "device", "python", *versions)))
+    print("\n".join(lines(result)))
+
+
+def read() -> dict[str, Any]:
+    """The newest result."""
+    result: dict[str, Any] = json.loads(RESULTS.read_text())
+    return result
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """The table, in Markdown."""
+    yield "| seconds, median (quartiles) | `lit-lipschitz fit` | smallest LightningCLI |"
+    yield "|---|---|---|"
+    for phase, meaning in PHASES.items():
+        found = result["phases"][phase]
+        yield f"| {meaning} | {_text(found['fit'])} | {_text(found['smallest'])} |"
+    yield f"| all | {_text(result['all']['fit'])} | {_text(result['all']['smallest'])} |"
+    yield f"| the project's own: all differences but those of imports and arithmetic | {_text(result['own'])} | |"
+    yield f"| `import lit_lipschitz` alone | {_text(result['import'])} | |"
 
 
 def _spread(values: list[float]) -> list[float]:

@@ -171,10 +171,17 @@ def hardware() -> dict[str, str]:
     return {"device": device, **versions}
 
 
+def read() -> list[dict[str, Any]]:
+    """The rows of the file."""
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    order = {name: i for i, name in enumerate(NETWORKS)}
+    return sorted(rows, key=lambda row: (row["device"], order[row["network"]], row["batch_size"], row["compiled"]))
+
+
 def keep(rows: list[dict[str, Any]]) -> None:
     """Puts rows into the file in place of older ones of the same setting and device; the file is whole at any time."""
     key = ("network", "batch_size", "precision", "compiled", "way", "device")
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    known = read()
     new = {tuple(row[name] for name in key) for row in rows}
     merged = [row for row in known if tuple(row[name] for name in key) not in new] + rows
     aside = RESULTS.with_suffix(".part")
@@ -214,7 +221,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the table of the results and measure nothing")
     options = parser.parse_args()
     if options.print:
-        print("\n".join(lines(json.loads(RESULTS.read_text()))))
+        print("\n".join(lines(read())))
         return
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):

@@ -18,6 +18,8 @@ import pytest
 from lit_lipschitz import __version__
 from lit_lipschitz.cli.bundled import bundled_configs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 KEPT = ("lit_lipschitz", "cli", "configs", "pyproject.toml", "README.md", "LICENSE")
 
