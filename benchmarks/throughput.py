@@ -1,19 +1,20 @@
 """How fast `lit-lipschitz fit` trains, beside a loop written by hand and beside the customary Lightning set-up.
 
-    python benchmarks/throughput.py [--networks mnist_cnn,resnet20,...] [--batches 128,512] [--rounds 5] [--steps 8]
+    python benchmarks/throughput.py [--networks mnist_cnn,resnet20,...] [--batches 128,512] [--turns 20]
 
-For each network, batch size, precision and eager or compiled, four ways in turns:
+For each network, batch size, precision and eager or compiled, four ways:
 
     hand      plain PyTorch over tensors on the device, with the same augmentation, optimizer and schedule
     fit       `lit-lipschitz fit`, with everything that it has on by default, LipschitzLR among it
     no rate   the same without LipschitzLR (`--fixed_rate true`)
     workers   the same as that, with torchvision's transforms image by image in the workers of a DataLoader
 
-A row is the median step with quartiles, images a second, and the speed as a share of that of `hand` in the same round:
-median and quartiles of the rounds, by the wall's clock and by the CPU time of the training thread, which other
-processes disturb less (it leaves out the workers). Rows are kept in results/throughput.json as soon as they are
-measured, each with versions and hardware; `--print` prints the table from there. The images are random; nothing is
-downloaded.
+The second and the third take turns with the first, step by step (on a GPU 20 steps by 20), so that a machine that is
+slow for a while is slow for both; the workers, who would go on working in the other's turn, run by themselves. A row is
+the median step with quartiles, images a second, and the speed as a share of that of `hand` in the step before (of the
+workers: of its median): median and quartiles, by the wall's clock and by the CPU time of the training thread, which
+other processes disturb less. Rows are kept in results/throughput.json as soon as they are measured, each with versions
+and hardware; `--print` prints the table from there. The images are random; nothing is downloaded.
 """
 
 import argparse
@@ -29,13 +30,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
-from workloads import Clock, RandomCIFAR10, RandomMNIST, by_hand, summary
+from workloads import RandomCIFAR10, RandomMNIST, Turns, by_hand, summary
 
 import lit_lipschitz
 from lit_lipschitz.cli.command import run
@@ -49,9 +51,9 @@ NETWORKS: dict[str, tuple[str, str]] = {
     "resnet9": ("ResNet9", "cifar10"),
 }
 """Name: class, data. The MLP is not one of the issue's; it shows what a step costs beside the arithmetic."""
-WAYS = ("hand", "fit", "no rate", "workers")
-SKIP = 40 if torch.cuda.is_available() else 3
-"""Steps that are not counted: allocations, compilation, and the first updates of the rate."""
+WAYS = ("fit", "no rate", "workers")
+SKIP = 4 if torch.cuda.is_available() else 5
+"""Turns that are not counted: allocations, compilation, and the first updates of the rate."""
 
 
 def arguments_of(name: str) -> dict[str, Any]:
@@ -59,25 +61,24 @@ def arguments_of(name: str) -> dict[str, Any]:
     return {"in_shape": [1, 28, 28]} if name == "mlp" else {}
 
 
-def one(way: str, name: str, batch_size: int, precision: str, compiled: bool, steps: int, stride: int) -> Clock:
-    """Trains a fresh network one way; returns the clock of the run."""
+def one(way: str, name: str, batch_size: int, precision: str, compiled: bool, turns: int, stride: int) -> Turns:
+    """Trains a fresh network one way and another by hand, in turns."""
     kind, data = NETWORKS[name]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     torch.compiler.reset()
-    if way == "hand":
-        clock = Clock(SKIP, stride)
-        module = (RandomMNIST if data == "mnist" else RandomCIFAR10)(batch_size=batch_size, val_split=0.0)
-        network: nn.Module = getattr(lit_lipschitz, kind)(**arguments_of(name))
-        by_hand(module, network, steps, clock, device, precision, compiled)
-        return clock
+    steps = (turns + SKIP + 1) * stride
+    module = (RandomMNIST if data == "mnist" else RandomCIFAR10)(batch_size=batch_size, val_split=0.0)
+    network: nn.Module = getattr(lit_lipschitz, kind)(**arguments_of(name))
+    alone = way == "workers"
+    Turns.partner = repeat(None) if alone else by_hand(module, network, steps, device, precision, compiled)
     folder = tempfile.mkdtemp()
     try:
         _fit(way, name, batch_size, precision, compiled, steps, stride, folder)
     finally:
         shutil.rmtree(folder)
-    assert Clock.last is not None
-    return Clock.last
+    assert Turns.last is not None
+    return Turns.last
 
 
 def _fit(
@@ -112,7 +113,7 @@ def _fit(
             "precision": precision,
             "accelerator": "auto",
             "devices": 1,
-            "callbacks": [{"class_path": "workloads.Clock", "init_args": {"skip": SKIP, "stride": stride}}],
+            "callbacks": [{"class_path": "workloads.Turns", "init_args": {"skip": SKIP, "stride": stride}}],
         },
     }
     path = Path(folder, "config.yaml")
@@ -125,43 +126,32 @@ def _fit(
 
 
 def measure(
-    name: str, batch_size: int, precision: str, compiled: bool, ways: list[str], rounds: int, steps: int, stride: int
+    name: str, batch_size: int, precision: str, compiled: bool, ways: list[str], turns: int, stride: int
 ) -> list[dict[str, Any]]:
-    """The rows of one network and setting."""
-    seconds, medians, cpu, ends = ({way: list[float]() for way in ways} for _ in range(4))
-    for number in range(rounds):
-        # The order turns, so that a drift of the machine's speed is shared.
-        turned = ways[number % len(ways) :] + ways[: number % len(ways)]
-        for way in turned:
-            clock = one(way, name, batch_size, precision, compiled, SKIP + steps + 1, stride)
-            seconds[way] += clock.seconds()
-            medians[way].append(statistics.median(clock.seconds()))
-            cpu[way].append(statistics.median(clock.seconds(cpu=True)))
-            ends[way].append(clock.end)
-    rows = []
+    """The rows of one network and setting; that of `hand` is of all turns with the others."""
+    setting = {"network": name, "batch_size": batch_size, "precision": precision, "compiled": compiled}
+    rows, by_hand_alone = [], list[float]()
     for way in ways:
-        low, middle, high = summary(seconds[way])
-        row: dict[str, Any] = {
-            "network": name,
-            "batch_size": batch_size,
-            "precision": precision,
-            "compiled": compiled,
-            "way": way,
-            "ms": 1e3 * middle,
-            "ms_quartiles": [1e3 * low, 1e3 * high],
-            "images_per_second": batch_size / middle,
-            "cpu_ms": 1e3 * statistics.median(cpu[way]),
-            "end_ms": 1e3 * statistics.median(ends[way]),
-            "rounds": rounds,
-            "steps": steps,
-        }
-        for base in ("hand", "no rate", "workers"):
-            if base in ways and base != way:
-                for kind, times in (("speed", medians), ("cpu_speed", cpu)):
-                    low, middle, high = summary([times[base][i] / times[way][i] for i in range(rounds)])
-                    row[f"{kind}_to_{base.replace(' ', '_')}"] = [middle, low, high]
-        rows.append(row)
-    return rows
+        run = one(way, name, batch_size, precision, compiled, turns, stride)
+        seconds = run.seconds()
+        if way != "workers":
+            by_hand_alone += seconds["wall hand"]
+        row = {**setting, "way": way, **_sizes(seconds["wall trainer"], batch_size), "end_ms": 1e3 * run.end}
+        for clock, label in (("wall", "speed"), ("cpu", "cpu_speed")):
+            hand, trainer = seconds[f"{clock} hand"], seconds[f"{clock} trainer"]
+            if way == "workers":
+                if clock == "cpu" or not by_hand_alone:
+                    continue
+                hand = [statistics.median(by_hand_alone)] * len(trainer)
+            low, middle, high = summary([one / other for one, other in zip(hand, trainer, strict=True)])
+            row[label] = [middle, low, high]
+        rows.append({**row, "turns": len(run.turns), "stride": stride})
+    return [{**setting, "way": "hand", **_sizes(by_hand_alone, batch_size)}, *rows]
+
+
+def _sizes(seconds: list[float], batch_size: int) -> dict[str, Any]:
+    low, middle, high = summary(seconds)
+    return {"ms": 1e3 * middle, "ms_quartiles": [1e3 * low, 1e3 * high], "images_per_second": batch_size / middle}
 
 
 def hardware() -> dict[str, str]:
@@ -194,7 +184,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| network | batch | | way | ms a step (quartiles) | images/s | speed, `hand` = 1 (quartiles) | by CPU time |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
-        speeds = [_ratio(row, "speed_to_hand"), _ratio(row, "cpu_speed_to_hand") if row["way"] != "workers" else ""]
+        speeds = [_ratio(row, "speed"), _ratio(row, "cpu_speed")]
         kind = f"{row['precision']}{', compiled' if row['compiled'] else ''}"
         low, high = row["ms_quartiles"]
         yield (
@@ -204,7 +194,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _ratio(row: dict[str, Any], name: str) -> str:
-    return "{:.3f} ({:.3f} .. {:.3f})".format(*row[name]) if name in row else "1"
+    return "{:.3f} ({:.3f} .. {:.3f})".format(*row[name]) if name in row else "1" if row["way"] == "hand" else ""
 
 
 def main() -> None:
@@ -216,8 +206,7 @@ def main() -> None:
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     parser.add_argument("--precisions", default="32-true,bf16-mixed" if half else "32-true")
     parser.add_argument("--compiled", default="no,yes", help="no, yes or both")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=0, help="counted steps a round; 0 is 8 on a CPU and 200 on a GPU")
+    parser.add_argument("--turns", type=int, default=20, help="of each two that are compared")
     parser.add_argument("--print", action="store_true", help="print the table of the results and measure nothing")
     options = parser.parse_args()
     if options.print:
@@ -227,7 +216,6 @@ def main() -> None:
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     stride = 20 if torch.cuda.is_available() else 1
-    steps = options.steps or (200 if torch.cuda.is_available() else 8)
     where = hardware()
     print(", ".join(where.values()), flush=True)
     print("\n".join(list(lines([]))), flush=True)
@@ -236,7 +224,7 @@ def main() -> None:
             for precision in options.precisions.split(","):
                 for compiled in options.compiled.split(","):
                     setting = (name, batch_size, precision, compiled == "yes")
-                    rows = measure(*setting, options.ways.split(","), options.rounds, steps, stride)
+                    rows = measure(*setting, options.ways.split(","), options.turns, stride)
                     keep([{**row, **where} for row in rows])
                     print("\n".join(list(lines(rows))[2:]), flush=True)
 

@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -89,38 +89,45 @@ class _Transformed(Dataset[tuple[Tensor, Tensor]]):
         return self._transform(self._images[index]), self._labels[index]
 
 
-class Clock(L.Callback):
-    """Seconds of each step, from the start of one batch to the start of the next; waits for a GPU before it looks.
+class Turns(L.Callback):
+    """Takes turns with a loop written by hand: after each step of the trainer one of the loop, and both are timed.
+
+    What slows the machine down for a while meets both. On a GPU a turn is ``stride`` steps, with a synchronisation at
+    its end.
 
     Args:
-        skip: Steps at the start that are not counted.
-        stride: Steps between two looks.
+        skip: Turns at the start that are not counted.
+        stride: Steps in a turn.
     """
 
-    last: "Clock | None" = None
-    """The clock of the newest run, for who has started that through the command."""
+    partner: ClassVar[Iterator[None] | None] = None
+    """The loop; an item is a step of it. Set by who starts the trainer through the command."""
+    last: ClassVar["Turns | None"] = None
+    """The newest one, for the same."""
 
     def __init__(self, skip: int = 4, stride: int = 1) -> None:
         self._skip, self._stride = skip, stride
-        self._looks: list[tuple[float, float]] = []
         self._step = 0
+        self._mark: _Moment | None = None
+        self._hand: _Moment | None = None
+        self.turns: list[tuple[_Moment, _Moment]] = []
         self.end = 0.0
         type(self).last = self
 
-    def look(self) -> None:
-        """Starts a step; to be called once more after the last one."""
-        if self._step >= self._skip and (self._step - self._skip) % self._stride == 0:
-            self._looks.append((_now(), time.thread_time()))
-        self._step += 1
-
-    def seconds(self, cpu: bool = False) -> list[float]:
-        """The steps that were counted, each the mean of a stride; of the wall's clock or of this thread's."""
-        pairs = zip(self._looks, self._looks[1:], strict=False)
-        return [(later[cpu] - earlier[cpu]) / self._stride for earlier, later in pairs]
-
     def on_train_batch_start(self, *_: object) -> None:
-        """A step starts."""
-        self.look()
+        """Ends the trainer's turn, takes the loop's, and starts the trainer's next one."""
+        if self._step % self._stride == 0:
+            now = _Moment()
+            if self._mark is not None and self._hand is not None and self._step > self._skip * self._stride:
+                self.turns.append((self._hand, now - self._mark))
+            partner = type(self).partner
+            assert partner is not None
+            now = _Moment()
+            for _step in range(self._stride):
+                next(partner)
+            self._hand = _Moment() - now
+            self._mark = _Moment()
+        self._step += 1
 
     def on_train_batch_end(self, *_: object) -> None:
         """Notes the time, for what comes after the last step."""
@@ -128,24 +135,40 @@ class Clock(L.Callback):
 
     def on_train_end(self, *_: object) -> None:
         """Seconds from the last step to the end: the checkpoint, the lines, the loggers."""
-        self.end = _now() - self._ended
+        self.end = _Moment().wall - self._ended
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Of a step, by the wall's clock and by this thread's CPU time, of the loop and of the trainer."""
+        of = {"hand": 0, "trainer": 1}
+        return {
+            f"{clock} {who}": [getattr(turn[side], clock) / self._stride for turn in self.turns]
+            for who, side in of.items()
+            for clock in ("wall", "cpu")
+        }
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class _Moment:
+    """A point in time, or the difference of two, once the device has done what it was given."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.wall, self.cpu = time.perf_counter(), time.thread_time()
+
+    def __sub__(self, other: "_Moment") -> "_Moment":
+        difference = object.__new__(_Moment)
+        difference.wall, difference.cpu = self.wall - other.wall, self.cpu - other.cpu
+        return difference
 
 
 def by_hand(
     data: CIFAR10DataModule | MNISTDataModule,
     network: nn.Module,
     steps: int,
-    clock: Clock,
     device: torch.device,
     precision: str,
     compiled: bool,
-) -> None:
+) -> Iterator[None]:
     """The loop that a person in a hurry writes: the same batches, augmentation, loss, optimizer and schedule."""
     data.setup("fit")
     assert data._train is not None
@@ -161,7 +184,6 @@ def by_hand(
     total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     order = torch.randperm(len(images)).to(device)
     for step in range(steps):
-        clock.look()
         at = step * data.batch_size % (len(images) - data.batch_size + 1)
         index = order[at : at + data.batch_size]
         generator.manual_seed(step)
@@ -177,7 +199,7 @@ def by_hand(
         with torch.no_grad():
             total += loss
             correct += (logits.argmax(1) == targets).sum()
-    clock.look()
+        yield
 
 
 def summary(seconds: list[float]) -> tuple[float, float, float]:
