@@ -135,6 +135,8 @@ class ImageClassifier(L.LightningModule):
         if self.memory_format == torch.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_mode is not None and self.network._compiled_call_impl is None:
+            # What is compiled is kept by class, hooks and all: not of an earlier network of this process.
+            torch.compiler.reset()
             # In place, so that parameters keep their names and checkpoints fit with and without.
             self.network.compile(mode=self.compile_mode)
 

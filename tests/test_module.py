@@ -69,14 +69,16 @@ class LastLoss(L.Callback):
         self.loss = float(trainer.callback_metrics["train_loss"])
 
 
+def random_batches():
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return DeviceLoader(images, torch.arange(64) % 10, 16, lambda batch, _: batch, shuffle=True)
+
+
 def train_as(**settings):
     torch.manual_seed(0)
     module = ImageClassifier(ResNetV1(depth=8), **settings)
     rates, loss = Steps(), LastLoss()
-    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(64) % 10
-    loader = DeviceLoader(images, labels, 16, lambda batch, _: batch, shuffle=True)
-    trainer(LipschitzLR(schedule="none"), rates, loss, max_epochs=2).fit(module, loader)
+    trainer(LipschitzLR(schedule="none"), rates, loss, max_epochs=2).fit(module, random_batches())
     return [rate for (rate,) in rates.rates], loss.loss, module.state_dict()
 
 
@@ -89,6 +91,14 @@ def test_channels_last_is_the_same_training():
     kernels = [tensor for tensor in other_weights.values() if tensor.ndim == 4 and tensor.shape[1] > 1]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     assert weights.keys() == other_weights.keys()
+
+
+def test_a_network_is_measured_whose_class_was_compiled_before_without_the_callback(monkeypatch):
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: torch_compile(function, backend="aot_eager"))
+    alone = train_as(compile="default")
+    trainer(max_epochs=1).fit(ImageClassifier(ResNetV1(depth=8), compile="default"), random_batches())
+    assert train_as(compile="default")[:2] == alone[:2]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
