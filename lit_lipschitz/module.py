@@ -217,6 +217,7 @@ class ImageClassifier(L.LightningModule):
     def on_fit_start(self) -> None:
         """Takes the run's seed, unless a checkpoint has brought it."""
         self._seed = torch.initial_seed() % 2**32 if self._seed is None else self._seed
+        self._logged = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the seed."""
@@ -269,8 +270,8 @@ class ImageClassifier(L.LightningModule):
         means = self._means[stage]
         if first:
             for name, mean in means.items():
-                # Lightning moves its results to the CPU at an epoch's end.
-                self.log(name, mean.to(self.device), on_step=False, on_epoch=True, prog_bar=True, metric_attribute=name)
+                mean.to(self.device).reset()  # Lightning moves its results to the CPU at an epoch's end
+                self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True, metric_attribute=name)
         count = len(labels)
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()

@@ -62,6 +62,30 @@ def test_training_means_are_those_of_each_epoch_alone():
     assert seen == expected
 
 
+def test_a_module_that_is_trained_again_logs_again_and_of_that_run_alone():
+    data = DigitsDataModule(batch_size=100, val_split=0.0, augment=False)
+    module = ImageClassifier(MLP(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    found = []
+
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("stopped in mid-epoch")
+
+    with pytest.raises(RuntimeError, match="mid-epoch"):
+        trainer(Stops(), max_epochs=1).fit(module, datamodule=data)
+    for _ in range(2):
+        run = trainer(max_epochs=1)
+        run.fit(module, datamodule=data)
+        found.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert set(found[0]) == {"train_loss", "train_acc"}
+    fresh = ImageClassifier(MLP(), optimizer=partial(torch.optim.SGD, lr=0.0))
+    fresh.load_state_dict(module.state_dict())
+    (run := trainer(max_epochs=1)).fit(fresh, datamodule=data)
+    expected = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert found == [pytest.approx(expected, rel=1e-6)] * 2
+
+
 class LastLoss(L.Callback):
     """Keeps the training loss of the last epoch."""
 
