@@ -16,6 +16,7 @@ LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {
     "https://arxiv.org/abs/1902.07399",
     "https://arxiv.org/abs/2002.11803",
+    "https://arxiv.org/abs/2404.00498",
     f"{LIGHTNING}.cli.LightningCLI.html",
     f"{LIGHTNING}.callbacks.ModelCheckpoint.html",
     f"{LIGHTNING}.trainer.trainer.Trainer.html",
@@ -27,6 +28,7 @@ PAPERS = {
     "2006.13307": "LALR: Theoretical and Experimental validation of Lipschitz Adaptive Learning Rate in Regression and "
     "Neural Networks",
     "2002.11803": "Disentangling Adaptive Gradient Methods from Learning Rates",
+    "2404.00498": "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
     "1502.01852": "Delving Deep into Rectifiers",
     "1412.6980": "Adam",
     "1608.06993": "Densely Connected Convolutional Networks",
