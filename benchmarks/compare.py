@@ -12,10 +12,8 @@ be installed by hand.
 
 import argparse
 import copy
-import json
 import logging
 import math
-import platform
 import statistics
 import time
 import warnings
@@ -27,7 +25,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from figures import processor
 from lightning.pytorch.tuner import Tuner
+from rows import add_row, read_rows
 from tasks import TASKS, Part, Task
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -278,20 +278,10 @@ def run(task_name: str, policy: str, seed: int, made: Recipe | None = None, task
 
 def machine() -> dict[str, str]:
     """Versions and hardware."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return {"torch": torch.__version__, "lightning": L.__version__, "device": f"{name}, 1 thread"}
+    return {"torch": torch.__version__, "lightning": L.__version__, "device": f"{processor()}, 1 thread"}
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
 Rows = list[dict[str, Any]]
@@ -429,21 +419,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not arguments.policies:
-        rows = read(arguments.results)
+        rows = read_rows(arguments.results)
         print(f"{tables(rows)}\n\n{pairs(rows)}\n\n{regrets(rows)}")
         return
     _quiet()
     torch.set_num_threads(1)
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in map(int, arguments.seeds.split(",")):
         for policy in arguments.policies.split(","):
             for task in arguments.tasks.split(","):
-                done = {(row["task"], row["policy"], row["seed"]) for row in read(arguments.results)}
+                done = {(row["task"], row["policy"], row["seed"]) for row in read_rows(arguments.results)}
                 if (task, policy, seed) in done:
                     continue
                 row = run(task, policy, seed)
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_row(arguments.results, row)
                 print(
                     f"{task:18} {policy:16} {seed} val {row['val']:8.3f} test {row['test']:8.3f} "
                     f"rate {row['rate']:.4g} {row['seconds']:.1f} s",

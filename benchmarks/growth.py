@@ -17,12 +17,13 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import device_name, quartiles
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -124,10 +125,10 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-def quartiles(seconds: Sequence[float], times: float = 1.0) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, in milliseconds."""
-    lower, median, upper = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
-    return 1e3 * lower * times, 1e3 * median * times, 1e3 * upper * times
+def milliseconds(seconds: Sequence[float], times: float = 1.0) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    low, median, high = quartiles([1e3 * one * times for one in seconds])
+    return low, median, high
 
 
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -177,7 +178,7 @@ def grow(sweep: str, shapes: Sequence[Shape], dtype: str, rounds: int, device: t
             with Touched() as touched:
                 function()
             peak = peak_bytes(function, device)
-            ms = quartiles(seconds[name])
+            ms = milliseconds(seconds[name])
             found.append(Grown(sweep, name, dtype, rows, width, classes, ms, peak, touched.elements))
     return found
 
@@ -210,58 +211,65 @@ def beside(shape: Shape, rounds: int, most: float, device: torch.device) -> Besi
         F.linear(inputs, weight, bias).backward(gradient)
 
     seconds = in_turns({"forward": forward, "both": both, **updates(activations)}, rounds, device)
-    own = {name: quartiles(seconds[name]) for name in STATISTICS}
-    heads = {name: quartiles(seconds[name], rows / part) for name in ("forward", "both")}
+    own = {name: milliseconds(seconds[name]) for name in STATISTICS}
+    heads = {name: milliseconds(seconds[name], rows / part) for name in ("forward", "both")}
     ratios = [{name: ms[1] / heads[of][1] for name, ms in own.items()} for of in ("forward", "both")]
     return Beside(rows, width, classes, part, heads["forward"], heads["both"], own, *ratios)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "processor": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
+        "device": device_name(device),
         "clock": "CPU time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall clock",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def read() -> dict[str, Any]:
+    """The newest results."""
+    results: dict[str, Any] = json.loads(OUT.read_text())
+    return {
+        **results,
+        "growth": [Grown(**{**one, "ms": tuple(one["ms"])}) for one in results["growth"]],
+        "heads": [Beside(**one) for one in results["heads"]],
+    }
 
 
-def print_growth(measured: Sequence[Grown]) -> None:
-    """A row a shape: microseconds of each statistic, and the most memory beyond the activations, in KiB."""
+def growth_lines(results: dict[str, Any]) -> Iterator[str]:
+    """Tables in Markdown, one a sweep and type: median milliseconds and the most memory beyond the activations."""
+    measured: list[Grown] = results["growth"]
     for sweep, dtype in dict.fromkeys((g.sweep, g.dtype) for g in measured):
         rows = [g for g in measured if (g.sweep, g.dtype) == (sweep, dtype)]
-        print(f"\nover {sweep}, {dtype}: milliseconds (most extra memory, KiB)")
-        print(f"{'rows x width, classes':>26}" + "".join(f"{name:>22}" for name in STATISTICS))
+        yield f"| over {sweep}, {dtype} | {' | '.join(_NAMES)} |"
+        yield "|---" * (len(_NAMES) + 1) + "|"
         for shape in dict.fromkeys((g.rows, g.width, g.classes) for g in rows):
             cells = [g for g in rows if (g.rows, g.width, g.classes) == shape]
-            label = f"{shape[0]} x {shape[1]}, {shape[2]}"
-            print(f"{label:>26}" + "".join(f"{g.ms[1]:12.3f} ({g.peak_bytes / 1024:6.0f})" for g in cells))
+            texts = [f"{g.ms[1]:.2f} ms, {g.peak_bytes / 1024:,.0f} KiB" for g in cells]
+            yield f"| {_label(*shape)} | {' | '.join(texts)} |"
         slopes = [slope([g for g in rows if g.statistic == name]) for name in STATISTICS]
         if any(found is not None for found in slopes):
-            cells = "".join(f"{'' if found is None else f'{found:.2f}':>22}" for found in slopes)
-            print(f"{'slope in log-log':>26}{cells}")
+            yield f"| power of n d | {' | '.join('' if found is None else f'{found:.2f}' for found in slopes)} |"
+        yield ""
 
 
-def print_heads(heads: Sequence[Beside]) -> None:
-    """A row a head: milliseconds of its matmul, and each statistic's share of it."""
-    print("\nfp32, beside the head's matmul; * scaled from a part of the rows")
-    print(
-        f"{'rows x width, classes':>26}{'forward, ms':>24}{'with backward':>15}   "
-        + "".join(f"{name:>22}" for name in STATISTICS)
-    )
-    for head in heads:
-        star = "*" if head.measured_rows < head.rows else " "
-        low, median, high = head.forward_ms
-        cells = "".join(f"{head.of_forward[name]:12.3%} / {head.of_both[name]:7.3%}" for name in STATISTICS)
-        label = f"{head.rows} x {head.width}, {head.classes}{star}"
-        print(f"{label:>26}{f'{median:.2f} ({low:.2f}..{high:.2f})':>24}{head.both_ms[1]:15.2f}   {cells}", flush=True)
+def head_lines(results: dict[str, Any]) -> Iterator[str]:
+    """A table in Markdown: median milliseconds of a head's matmul, and each statistic's share of it."""
+    yield f"| rows x width, classes | forward | with backward | {' | '.join(_NAMES)} |"
+    yield "|---" * (len(_NAMES) + 3) + "|"
+    for head in results["heads"]:
+        star = "*" if head.measured_rows < head.rows else ""
+        shares = [f"{100 * head.of_forward[name]:.3g} %, {100 * head.of_both[name]:.3g} %" for name in STATISTICS]
+        times = f"{head.forward_ms[1]:,.2f} ms | {head.both_ms[1]:,.2f} ms"
+        yield f"| {_label(head.rows, head.width, head.classes)}{star} | {times} | {' | '.join(shares)} |"
+
+
+_NAMES = [", ".join(f"`{part}`" for part in name.split(", ")) for name in STATISTICS]
+
+
+def _label(rows: int, width: int, classes: int) -> str:
+    return f"{rows:,} x {width:,}, {classes:,}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -287,9 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in (DTYPES if sweep == "rows" else ("float32",))
         for one in grow(sweep, scaled(shapes), dtype, options.rounds, device)
     ]
-    print_growth(growth)
+    print("\n".join(growth_lines({"growth": growth})), flush=True)
     heads = [beside(shape, options.rounds, options.slice, device) for shape in scaled(HEADS)]
-    print_heads(heads)
+    print("fp32, beside the head's matmul; * scaled from a part of the rows")
+    print("\n".join(head_lines({"heads": heads})))
     slopes = {
         f"{sweep}, {dtype}, {name}": found
         for sweep, dtype, name in dict.fromkeys((g.sweep, g.dtype, g.statistic) for g in growth)

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import platform
 import signal
 import time
 from pathlib import Path
@@ -11,25 +10,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from figures import device_name
 from rows import add_row
 from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 
 COLUMNS = ("epoch", "step", "rate", "lr", "train_loss", "test_loss", "test_acc", "seconds")
-
-
-def device_name(device: torch.device) -> str:
-    """What a run ran on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _finish(device: torch.device) -> float:

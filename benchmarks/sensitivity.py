@@ -8,7 +8,6 @@ one hidden layer, standardised inputs, true labels) by validation, with the same
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import _mean_and_error, _quiet, read, run
+from compare import _mean_and_error, _quiet, run
+from rows import add_row, read_rows
 from tasks import Data, Task, _keep, images
 from torch import Tensor
 
@@ -69,11 +69,10 @@ def best(rows: list[dict[str, Any]], kind: str) -> str:
 
 def measure(variant: str, policy: str, seed: int, path: Path) -> None:
     """Runs what is not there yet."""
-    if (variant, policy, seed) in {(row["task"], row["policy"], row["seed"]) for row in read(path)}:
+    if (variant, policy, seed) in {(row["task"], row["policy"], row["seed"]) for row in read_rows(path)}:
         return
     row = run(variant, policy, seed, task=VARIANTS[variant])
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(path, row)
     print(
         f"{variant:20} {policy:16} {seed} {row['test']:.2f} rate {row['rate']:.4g} {row['seconds']:.1f} s", flush=True
     )
@@ -119,8 +118,8 @@ def main() -> None:
             for variant in VARIANTS:
                 for kind in GRIDS:
                     measure(variant, OURS[kind], seed, arguments.results)
-                    measure(variant, best(read(arguments.results), kind), seed, arguments.results)
-    print(table(read(arguments.results)))
+                    measure(variant, best(read_rows(arguments.results), kind), seed, arguments.results)
+    print(table(read_rows(arguments.results)))
 
 
 if __name__ == "__main__":

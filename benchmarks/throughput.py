@@ -36,8 +36,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from figures import device_name, quartiles
 from torch import nn
-from workloads import RandomCIFAR10, RandomMNIST, Turns, by_hand, summary
+from workloads import RandomCIFAR10, RandomMNIST, Turns, by_hand
 
 import lit_lipschitz
 from lit_lipschitz.cli.command import run
@@ -145,20 +146,20 @@ def measure(
                 if clock == "cpu" or not by_hand_alone:
                     continue
                 hand = [statistics.median(by_hand_alone)] * len(trainer)
-            low, middle, high = summary([one / other for one, other in zip(hand, trainer, strict=True)])
+            low, middle, high = quartiles([one / other for one, other in zip(hand, trainer, strict=True)])
             row[label] = [middle, low, high]
         rows.append({**row, "turns": len(run.turns), "stride": stride})
     return [{**setting, "way": "hand", **_sizes(by_hand_alone, batch_size)}, *rows]
 
 
 def _sizes(seconds: list[float], batch_size: int) -> dict[str, Any]:
-    low, middle, high = summary(seconds)
+    low, middle, high = quartiles(seconds)
     return {"ms": 1e3 * middle, "ms_quartiles": [1e3 * low, 1e3 * high], "images_per_second": batch_size / middle}
 
 
 def hardware() -> dict[str, str]:
     """Where it runs."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     versions = {"torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version()}
     return {"device": device, **versions}
 

@@ -7,8 +7,8 @@ Each is LipschitzLR's own constant (a dry run) times what the variant makes of i
 table is of the validation part.
 """
 
+import abc
 import argparse
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from compare import Recipe, _adamw, _mean_and_error, _quiet, _sgd, read, run
+from compare import Recipe, _adamw, _mean_and_error, _quiet, _sgd, run
+from rows import add_row, read_rows
 from sensitivity import VARIANTS as MNIST_MLP
 from tasks import TASKS
 
@@ -28,7 +29,7 @@ ROOT = math.sqrt(10)  # 1 / sqrt(1 - 0.9)
 ALL = {**TASKS, "mnist_mlp": MNIST_MLP["middle"], "mnist_mlp, batch 512": MNIST_MLP["batch 512"]}
 
 
-class Variant(L.Callback):
+class Variant(L.Callback, abc.ABC):
     """Writes the rate of a variant, after LipschitzLR has computed its own."""
 
     def __init__(self, ours: LipschitzLR) -> None:
@@ -43,9 +44,9 @@ class Variant(L.Callback):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
 
+    @abc.abstractmethod
     def rate(self, inverse: float, optimizer: Any) -> float:
         """The variant's rate from 1/L."""
-        raise NotImplementedError
 
     def mean(self, name: str, value: float) -> float:
         """The mean of a value over the calls so far."""
@@ -190,10 +191,10 @@ def main() -> None:
     for kind in filter(None, arguments.variants.split(";")):
         for task in arguments.tasks.split(","):
             for seed in map(int, arguments.seeds.split(",")):
-                if (kind, task, seed) not in {(r["policy"], r["task"], r["seed"]) for r in read(arguments.results)}:
-                    with arguments.results.open("a") as file:
-                        file.write(json.dumps(measure(kind, task, seed)) + "\n")
-    print(table(read(arguments.results)))
+                done = {(row["policy"], row["task"], row["seed"]) for row in read_rows(arguments.results)}
+                if (kind, task, seed) not in done:
+                    add_row(arguments.results, measure(kind, task, seed))
+    print(table(read_rows(arguments.results)))
 
 
 if __name__ == "__main__":

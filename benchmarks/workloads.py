@@ -1,6 +1,5 @@
 """What throughput.py trains, by each of the ways that it compares; class paths of its configs name what is here."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -200,9 +199,3 @@ def by_hand(
             total += loss
             correct += (logits.argmax(1) == targets).sum()
         yield
-
-
-def summary(seconds: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return low, middle, high

@@ -8,22 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compare
+import growth
 import sensitivity
 import startup
 import throughput
 import variants
+from rows import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "evidence.md": {
-        "defaults": lambda: compare.pairs(compare.read(compare.RESULTS)),
-        "regrets": lambda: compare.regrets(compare.read(compare.RESULTS)),
-        "runs": lambda: compare.tables(compare.read(compare.RESULTS)),
-        "sensitivity": lambda: sensitivity.table(compare.read(sensitivity.RESULTS)),
-        "variants": lambda: variants.table(compare.read(variants.RESULTS)),
+        "defaults": lambda: compare.pairs(read_rows(compare.RESULTS)),
+        "regrets": lambda: compare.regrets(read_rows(compare.RESULTS)),
+        "runs": lambda: compare.tables(read_rows(compare.RESULTS)),
+        "sensitivity": lambda: sensitivity.table(read_rows(sensitivity.RESULTS)),
+        "variants": lambda: variants.table(read_rows(variants.RESULTS)),
     },
     "performance.md": {
         "throughput": lambda: "\n".join(throughput.lines(throughput.read())),
+        "growth": lambda: "\n".join(growth.growth_lines(growth.read())).strip(),
+        "heads": lambda: "\n".join(growth.head_lines(growth.read())),
         "startup": lambda: "\n".join(startup.lines(startup.read())),
     },
 }

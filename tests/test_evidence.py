@@ -15,8 +15,8 @@ def benchmarks(monkeypatch):
     import write_tables
 
     yield compare, write_tables
-    for name in ("compare", "write_tables", "sensitivity", "variants", "tasks", "startup", "throughput", "workloads"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def row(policy, seed, val, test, task="digits_mlp", diverged=False):
