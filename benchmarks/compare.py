@@ -107,6 +107,8 @@ def recipe(policy: str) -> Recipe:
     match name:
         case "lipschitz":
             return Recipe(_sgd("constant", rate), (LipschitzLR(),))
+        case "lipschitz-inverse":
+            return Recipe(_sgd("constant", rate), (LipschitzLR(rule="inverse"),))
         case "lipschitz-adamw":
             return Recipe(_adamw("constant", rate), (LipschitzLR(),))
         case "paper":

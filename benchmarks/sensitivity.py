@@ -1,6 +1,6 @@
 """Whether the defaults need retuning where a fixed rate does: batch size, width, depth, size of inputs, label noise.
 
-    python benchmarks/sensitivity.py [--seeds 0,1,2]      # measures what results/sensitivity.jsonl lacks
+    python benchmarks/sensitivity.py [--seeds 0,1,2] [--kinds sgd,adamw]   # measures what results/ lacks
     python benchmarks/sensitivity.py --print              # the table
 
 The task is MNIST, 8,192 images, an MLP, 5 epochs. The fixed rates are tuned on it in the middle (batch 128, width 128,
@@ -102,21 +102,22 @@ def main() -> None:
     """Tunes in the middle, then measures the rest."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--kinds", default="sgd,adamw")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--print", action="store_true")
     arguments = parser.parse_args()
     if not arguments.print:
         _quiet()
         torch.set_num_threads(1)
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        kinds = arguments.kinds.split(",")
         seeds = list(map(int, arguments.seeds.split(",")))
         for seed in seeds:
-            for kind, grid in GRIDS.items():
-                for rate in grid:
+            for kind in kinds:
+                for rate in GRIDS[kind]:
                     measure("middle", f"{kind}:{rate:g}", seed, arguments.results)
         for seed in seeds:
             for variant in VARIANTS:
-                for kind in GRIDS:
+                for kind in kinds:
                     measure(variant, OURS[kind], seed, arguments.results)
                     measure(variant, best(read_rows(arguments.results), kind), seed, arguments.results)
     print(table(read_rows(arguments.results)))

@@ -34,10 +34,13 @@ class Variant(L.Callback, abc.ABC):
 
     def __init__(self, ours: LipschitzLR) -> None:
         self.ours, self.steps, self.memory = ours, 0, dict[str, float]()
+        self.examples = 0  # that a step's loss averages over; a text's tokens
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Writes it, times the scheduler's factor."""
         self.steps += 1
+        task, targets = pl_module.task, pl_module.data.train[1]
+        self.examples = task.batch_size * targets[0].numel()  # type: ignore[operator]
         factor = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
         assert self.ours.rate is not None
         rate = self.rate(self.ours.rate, optimizer)
@@ -68,6 +71,14 @@ class Times(Variant):
         return self.number * inverse
 
 
+class Root(Times):
+    """SGD at a number times sqrt(m) / L."""
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The product."""
+        return self.number * math.sqrt(self.examples) * inverse
+
+
 class MeanOfInverses(Variant):
     """SGD at the mean of 1/L over all steps so far."""
 
@@ -77,16 +88,24 @@ class MeanOfInverses(Variant):
 
 
 class Grafted(Variant):
-    """Adam's direction, SGD's length; how readings of the lengths become a rate is the variant."""
+    """Adam's direction, a number times SGD's length; how readings of the lengths become a rate is the variant."""
 
     every = 16
+
+    def __init__(self, ours: LipschitzLR, number: float = 1.0) -> None:
+        super().__init__(ours)
+        self.number = number
 
     def rate(self, inverse: float, optimizer: Any) -> float:
         """The rate after the last reading."""
         if self.steps % self.every == 0 or self.steps & (self.steps - 1) == 0:
             gradient, step = lengths(optimizer).tolist()
-            self.memory["rate"] = self.read(gradient / step, inverse)
-        return ROOT * self.memory["rate"] * self.again(inverse)
+            self.memory["rate"] = self.read(self.scale(optimizer, gradient, step), inverse)
+        return self.number * ROOT * self.memory["rate"] * self.again(inverse)
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """Length of SGD's step, without momentum, over that of Adam's, at rates of 1."""
+        return gradient / step
 
     def again(self, inverse: float) -> float:
         """What is multiplied anew in each step."""
@@ -128,7 +147,7 @@ class Smallest(Grafted):
 
 
 class MeanOfReadings(Grafted):
-    """The mean over all readings of the smoothed scale over L: the default."""
+    """The mean over all readings of the smoothed scale over L."""
 
     def again(self, inverse: float) -> float:
         """L is in the mean."""
@@ -139,16 +158,40 @@ class MeanOfReadings(Grafted):
         return self.mean("rates", super().read(scale, inverse) * inverse)
 
 
+class Velocity(MeanOfReadings):
+    """The length is that of SGD's step with momentum, from Adam's own moving average of the gradient."""
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """The same, with momentum, over the factor that stands for it elsewhere."""
+        square = 0.0
+        for group in optimizer.param_groups:
+            beta = group["betas"][0]
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                before = beta * state["exp_avg"] / (1 - beta) if state else 0.0
+                square += float((parameter.grad + before).norm()) ** 2
+        return math.sqrt(square) / step / ROOT
+
+
 KINDS: dict[str, Any] = {
     "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
-    "sgd: 1 / L (default)": lambda ours: Times(ours, 1.0),
+    "sgd: 1 / L": lambda ours: Times(ours, 1.0),
     "sgd: 2 / L": lambda ours: Times(ours, 2.0),
     "sgd: mean of 1 / L": MeanOfInverses,
+    "sgd: 0.05 sqrt(m) / L": lambda ours: Root(ours, 0.05),
+    "sgd: 0.0707 sqrt(m) / L (default)": lambda ours: Root(ours, 0.0707),
+    "sgd: 0.1 sqrt(m) / L": lambda ours: Root(ours, 0.1),
     "adamw: each step's lengths": EachStep,
     "adamw: smoothed readings": Grafted,
-    "adamw: smoothed, at most their mean": Capped,
+    "adamw: smoothed, times 0.725": lambda ours: Grafted(ours, 0.725),
+    "adamw: smoothed, times 0.85": lambda ours: Grafted(ours, 0.85),
     "adamw: smallest reading so far": Smallest,
-    "adamw: mean of readings (default)": MeanOfReadings,
+    "adamw: mean of readings": MeanOfReadings,
+    "adamw: mean of readings, times 0.725": lambda ours: MeanOfReadings(ours, 0.725),
+    "adamw: mean of readings, of the velocity": Velocity,
+    "adamw: smoothed, at most their mean": Capped,
+    "adamw: smoothed, at most their mean, times 0.85": lambda ours: Capped(ours, 0.85),
+    "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
 }
 
 

@@ -84,6 +84,8 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         )
     elif one["L"]:
         rows.append(("rule", f"{one['rule']}, for {one['optimizer']}: {one['rule_says']}"))
+        if one["momentum"] is not None:
+            rows.append(("b", f"{one['momentum']:g}, the optimizer's momentum"))
         if one["scale"] is not None:
             rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
     limit = f", by the limit {one['limit']}" if one["limit"] else ""

@@ -46,8 +46,9 @@ class LipschitzLR(Callback):
         measure: ``"running"`` measures the training batches themselves; ``"pass"`` makes a pass in inference mode over
             the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.inference`).
         rule: ``"auto"`` follows the optimizer; a name of :data:`lit_lipschitz.rules.RULES` forces a rule: ``"inverse"``
-            is 1/L, ``"grafted"`` makes Adam's steps as long as those of SGD at 1/L, ``"adamo"`` is the paper's for
-            momentum, ``"adamo_authors"`` that of its authors' scripts.
+            is 1/L, ``"noise"`` grows with the square root of the batch, for SGD with momentum, ``"grafted"`` makes
+            Adam's steps as long as those of SGD at 1/L, ``"adamo"`` is the paper's for momentum, ``"adamo_authors"``
+            that of its authors' scripts.
         squared: The estimate of L squared that the rules of RMSprop and Adam use
             (:func:`lit_lipschitz.constants.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
@@ -106,6 +107,7 @@ class LipschitzLR(Callback):
         rule: Literal[
             "auto",
             "inverse",
+            "noise",
             "adamo",
             "rmsprop",
             "adam",

@@ -184,7 +184,7 @@ class Policy:
         )
         if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
-        seen = rules.Observation(constant, squared, measured.activation_norm, measured.scale)
+        seen = rules.Observation(constant, squared, measured.activation_norm, measured.scale, measured.batch_size)
         rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
         return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state

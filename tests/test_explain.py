@@ -76,7 +76,8 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "m         32 = 32 x 1 x 1: examples in a batch x accumulated batches x ranks",
         "Frobenius norm of a batch of the head's inputs and ones for the bias",
         "slope * K_z / sqrt(m) + lambda * W, the strict family",
-        "inverse, for SGD: Gradient descent: rate = 1 / L.",
+        "noise, for SGD: SGD with momentum b: rate = (1 - b) sqrt(m / 2) / L, and at most 1 / (sqrt(1 - b) L).",
+        "b         0.9, the optimizer's momentum",
         "from LinearWarmupDecay",
     ):
         assert part in out
@@ -93,7 +94,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
     (rate,) = re.findall(rf"^rate +{number}$", out, re.M)
     (factor,) = re.findall(rf"^factor +{number},", out, re.M)
     (lr,) = re.findall(rf"^lr +{number} =", out, re.M)
-    assert float(rate) == pytest.approx(1 / float(constant), rel=1e-5)
+    assert float(rate) == pytest.approx(0.1 * math.sqrt(m / 2) / float(constant), rel=1e-5)
     assert float(lr) == pytest.approx(float(rate) * float(factor), rel=1e-5)
     assert max(map(len, out.splitlines())) <= 120
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_that_does_not_tell_what_it_measured_is_said(lit):
     assert code == 0, err
     (constant,) = re.findall(r"^L +(\S+), from a checkpoint that does not tell what it was made of$", out, re.M)
     (rate,) = re.findall(r"^rate +(\S+)$", out, re.M)
-    assert float(rate) == pytest.approx(1 / float(constant), rel=1e-5)
+    assert float(rate) == pytest.approx(0.1 * math.sqrt(32 / 2) / float(constant), rel=1e-5)
 
 
 def test_a_checkpoint_at_the_end_of_its_run_has_no_next_step(lit):
