@@ -358,6 +358,17 @@ def pairs(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def short(rows: Rows) -> str:
+    """Each default's distance to the best fixed rate of its optimizer, on the same seeds, in Markdown."""
+    chosen = summary(rows)
+    titles = [f"`{ours}` less {tuned.partition(',')[0]}, tuned" for ours, tuned in PAIRS]
+    lines = [f"| task | {' | '.join(titles)} |", "|---|---|---|"]
+    for task in [task for task in TASKS if task in chosen]:
+        cells = [_pair(task, ours, chosen[task][ours], chosen[task][tuned]).split(" | ")[-1] for ours, tuned in PAIRS]
+        lines.append(f"| `{task}` | {' | '.join(cell.removesuffix(' |') for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def regrets(rows: Rows) -> str:
     """How far each policy, a fixed rate for all tasks included, stays behind the best one of each task, in Markdown.
 

@@ -190,7 +190,7 @@ KINDS: dict[str, Any] = {
     "adamw: mean of readings, times 0.725": lambda ours: MeanOfReadings(ours, 0.725),
     "adamw: mean of readings, of the velocity": Velocity,
     "adamw: smoothed, at most their mean": Capped,
-    "adamw: smoothed, at most their mean, times 0.85": lambda ours: Capped(ours, 0.85),
+    "adamw: smoothed, at most their mean, times 0.85 (default)": lambda ours: Capped(ours, 0.85),
     "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
 }
 

@@ -17,6 +17,7 @@ from rows import read_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "../README.md": {"short": lambda: compare.short(read_rows(compare.RESULTS))},
     "evidence.md": {
         "defaults": lambda: compare.pairs(read_rows(compare.RESULTS)),
         "regrets": lambda: compare.regrets(read_rows(compare.RESULTS)),

@@ -331,7 +331,8 @@ def test_a_dry_run_trains_as_without_the_callback(settings, scheduled):
         weights.append(copy.deepcopy(module.state_dict()))
         assert steps.rates[0] == [0.05]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
-    assert lipschitz.rate == pytest.approx(1 / lipschitz.constant) or settings.get("bound") == "paper"
+    of_family = {"strict": 0.1 * math.sqrt(16 / 2), "smooth": 1.0}.get(settings.get("bound", "strict"))
+    assert of_family is None or lipschitz.rate == pytest.approx(of_family / lipschitz.constant)
     assert lipschitz.lr != 0.05
 
 

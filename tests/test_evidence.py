@@ -24,7 +24,7 @@ def row(policy, seed, val, test, task="digits_mlp", diverged=False):
             "diverged": diverged, "seconds": 1.0}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["evidence.md", "performance.md"])
+@pytest.mark.parametrize("name", ["../README.md", "evidence.md", "performance.md"])
 def test_a_page_has_the_tables_as_they_are_printed(benchmarks, name):
     _, write_tables = benchmarks
     page = (write_tables.DOCS / name).read_text()

@@ -21,7 +21,7 @@ FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.m
 
 
 def test_fit_ends_with_a_table_that_has_the_limit_that_bound(lit):  # noqa: F811
-    _, out, _ = lit(*FIT, "--lipschitz.max_lr", "0.09")
+    _, out, _ = lit(*FIT, "--lipschitz.rule", "inverse", "--lipschitz.max_lr", "0.09")
     lines = out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["epoch"] and "K_z" in line)
     assert lines[head].split() == ["epoch", "rate", "lr", "L", "K_z", "W", "train_loss", "train_acc", "val_loss",

@@ -91,7 +91,7 @@ def first_rate(network, **options):
 
 
 def test_the_rate_is_one_over_the_constant_of_the_scaled_features():
-    rate, inputs = first_rate(ResNet9(width=8))
+    rate, inputs = first_rate(ResNet9(width=8), rule="inverse")
     # The longest gradient in the logits: all on a wrong class, with 0.82 on the right one and 0.02 on the others.
     slope = math.sqrt(0.98**2 + 0.82**2 + 8 * 0.02**2)
     assert rate == pytest.approx(1 / (slope / math.sqrt(6) * float(inputs.norm())), rel=1e-5)
