@@ -13,7 +13,7 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 HELP = """\
 usage: lit-lipschitz COMMAND [options]
 
-Trains networks with the learning rate 1/L, L being the Lipschitz constant of the loss.
+Trains networks at a learning rate computed from L, the Lipschitz constant of the loss.
 
 commands:
   fit         train a network, and test it at the end

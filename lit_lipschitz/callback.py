@@ -20,7 +20,7 @@ from lit_lipschitz.losses import LOSSES
 
 
 class LipschitzLR(Callback):
-    r"""Sets the learning rate to 1/L, L being the Lipschitz constant of the loss in the weights of the last layer.
+    r"""Sets the learning rate from 1/L, L being the Lipschitz constant of the loss in the weights of the last layer.
 
     The inputs of the last affine map (the head) are measured by a hook while the model trains; their size gives L
     (:mod:`lit_lipschitz.constants`), and the optimizer's rule turns L into a rate (:mod:`lit_lipschitz.rules`), anew
