@@ -8,12 +8,12 @@ momentum averages both, RMSprop and Adam divide both by the root of an average s
 rule        rate                                            averages
 =========== =============================================== ================================================
 inverse     1 / L
-noise       (1 - momentum) sqrt(m / 2) / ((1 - dampening) L)
+noise       (1 - momentum) sqrt(m / 2) / L, limited         none
 adamo       (1 - momentum) / ((1 - dampening) Lbar)         momentum
 rmsprop     (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
 adam        (sqrt(L2bar) + eps) / Lbar                      betas
 adamax      (max + eps) / Lbar, max a decaying maximum      betas
-grafted     min(scale, its mean) lengthening / L            the mean over all updates so far
+grafted     min(scale, its mean) c / L                      the mean over all updates so far
 =========== =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
