@@ -158,6 +158,8 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
         + ["LipschitzLR's own warm-up and decay"] * controller.schedules,
         "scale": controller.measurement.scale if rule == "grafted" and controller.measurement else None,
+        "mean_scale": controller.rule_state.average if rule == "grafted" else None,
+        "lengthening": rules.lengthening(optimizer.param_groups[0]) if rule == "grafted" else None,
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
         "lr": rates[0],
         "lr_of_groups": rates,

@@ -170,6 +170,11 @@ class Controller:
         return self._measured
 
     @property
+    def rule_state(self) -> rules.RuleState:
+        """What the rule remembers of the updates so far."""
+        return self._rule_state
+
+    @property
     def accumulated(self) -> int:
         """Most batches that made one step in the interval that goes on, as far as is known."""
         return self._accumulated

@@ -285,11 +285,11 @@ def adamax(seen: Observation, state: RuleState, settings: Settings) -> tuple[flo
 
 
 def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
-    r"""The direction of an optimizer that rescales the gradient, in steps as long as SGD's with momentum at 1/L.
+    r"""Adam's direction in steps as long as SGD's with momentum: rate = min(scale, mean of scale) c / L.
 
-    rate = min(scale, mean of scale) c / L, scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update at
-    a rate of 1 and c what momentum does to the length of SGD's steps. With b the momentum in u, Adam's first beta, that
-    is 1 / (1 - b) where gradients agree and 1 / sqrt(1 - b^2) where they are independent. c is
+    For optimizers that rescale the gradient. scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update
+    at a rate of 1 and c what momentum does to the length of SGD's steps. With b the momentum in u, Adam's first beta,
+    that is 1 / (1 - b) where gradients agree and 1 / sqrt(1 - b^2) where they are independent. c is
     ((1 - b^2) (1 - b))^(-1/4), 2.7 at b = 0.9, the geometric mean of the latter and of 1 / sqrt(1 - b), which by
     validation is a little too long. RMSprop's momentum makes steps longer as SGD's does, so b is 0 there.
 
@@ -308,10 +308,14 @@ def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[fl
         ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
     """
     state = _next(seen, state)
-    momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
     average = state.average + (seen.scale - state.average) / state.updates
-    longer = ((1 - momentum**2) * (1 - momentum)) ** -0.25
-    return min(seen.scale, average) * longer / seen.constant, replace(state, average=average)
+    return min(seen.scale, average) * lengthening(settings) / seen.constant, replace(state, average=average)
+
+
+def lengthening(settings: Settings) -> float:
+    """What :func:`grafted` takes momentum to do to the length of SGD's steps: its c."""
+    momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
+    return float(((1 - momentum**2) * (1 - momentum)) ** -0.25)
 
 
 RULES: dict[str, Rule] = {

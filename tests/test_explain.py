@@ -174,13 +174,21 @@ def test_limits_and_rates_set_by_hand_are_named(lit):
     assert re.search(r"^factor +1, without a scheduler$", out, re.M)
 
 
-def test_the_steps_of_adamw_are_explained(lit):
-    code, out, _ = lit("explain", *DIGITS, "--model.optimizer", "torch.optim.AdamW", "--model.scheduler", "null")
-    assert code == 0
-    assert re.search(r"^rule +grafted, for AdamW: ", out, re.M)
-    scale, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "rate"))
-    constant = float(re.findall(r"^ +\= ([\d.]+)$", out, re.M)[-1])
-    assert rate == pytest.approx(scale / (0.1**0.5 * constant), rel=1e-4)
+def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
+    arguments = [*DIGITS, "--model.optimizer", "torch.optim.AdamW", "--model.scheduler", "null"]
+    assert lit("fit", *arguments, "--trainer.max_epochs", "1", "--test_after_fit", "false")[0] == 0
+    (path,) = Path(".").rglob("last.ckpt")
+    for more in ([], ["--trainer.max_epochs", "2", "--ckpt_path", path]):
+        code, out, err = lit("explain", *arguments, *more)
+        assert code == 0, err
+        assert re.search(r"^rule +grafted, for AdamW: ", out, re.M)
+        scale, mean, longer, rate = (
+            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "mean", "c", "rate")
+        )
+        constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+        assert longer == pytest.approx(1 / math.sqrt(math.sqrt(1 - 0.9**2) * math.sqrt(1 - 0.9)), rel=1e-5)
+        assert rate == pytest.approx(longer * min(scale, mean) / constant, rel=1e-4)
+    assert scale != mean
 
 
 def test_a_pass_over_the_training_set_is_explained_too(explain):
