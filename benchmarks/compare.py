@@ -354,7 +354,9 @@ def pairs(rows: Rows) -> str:
     for task in [task for task in TASKS if task in chosen]:
         for ours, tuned in PAIRS:
             if ours in chosen[task] and tuned in chosen[task]:
-                lines.append(_pair(task, ours, chosen[task][ours], chosen[task][tuned]))
+                found = chosen[task][tuned]
+                own, other, difference = _beside(task, chosen[task][ours], found)
+                lines.append(f"| {task} | {ours} | {own} | {found[0]['policy']} | {other} | {difference} |")
     return "\n".join(lines)
 
 
@@ -364,8 +366,8 @@ def short(rows: Rows) -> str:
     titles = [f"`{ours}` less {tuned.partition(',')[0]}, tuned" for ours, tuned in PAIRS]
     lines = [f"| task | {' | '.join(titles)} |", "|---|---|---|"]
     for task in [task for task in TASKS if task in chosen]:
-        cells = [_pair(task, ours, chosen[task][ours], chosen[task][tuned]).split(" | ")[-1] for ours, tuned in PAIRS]
-        lines.append(f"| `{task}` | {' | '.join(cell.removesuffix(' |') for cell in cells)} |")
+        cells = [_beside(task, chosen[task][ours], chosen[task][tuned])[-1] for ours, tuned in PAIRS]
+        lines.append(f"| `{task}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -407,14 +409,14 @@ def regrets(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _pair(task: str, name: str, ours: Rows, tuned: Rows) -> str:
+def _beside(task: str, ours: Rows, tuned: Rows) -> tuple[str, str, str]:
+    """The test metric of both, and the difference, on the seeds that both have."""
     by_seed = [{row["seed"]: row["test"] for row in found} for found in (ours, tuned)]
     seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-    values = [[found[seed] for seed in seeds] for found in by_seed]
-    difference = _mean_and_error([a - b for a, b in zip(*values, strict=True)])
+    first, second = ([found[seed] for seed in seeds] for found in by_seed)
+    difference = _mean_and_error([a - b for a, b in zip(first, second, strict=True)])
     unit = "points" if TASKS[task].metric == "accuracy" else "loss"
-    sides = [_mean_and_error(part) for part in values]
-    return f"| {task} | {name} | {sides[0]} | {tuned[0]['policy']} | {sides[1]} | {difference} ({unit}) |"
+    return _mean_and_error(first), _mean_and_error(second), f"{difference} ({unit})"
 
 
 def _quiet() -> None:
