@@ -47,8 +47,8 @@ class LipschitzLR(Callback):
             the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.inference`).
         rule: ``"auto"`` follows the optimizer; a name of :data:`lit_lipschitz.rules.RULES` forces a rule: ``"inverse"``
             is 1/L, ``"noise"`` grows with the square root of the batch, for SGD with momentum, ``"grafted"`` makes
-            Adam's steps as long as those of SGD at 1/L, ``"adamo"`` is the paper's for momentum, ``"adamo_authors"``
-            that of its authors' scripts.
+            Adam's steps as long as those of SGD at 1/L, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"``
+            is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
         squared: The estimate of L squared that the rules of RMSprop and Adam use
             (:func:`lit_lipschitz.constants.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
@@ -74,8 +74,8 @@ class LipschitzLR(Callback):
         schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
             linearly over the first tenth of the run and falls linearly to 0
             (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. A run that is
-            limited by time, and one whose accumulated batches change, count as of unknown length. ``"none"``: it does
-            not.
+            limited by time, and one whose accumulated batches change, count as of unknown length. Schedule-Free AdamW
+            has the rise alone, and not that where it has ``warmup_steps`` of its own. ``"none"``: neither.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -116,6 +116,7 @@ class LipschitzLR(Callback):
             "rmsprop_authors",
             "adam_authors",
             "grafted",
+            "schedule_free",
         ] = "auto",
         squared: Literal["auto", "constant", "text", "scripts"] = "auto",
         weight_decay: float | None = None,

@@ -16,7 +16,7 @@ from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
-from lit_lipschitz.schedules import linear_warmup_decay
+from lit_lipschitz.schedules import linear_warmup, linear_warmup_decay
 from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
@@ -69,13 +69,13 @@ class Controller:
         optimizer = trainer.optimizers[position]
         self.policy, self.options, self.optimizer, self._position = policy, options, optimizer, position
         rule = policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
-        if rule == "grafted" and type(optimizer).__name__ not in directions.DIRECTIONS:
+        if rule in rules.SCALED and type(optimizer).__name__ not in directions.DIRECTIONS:
             raise ConfigurationError(
-                f"LipschitzLR(rule='grafted') knows the steps of {', '.join(directions.DIRECTIONS)} and found "
+                f"LipschitzLR(rule={rule!r}) knows the steps of {', '.join(directions.DIRECTIONS)} and found "
                 f"{type(optimizer).__name__}; use one of them, or pass another rule="
             )
         self._rule = rule
-        self._scale = rules.StepScale() if rule == "grafted" else None
+        self._scale = rules.StepScale() if rule in rules.SCALED else None
         self._trained = 0  # parameters that the readings are of
         self._clock = 0  # optimizer steps of the run
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
@@ -180,9 +180,11 @@ class Controller:
         return self._accumulated
 
     @property
-    def schedules(self) -> bool:
-        """Whether the rate has the callback's own warm-up and decay; known from the first step on."""
-        return self._length is not None and self._length < math.inf
+    def schedule(self) -> str | None:
+        """What the callback's own schedule is made of, if there is one; known from the first step on."""
+        if self._length is None or self._length == math.inf:
+            return None
+        return "warm-up" if self._averages else "warm-up and decay"
 
     def close(self) -> None:
         """Takes all hooks off."""
@@ -479,11 +481,19 @@ class Controller:
             self._length = self._length_of_run(trainer, module)
         if self._length == math.inf:
             return 1.0
-        return linear_warmup_decay(min(trainer.global_step, int(self._length) - 1), int(self._length))
+        factor = linear_warmup if self._averages else linear_warmup_decay
+        return factor(min(trainer.global_step, int(self._length) - 1), int(self._length))
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the optimizer averages the weights, which is in place of a decay."""
+        return type(self.optimizer).__name__ in rules.SCHEDULE_FREE
 
     def _length_of_run(self, trainer: Trainer, module: LightningModule) -> float:
         """Optimizer steps of the run; infinity where the callback brings no schedule."""
         if self.options.schedule == "none" or self.policy.bound == "paper" or self.writer.scheduled:
+            return math.inf
+        if self._averages and any(group["warmup_steps"] for group in self.optimizer.param_groups):
             return math.inf
         length = math.inf
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -497,7 +507,8 @@ class Controller:
                 "max_epochs or max_steps, or bring a scheduler (schedule='none' says that none is wanted)"
             )
             return math.inf
-        rank_zero_info(f"LipschitzLR: warm-up and decay over {int(length)} optimizer steps (schedule='none' has none)")
+        what = "warm-up over a tenth of" if self._averages else "warm-up and decay over"
+        rank_zero_info(f"LipschitzLR: {what} {int(length)} optimizer steps (schedule='none' has none)")
         return length
 
     def end_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:

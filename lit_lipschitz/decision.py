@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lit_lipschitz import constants, rules
+from lit_lipschitz.directions import DECOUPLED
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.losses import Loss
 
@@ -102,7 +103,7 @@ class Policy:
         """The coefficient of the L2 term in the loss: a weight decay that the optimizer adds to the gradient."""
         if self.weight_decay is not None:
             return self.weight_decay
-        coupled = [g for g in groups if optimizer != "AdamW" and not g.get("decoupled_weight_decay", False)]
+        coupled = [g for g in groups if optimizer not in DECOUPLED and not g.get("decoupled_weight_decay", False)]
         return max((float(group.get("weight_decay", 0.0)) for group in coupled), default=0.0)
 
     @property

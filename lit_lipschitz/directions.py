@@ -61,6 +61,13 @@ def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
     return grad / (square.sqrt() + group["eps"])
 
 
+def _schedule_free(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """Of the sequence that is averaged, the z of its authors; the weights move by 1 - beta of it at once."""
+    beta = group["betas"][1]
+    second = (1 - beta) * grad * grad + (beta * state["exp_avg_sq"] if "exp_avg_sq" in state else 0.0)
+    return grad / ((second / (1 - beta ** (group["k"] + 1))).sqrt() + group["eps"])
+
+
 DIRECTIONS: dict[str, Direction] = {
     "Adam": _adam,
     "AdamW": _adam,
@@ -68,8 +75,11 @@ DIRECTIONS: dict[str, Direction] = {
     "RAdam": _radam,
     "Adamax": _adamax,
     "RMSprop": _rmsprop,
+    "AdamWScheduleFree": _schedule_free,
 }
 """What the optimizers do that rescale the gradient, by their class."""
+DECOUPLED = ("AdamW", "AdamWScheduleFree")
+"""Optimizers whose weight decay is never a part of the loss."""
 
 
 @torch.no_grad()
@@ -115,7 +125,7 @@ def _real(value: Any) -> Any:
 
 
 def _coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    decoupled = type(optimizer).__name__ == "AdamW" or group.get("decoupled_weight_decay", False)
+    decoupled = type(optimizer).__name__ in DECOUPLED or group.get("decoupled_weight_decay", False)
     return bool(group.get("weight_decay", 0.0)) and not decoupled
 
 

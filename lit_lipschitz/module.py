@@ -227,6 +227,27 @@ class ImageClassifier(L.LightningModule):
         """Takes the seed."""
         self._seed = checkpoint.get("seed")
 
+    def on_train_epoch_start(self) -> None:
+        """Has an optimizer that averages the weights train at its own."""
+        self._turn("train")
+
+    def on_validation_start(self) -> None:
+        """Has such an optimizer put the averaged weights in, which are the ones to evaluate."""
+        self._turn("eval")
+
+    def on_validation_end(self) -> None:
+        """Has it train on."""
+        self._turn("train")
+
+    def on_train_epoch_end(self) -> None:
+        """The averaged weights are what a checkpoint of the epoch, and of the run, holds."""
+        self._turn("eval")
+
+    def _turn(self, way: Literal["train", "eval"]) -> None:
+        for optimizer in self.trainer.optimizers:
+            if hasattr(optimizer, way):  # Schedule-Free's
+                getattr(optimizer, way)()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is random in this batch."""
         assert self._seed is not None

@@ -4,17 +4,18 @@ A rule treats the constant as the optimizer treats the gradient, so that the ste
 momentum averages both, RMSprop and Adam divide both by the root of an average square. With L the constant of an update,
 :math:`\bar L` and :math:`\overline{L^2}` its averages, and the optimizer's settings under torch's names:
 
-=========== =============================================== ================================================
-rule        rate                                            averages
-=========== =============================================== ================================================
-inverse     1 / L
-noise       (1 - momentum) sqrt(m / 2) / L, limited         none
-adamo       (1 - momentum) / ((1 - dampening) Lbar)         momentum
-rmsprop     (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
-adam        (sqrt(L2bar) + eps) / Lbar                      betas
-adamax      (max + eps) / Lbar, max a decaying maximum      betas
-grafted     min(scale, its mean) c / L                      the mean over all updates so far
-=========== =============================================== ================================================
+============= =============================================== ================================================
+rule          rate                                            averages
+============= =============================================== ================================================
+inverse       1 / L
+noise         (1 - momentum) sqrt(m / 2) / L, limited         none
+adamo         (1 - momentum) / ((1 - dampening) Lbar)         momentum
+rmsprop       (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
+adam          (sqrt(L2bar) + eps) / Lbar                      betas
+adamax        (max + eps) / Lbar, max a decaying maximum      betas
+grafted       min(scale, its mean) c / L                      the mean over all updates so far
+schedule_free mean of scale / ((1 - beta) L)                  the mean over all updates so far
+============= =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
 scripts of the papers' authors compute: no correction, an average that may start from a value set by hand, and RMSprop's
@@ -60,7 +61,8 @@ class RuleState:
 
     Attributes:
         updates: Updates so far.
-        average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale).
+        average: Moving average of the constant, not corrected for its start (for ``grafted`` and ``schedule_free`` the
+            mean of the scale).
         weight: The same average of 1, from 0: what corrects for it.
         square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
         square_weight: The same average of 1, from 0.
@@ -122,6 +124,7 @@ RuleName = Literal[
     "rmsprop_authors",
     "adam_authors",
     "grafted",
+    "schedule_free",
 ]
 
 
@@ -307,15 +310,43 @@ def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[fl
     Raises:
         ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
     """
-    state = _next(seen, state)
-    average = state.average + (seen.scale - state.average) / state.updates
-    return min(seen.scale, average) * lengthening(settings) / seen.constant, replace(state, average=average)
+    state = _with_scale(seen, state)
+    return min(seen.scale, state.average) * lengthening(settings) / seen.constant, state
 
 
 def lengthening(settings: Settings) -> float:
     """What :func:`grafted` takes momentum to do to the length of SGD's steps: its c."""
     momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
     return float(((1 - momentum**2) * (1 - momentum)) ** -0.25)
+
+
+def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    r"""Schedule-Free AdamW: rate = mean of scale / ((1 - beta) L).
+
+    Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
+    y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
+    of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as that of
+    SGD at 1/L; scale = \|g\| / \|u\| with u the update of z at a rate of 1.
+
+    The average stands for a decay, so the rate keeps to the mean of all scales so far in place of falling with the last
+    one, as that of :func:`grafted` does.
+
+    Args:
+        seen: The constant and the scale.
+        state: State of the rule.
+        settings: The optimizer's ``betas``, of which the first one is beta.
+
+    Returns:
+        The rate and the new state.
+
+    Raises:
+        ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
+
+    References:
+        A. Defazio et al.: The road less scheduled, arXiv 2405.15682, 2024, for the optimizer; the rate is not in it.
+    """
+    state = _with_scale(seen, state)
+    return state.average / ((1 - _decay("betas", settings["betas"][0])) * seen.constant), state
 
 
 RULES: dict[str, Rule] = {
@@ -329,6 +360,7 @@ RULES: dict[str, Rule] = {
     "rmsprop_authors": rmsprop_authors,
     "adam_authors": adam_authors,
     "grafted": grafted,
+    "schedule_free": schedule_free,
 }
 """The rules, by their names."""
 RULE_OF_OPTIMIZER: dict[str, RuleName] = {
@@ -343,12 +375,17 @@ RULE_OF_OPTIMIZER: dict[str, RuleName] = {
 """The paper's rule of each optimizer that is known, by its class; SGD's depends on its momentum too."""
 GRAFTED = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop")
 """Optimizers that rescale the gradient, whose directions are known in :mod:`lit_lipschitz.directions`."""
+SCHEDULE_FREE = ("AdamWScheduleFree",)
+"""Optimizers that average the weights in place of a decay of the rate; schedulefree's, which is not imported."""
 RULE_OF_A_BOUND: dict[str, RuleName] = {
     "SGD": "inverse",
     "ZeroStartSGD": "inverse",
     **dict.fromkeys(GRAFTED, "grafted"),  # type: ignore[dict-item]
+    **dict.fromkeys(SCHEDULE_FREE, "schedule_free"),  # type: ignore[dict-item]
 }
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
+SCALED = ("grafted", "schedule_free")
+"""Rules that need the scale, for optimizers whose directions are known in :mod:`lit_lipschitz.directions`."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
@@ -387,7 +424,7 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     forced = f"rule= with one of {', '.join(map(repr, RULES))} would force one"
     known = RULE_OF_OPTIMIZER if bound == "paper" else RULE_OF_A_BOUND
     if optimizer not in known:
-        beside = f" with bound={bound!r}" if optimizer in GRAFTED else ""
+        beside = f" with bound={bound!r}" if optimizer in RULE_OF_A_BOUND else ""
         raise ValueError(
             f"no learning-rate rule is known for the optimizer {optimizer}{beside}; known: {', '.join(known)}; {forced}"
         )
@@ -398,6 +435,12 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     if name != "grafted" and settings.get("centered", False):
         raise ValueError(f"no learning-rate rule is known for RMSprop with centered=True; use centered=False; {forced}")
     return name
+
+
+def _with_scale(seen: Observation, state: RuleState) -> RuleState:
+    """The state with the scale taken into the mean over all updates."""
+    state = _next(seen, state)
+    return replace(state, average=state.average + (seen.scale - state.average) / state.updates)
 
 
 def _next(seen: Observation, state: RuleState) -> RuleState:

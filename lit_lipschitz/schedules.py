@@ -12,6 +12,11 @@ def linear_warmup_decay(step: int, total_steps: int, warmup: float = 0.1) -> flo
     return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
 
 
+def linear_warmup(step: int, total_steps: int, warmup: float = 0.1) -> float:
+    """The rise of :func:`linear_warmup_decay` alone."""
+    return min((step + 1) / (warmup * total_steps + 1), 1.0)
+
+
 class TimeDecay(LambdaLR):
     r"""Divides the optimizer's rate by 1 + decay t at step t, the first one being 0; stepped every optimizer step.
 

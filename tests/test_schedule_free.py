@@ -1,0 +1,191 @@
+"""Schedule-Free AdamW: the weights' step as long as SGD's, the rate in proportion to a mean, a warm-up and no decay."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from conftest import Classifier, Steps, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from schedulefree import AdamWScheduleFree, RAdamScheduleFree
+
+from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, rules
+from lit_lipschitz.directions import lengths
+
+
+class Free(Classifier):
+    """Turns the optimizer to training and to evaluation, as its documentation asks for."""
+
+    def __init__(self, **settings):
+        torch.manual_seed(0)
+        super().__init__(lambda p: AdamWScheduleFree(p, **settings))
+
+    def on_train_epoch_start(self):
+        self.trainer.optimizers[0].train()
+
+    def on_train_epoch_end(self):
+        self.trainer.optimizers[0].eval()
+
+
+class Look(L.Callback):
+    """Gradients and moves of the weights, the lengths of z's step at a rate of 1, and what was written."""
+
+    def __init__(self, ours=None):
+        self.ours, self.gradients, self.moves, self.rates, self.ratios, self.constants = ours, [], [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before = [p.detach().clone() for p in pl_module.parameters()]
+        self.grads = [p.grad.clone() for p in pl_module.parameters()]
+        self.gradients.append(length(self.grads))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        optimizer = trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        self.moves.append(length([p.detach() - b for p, b in zip(pl_module.parameters(), self.before, strict=True)]))
+        self.rates.append(group["lr"])
+        roots = [
+            (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** group["k"])) ** 0.5 + 1e-8
+            for p in pl_module.parameters()
+        ]
+        directions = [grad / root for grad, root in zip(self.grads, roots, strict=True)]
+        self.ratios.append(self.gradients[-1] / length(directions))
+        self.constants.append(self.ours.constant if self.ours else math.nan)
+
+
+def length(parts):
+    return math.sqrt(sum((part.double() ** 2).sum().item() for part in parts))
+
+
+def without_warm_up(look):
+    """The rates from the readings and constants of a run, written out."""
+    recent, history, rates = None, [], []
+    for step, (ratio, constant) in enumerate(zip(look.ratios, look.constants, strict=True), start=1):
+        if step in (1, 2, 4, 8, 16, 32, 48):
+            recent = ratio if recent is None else (recent * ratio) ** 0.5
+            history.append(recent)
+        rates.append(sum(history) / len(history) / (0.1 * constant))
+    return rates
+
+
+def fit(callback, module, **settings):
+    run = trainer(callback, look := Look(callback), **{"max_epochs": 2, **settings})
+    run.fit(module, loader(16))
+    return look
+
+
+def test_the_length_is_that_of_the_step_of_the_averaged_sequence():
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(2)]
+    idle = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamWScheduleFree([*parameters, idle], lr=1.0, betas=(0.8, 0.95))
+    optimizer.train()
+    for step in range(12):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator) / (1 + step)
+        before = [optimizer.state[p]["z"].clone() if step else p.detach().clone() for p in parameters]
+        gradient, found = length([p.grad for p in parameters]), lengths(optimizer)
+        optimizer.step()
+        moved = [optimizer.state[p]["z"] - b for p, b in zip(parameters, before, strict=True)]
+        assert found.tolist() == pytest.approx([gradient, length(moved)], rel=2e-5)
+
+
+def test_in_the_first_step_a_tenth_of_the_rate_is_as_long_as_sgds():
+    callback = LipschitzLR(schedule="none")
+    look = fit(callback, Free(), max_steps=1)
+    # In the first step the average is the sequence itself, so the weights move by all of it.
+    assert 0.1 * look.moves[0] == pytest.approx(look.gradients[0] / callback.constant, rel=1e-4)
+
+
+def test_later_the_gradient_moves_the_weights_by_a_tenth_of_the_rate():
+    """As the optimizer's own step shows: with the gradient and with none, from the same state."""
+    parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    ends = []
+    for last in (1.0, 0.0):
+        parameter.data.fill_(1.0)
+        optimizer = AdamWScheduleFree([parameter], lr=0.01, betas=(0.9, 0.0), eps=1e-12)
+        optimizer.train()
+        for step in range(1000):
+            parameter.grad = torch.full_like(parameter, last if step == 999 else (-1.0) ** step)
+            optimizer.step()
+        ends.append(parameter.detach().clone())
+    assert length([ends[0] - ends[1]]) == pytest.approx(0.01 * 0.1 * math.sqrt(5), rel=0.02)
+
+
+def test_the_rate_follows_a_loop_that_shares_no_code():
+    look = fit(LipschitzLR(schedule="none"), Free(), max_epochs=8)
+    assert len(look.rates) == 48
+    assert look.rates == pytest.approx(without_warm_up(look), rel=1e-4)
+
+
+def test_the_rate_rises_over_a_tenth_of_the_run_and_does_not_decay():
+    callback = LipschitzLR()
+    look = fit(callback, Free(), max_epochs=5)  # 30 steps
+    factors = [rate / expected for rate, expected in zip(look.rates, without_warm_up(look), strict=True)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 27, rel=1e-4)
+
+
+def test_a_warm_up_of_its_own_is_the_only_one():
+    look = fit(LipschitzLR(), Free(warmup_steps=3), max_epochs=2)
+    assert look.rates == pytest.approx(without_warm_up(look), rel=1e-4)  # what is in "lr" is before the optimizer's own warm-up
+
+
+def test_weight_decay_is_no_part_of_the_constant():
+    constants = []
+    for decay in (0.0, 0.5):
+        callback = LipschitzLR(schedule="none")
+        fit(callback, Free(weight_decay=decay), max_steps=1)
+        constants.append(callback.constant)
+    assert constants[0] == constants[1]
+
+
+def test_a_run_that_is_resumed_has_the_same_rates_and_weights(tmp_path):
+    whole = fit(LipschitzLR(schedule="none"), module := Free(), max_epochs=4)
+    weights = [p.detach().clone() for p in module.parameters()]
+    first = trainer(LipschitzLR(schedule="none"), max_epochs=2)
+    first.fit(Free(), loader(16))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    second = trainer(callback := LipschitzLR(schedule="none"), look := Look(), max_epochs=4)
+    look.ours = callback
+    second.fit(module := Free(), loader(16), ckpt_path=tmp_path / "half.ckpt")
+    assert look.rates == whole.rates[-len(look.rates) :]
+    assert len(look.rates) == len(whole.rates) // 2
+    assert all(torch.equal(p, weight) for p, weight in zip(module.parameters(), weights, strict=True))
+
+
+def test_the_mean_is_of_all_readings_and_the_constant_counts_at_once():
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    for scale, constant, expected in ((1.0, 2.0, 5.0), (3.0, 2.0, 10.0), (2.0, 4.0, 5.0)):
+        rate, state = rules.schedule_free(rules.Observation(constant, constant**2, scale=scale), state, settings)
+        assert rate == pytest.approx(expected)
+
+
+def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
+    assert rules.rule_for("AdamWScheduleFree", {}, "strict") == "schedule_free"
+    assert rules.rule_for("AdamWScheduleFree", {}, "smooth") == "schedule_free"
+    with pytest.raises(ValueError, match="AdamWScheduleFree with bound='paper'; known: SGD"):
+        rules.rule_for("AdamWScheduleFree", {}, "paper")
+    module = Classifier(RAdamScheduleFree)
+    with pytest.raises(LitLipschitzError, match="RAdamScheduleFree; known: .*AdamWScheduleFree"):
+        trainer(LipschitzLR(), Steps()).fit(module, loader(16))
+
+
+def test_image_classifiers_evaluate_and_keep_the_averaged_weights_and_train_on_at_their_own(tmp_path):
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=64, augment=False)
+    module = ImageClassifier(MLP(hidden=(16,)), optimizer=AdamWScheduleFree)
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(LipschitzLR(), keep, max_epochs=2, enable_checkpointing=True)
+    run.fit(module, datamodule=data)
+    logged = run.callback_metrics["val_loss"].item()
+    optimizer = run.optimizers[0]
+    averaged = [p.detach().clone() for p in module.parameters()]
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], p) for name, p in module.named_parameters())
+    optimizer.train()
+    z = [optimizer.state[p]["z"] for p in module.parameters()]
+    for weight, average, sequence in zip(module.parameters(), averaged, z, strict=True):
+        torch.testing.assert_close(weight.detach(), 0.9 * average + 0.1 * sequence)
+    optimizer.eval()
+    (found,) = trainer(max_epochs=1).validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert found["val_loss"] == pytest.approx(logged, rel=1e-5)
