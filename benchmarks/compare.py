@@ -36,8 +36,15 @@ from lit_lipschitz import LinearWarmupDecay, LipschitzLR
 from lit_lipschitz.data import DeviceLoader
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
-TUNED = {"sgd": "SGD", "adamw": "AdamW", "sgd-onecycle": "SGD one-cycle", "adamw-onecycle": "AdamW one-cycle"}
-"""Policies that have a rate, of which the best by validation is what a user who tunes would take."""
+TUNED = {
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "schedulefree": "Schedule-Free",
+    "sgd-onecycle": "SGD one-cycle",
+    "adamw-onecycle": "AdamW one-cycle",
+}
+"""Policies that have a rate, of which the best by validation is what a user who tunes would take; Schedule-Free without
+a number is at its own default."""
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
@@ -93,11 +100,14 @@ def _dadapt(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple
     return optimizer, LinearWarmupDecay(optimizer, total_steps=steps)
 
 
-def _schedule_free(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
-    from schedulefree import AdamWScheduleFree
+def _schedule_free(lr: float = 0.0025, warmup: bool = True) -> Callable[..., tuple[Any, Any]]:
+    def make(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
+        from schedulefree import AdamWScheduleFree
 
-    optimizer = AdamWScheduleFree(parameters, warmup_steps=steps // 20, weight_decay=task.weight_decay)
-    return optimizer, None
+        settings = {"warmup_steps": steps // 20} if warmup else {}
+        return AdamWScheduleFree(parameters, lr=lr, weight_decay=task.weight_decay, **settings), None
+
+    return make
 
 
 def recipe(policy: str) -> Recipe:
@@ -132,7 +142,9 @@ def recipe(policy: str) -> Recipe:
         case "dadapt":
             return Recipe(_dadapt)
         case "schedulefree":
-            return Recipe(_schedule_free)
+            return Recipe(_schedule_free(rate if number else 0.0025))
+        case "lipschitz-schedulefree":
+            return Recipe(_schedule_free(warmup=False), (LipschitzLR(),))
     raise SystemExit(f"{policy}: no such policy")
 
 
@@ -301,7 +313,7 @@ def summary(rows: Rows) -> dict[str, dict[str, Rows]]:
     for task, policies in runs.items():
         chosen[task] = {name: found for name, found in policies.items() if ":" not in name}
         for kind, title in TUNED.items():
-            grid = {name: found for name, found in policies.items() if name.partition(":")[0] == kind and ":" in name}
+            grid = {name: found for name, found in policies.items() if name.partition(":")[0] == kind}
             grid = {name: found for name, found in grid.items() if not any(row["diverged"] for row in found)}
             most = max((len(found) for found in grid.values()), default=0)
             # A rate that was tried on fewer seeds had lost on those by more than the noise.
@@ -323,13 +335,17 @@ def _mean_and_error(values: list[float]) -> str:
     return f"{statistics.mean(values):.4g} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
 
 
-PAIRS = (("lipschitz", "SGD, best of grid"), ("lipschitz-adamw", "AdamW, best of grid"))
+PAIRS = (
+    ("lipschitz", "SGD, best of grid"),
+    ("lipschitz-adamw", "AdamW, best of grid"),
+    ("lipschitz-schedulefree", "Schedule-Free, best of grid"),
+)
 
 
 def tables(rows: Rows) -> str:
     """A row for each task and policy, in Markdown."""
     chosen = summary(rows)
-    order = ["lipschitz", *(f"{title}, best of grid" for title in TUNED), "lipschitz-adamw"]
+    order = [ours for ours, _ in PAIRS] + [f"{title}, best of grid" for title in TUNED]
     lines = ["| task | policy | test | validation | best epoch's validation | rate | diverged | seconds | seeds |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for task in [task for task in TASKS if task in chosen]:
@@ -364,7 +380,7 @@ def short(rows: Rows) -> str:
     """Each default's distance to the best fixed rate of its optimizer, on the same seeds, in Markdown."""
     chosen = summary(rows)
     titles = [f"`{ours}` less {tuned.partition(',')[0]}, tuned" for ours, tuned in PAIRS]
-    lines = [f"| task | {' | '.join(titles)} |", "|---|---|---|"]
+    lines = [f"| task | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     for task in [task for task in TASKS if task in chosen]:
         cells = [_beside(task, chosen[task][ours], chosen[task][tuned])[-1] for ours, tuned in PAIRS]
         lines.append(f"| `{task}` | {' | '.join(cells)} |")

@@ -146,6 +146,14 @@ class Smallest(Grafted):
         return self.memory["least"]
 
 
+class First(Grafted):
+    """The mean of the readings after 1, 2, 4, 8 and 16 steps."""
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The mean, which stays."""
+        return self.mean("first", scale) if self.steps <= 16 else self.memory["first"]
+
+
 class MeanOfReadings(Grafted):
     """The mean over all readings of the smoothed scale over L."""
 
@@ -186,6 +194,8 @@ KINDS: dict[str, Any] = {
     "adamw: smoothed, times 0.725": lambda ours: Grafted(ours, 0.725),
     "adamw: smoothed, times 0.85": lambda ours: Grafted(ours, 0.85),
     "adamw: smallest reading so far": Smallest,
+    "adamw: mean of the first readings": First,
+    "adamw: mean of the first readings, times 0.5": lambda ours: First(ours, 0.5),
     "adamw: mean of readings": MeanOfReadings,
     "adamw: mean of readings, times 0.725": lambda ours: MeanOfReadings(ours, 0.725),
     "adamw: mean of readings, of the velocity": Velocity,

@@ -158,7 +158,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
         + [f"LipschitzLR's own {controller.schedule}"] * (controller.schedule is not None),
         "scale": controller.measurement.scale if rule in rules.SCALED and controller.measurement else None,
-        "mean_scale": controller.rule_state.average if rule in rules.SCALED else None,
+        "mean_scale": controller.rule_state.average if rule == "grafted" else None,
         "lengthening": rules.lengthening(optimizer.param_groups[0]) if rule == "grafted" else None,
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
         "beta": optimizer.param_groups[0]["betas"][0] if rule == "schedule_free" else None,

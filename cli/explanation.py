@@ -87,12 +87,12 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["momentum"] is not None:
             rows.append(("b", f"{one['momentum']:g}, the optimizer's momentum"))
         if one["scale"] is not None:
+            rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
+        if one["mean_scale"] is not None:
             rows += [
-                ("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"),
                 ("mean", f"{one['mean_scale']:.6g}, of that over the readings so far"),
+                ("c", f"{one['lengthening']:.6g}, what momentum does to the length of SGD's steps"),
             ]
-        if one["lengthening"] is not None:
-            rows.append(("c", f"{one['lengthening']:.6g}, what momentum does to the length of SGD's steps"))
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))
     limit = f", by the limit {one['limit']}" if one["limit"] else ""

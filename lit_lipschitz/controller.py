@@ -75,7 +75,7 @@ class Controller:
                 f"{type(optimizer).__name__}; use one of them, or pass another rule="
             )
         self._rule = rule
-        self._scale = rules.StepScale() if rule in rules.SCALED else None
+        self._scale = rules.SCALED[rule]() if rule in rules.SCALED else None
         self._trained = 0  # parameters that the readings are of
         self._clock = 0  # optimizer steps of the run
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
@@ -463,8 +463,8 @@ class Controller:
         trained = sum(p.requires_grad for group in self.optimizer.param_groups for p in group["params"])
         if trained != self._trained:
             # The readings so far are of steps of other parameters.
-            self._trained, self._scale, self._rule_state = trained, rules.StepScale(), rules.RuleState()
-        if self._scale.value and clock % READ_EVERY and clock & (clock - 1):
+            self._trained, self._scale, self._rule_state = trained, type(self._scale)(), rules.RuleState()
+        if self._scale.settled or (self._scale.value and clock % READ_EVERY and clock & (clock - 1)):
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -474,6 +474,11 @@ class Controller:
         reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
         self._scale = self._scale.seen(*reduced.tolist())
         return True
+
+    @property
+    def _reads(self) -> bool:
+        """Whether a reading is awaited, with which the rate changes."""
+        return self._scale is not None and not self._scale.settled
 
     def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
         """The factor of the callback's own schedule, for runs that bring none and whose length is known."""
@@ -552,7 +557,7 @@ class Controller:
             )
         if self.check_losses(trainer) and self._decision is not None:
             return
-        self._settle(measured, keep=interval_over if self._scale is None else read)
+        self._settle(measured, keep=read if self._reads else interval_over)
 
     def _settle(self, measured: Measurement, keep: bool) -> None:
         """Decides, and lets the rule remember it or not."""
@@ -569,7 +574,7 @@ class Controller:
         self._report(measured, usable=outcome is not None)
         if outcome is None:
             return
-        if self._scale is not None and not keep:
+        if self._reads and not keep:
             self._measured = measured  # for the next reading, with which the rate changes
             return
         decision, rule_state = outcome
@@ -730,7 +735,7 @@ class Controller:
         self._clock = state.get("clock", state["steps"])
         self._trained = state.get("trained", 0)
         if self._scale is not None and state.get("scale"):
-            self._scale = rules.StepScale(**state["scale"])
+            self._scale = type(self._scale)(**state["scale"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]
         self._epoch = state["epoch"]

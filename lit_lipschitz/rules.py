@@ -14,7 +14,7 @@ rmsprop       (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
 adam          (sqrt(L2bar) + eps) / Lbar                      betas
 adamax        (max + eps) / Lbar, max a decaying maximum      betas
 grafted       min(scale, its mean) c / L                      the mean over all updates so far
-schedule_free mean of scale / ((1 - beta) L)                  the mean over all updates so far
+schedule_free scale / ((1 - beta) L)                          none
 ============= =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
@@ -61,8 +61,7 @@ class RuleState:
 
     Attributes:
         updates: Updates so far.
-        average: Moving average of the constant, not corrected for its start (for ``grafted`` and ``schedule_free`` the
-            mean of the scale).
+        average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale).
         weight: The same average of 1, from 0: what corrects for it.
         square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
         square_weight: The same average of 1, from 0.
@@ -98,6 +97,11 @@ class StepScale:
 
     value: float = 0.0
 
+    @property
+    def settled(self) -> bool:
+        """Whether further readings change nothing."""
+        return False
+
     def seen(self, gradient: float, step: float) -> "StepScale":
         """The state with a reading taken in; one that is not a positive finite number is left out.
 
@@ -106,9 +110,33 @@ class StepScale:
             step: Length of the step at a rate of 1.
         """
         reading = gradient / step if step > 0 else 0.0
-        if not (math.isfinite(reading) and reading > 0):
-            return self
+        return self._with(reading) if math.isfinite(reading) and reading > 0 else self
+
+    def _with(self, reading: float) -> "StepScale":
         return StepScale(math.sqrt(self.value * reading) if self.value else reading)
+
+
+@dataclass(frozen=True)
+class FirstScale(StepScale):
+    """The same from the first five readings, those of the first 16 steps, and then kept.
+
+    Attributes:
+        value: Mean of the readings; 0 without one.
+        readings: How many there were.
+    """
+
+    readings: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the five are complete."""
+        return self.readings >= 5
+
+    def _with(self, reading: float) -> "FirstScale":
+        if self.settled:
+            return self
+        readings = self.readings + 1
+        return FirstScale(self.value + (reading - self.value) / readings, readings)
 
 
 Settings = Mapping[str, Any]
@@ -310,7 +338,8 @@ def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[fl
     Raises:
         ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
     """
-    state = _with_scale(seen, state)
+    state = _next(seen, state)
+    state = replace(state, average=state.average + (seen.scale - state.average) / state.updates)
     return min(seen.scale, state.average) * lengthening(settings) / seen.constant, state
 
 
@@ -321,20 +350,20 @@ def lengthening(settings: Settings) -> float:
 
 
 def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
-    r"""Schedule-Free AdamW: rate = mean of scale / ((1 - beta) L).
+    r"""Schedule-Free AdamW, beta being the first of its betas: rate = scale of the first steps / ((1 - beta) L).
 
     Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
     y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
     of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as that of
-    SGD at 1/L; scale = \|g\| / \|u\| with u the update of z at a rate of 1.
+    SGD at 1/L; scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1.
 
-    The average stands for a decay, so the rate keeps to the mean of all scales so far in place of falling with the last
-    one, as that of :func:`grafted` does.
+    The average stands for a decay. So the scale is kept that the first steps have had (:class:`FirstScale`): a rate
+    that fell with the gradients, as that of :func:`grafted` does, would decay once more.
 
     Args:
         seen: The constant and the scale.
         state: State of the rule.
-        settings: The optimizer's ``betas``, of which the first one is beta.
+        settings: The optimizer's ``betas``.
 
     Returns:
         The rate and the new state.
@@ -343,10 +372,11 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
         ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
 
     References:
-        A. Defazio et al.: The road less scheduled, arXiv 2405.15682, 2024, for the optimizer; the rate is not in it.
+        A. Defazio et al.: The road less scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
+        and was chosen by validation among the variants of ``docs/evidence.md``.
     """
-    state = _with_scale(seen, state)
-    return state.average / ((1 - _decay("betas", settings["betas"][0])) * seen.constant), state
+    state = _next(seen, state)
+    return seen.scale / ((1 - _decay("betas", settings["betas"][0])) * seen.constant), state
 
 
 RULES: dict[str, Rule] = {
@@ -384,8 +414,8 @@ RULE_OF_A_BOUND: dict[str, RuleName] = {
     **dict.fromkeys(SCHEDULE_FREE, "schedule_free"),  # type: ignore[dict-item]
 }
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
-SCALED = ("grafted", "schedule_free")
-"""Rules that need the scale, for optimizers whose directions are known in :mod:`lit_lipschitz.directions`."""
+SCALED: dict[str, type[StepScale]] = {"grafted": StepScale, "schedule_free": FirstScale}
+"""Rules that need the scale, and what becomes of its readings; for the optimizers of :mod:`lit_lipschitz.directions`."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
@@ -435,12 +465,6 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     if name != "grafted" and settings.get("centered", False):
         raise ValueError(f"no learning-rate rule is known for RMSprop with centered=True; use centered=False; {forced}")
     return name
-
-
-def _with_scale(seen: Observation, state: RuleState) -> RuleState:
-    """The state with the scale taken into the mean over all updates."""
-    state = _next(seen, state)
-    return replace(state, average=state.average + (seen.scale - state.average) / state.updates)
 
 
 def _next(seen: Observation, state: RuleState) -> RuleState:

@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: the weights' step as long as SGD's, the rate in proportion to a mean, a warm-up and no decay."""
+"""Schedule-Free AdamW: the weights' step as long as SGD's, by the scale of the first steps, a warm-up and no decay."""
 
 import math
 
@@ -9,7 +9,7 @@ from conftest import Classifier, Steps, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree
 
-from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, rules
+from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, directions, rules
 from lit_lipschitz.directions import lengths
 
 
@@ -37,6 +37,7 @@ class Look(L.Callback):
         self.before = [p.detach().clone() for p in pl_module.parameters()]
         self.grads = [p.grad.clone() for p in pl_module.parameters()]
         self.gradients.append(length(self.grads))
+        self.constants.append(self.ours.constant)
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         optimizer = trainer.optimizers[0]
@@ -44,12 +45,10 @@ class Look(L.Callback):
         self.moves.append(length([p.detach() - b for p, b in zip(pl_module.parameters(), self.before, strict=True)]))
         self.rates.append(group["lr"])
         roots = [
-            (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** group["k"])) ** 0.5 + 1e-8
-            for p in pl_module.parameters()
+            (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** group["k"])) ** 0.5 + 1e-8 for p in pl_module.parameters()
         ]
         directions = [grad / root for grad, root in zip(self.grads, roots, strict=True)]
         self.ratios.append(self.gradients[-1] / length(directions))
-        self.constants.append(self.ours.constant if self.ours else math.nan)
 
 
 def length(parts):
@@ -58,12 +57,11 @@ def length(parts):
 
 def without_warm_up(look):
     """The rates from the readings and constants of a run, written out."""
-    recent, history, rates = None, [], []
+    readings, rates = [], []
     for step, (ratio, constant) in enumerate(zip(look.ratios, look.constants, strict=True), start=1):
-        if step in (1, 2, 4, 8, 16, 32, 48):
-            recent = ratio if recent is None else (recent * ratio) ** 0.5
-            history.append(recent)
-        rates.append(sum(history) / len(history) / (0.1 * constant))
+        if step in (1, 2, 4, 8, 16):
+            readings.append(ratio)
+        rates.append(sum(readings) / len(readings) / (0.1 * constant))
     return rates
 
 
@@ -126,7 +124,9 @@ def test_the_rate_rises_over_a_tenth_of_the_run_and_does_not_decay():
 
 def test_a_warm_up_of_its_own_is_the_only_one():
     look = fit(LipschitzLR(), Free(warmup_steps=3), max_epochs=2)
-    assert look.rates == pytest.approx(without_warm_up(look), rel=1e-4)  # what is in "lr" is before the optimizer's own warm-up
+    assert look.rates == pytest.approx(
+        without_warm_up(look), rel=1e-4
+    )  # what is in "lr" is before the optimizer's own warm-up
 
 
 def test_weight_decay_is_no_part_of_the_constant():
@@ -152,11 +152,25 @@ def test_a_run_that_is_resumed_has_the_same_rates_and_weights(tmp_path):
     assert all(torch.equal(p, weight) for p, weight in zip(module.parameters(), weights, strict=True))
 
 
-def test_the_mean_is_of_all_readings_and_the_constant_counts_at_once():
-    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
-    for scale, constant, expected in ((1.0, 2.0, 5.0), (3.0, 2.0, 10.0), (2.0, 4.0, 5.0)):
-        rate, state = rules.schedule_free(rules.Observation(constant, constant**2, scale=scale), state, settings)
-        assert rate == pytest.approx(expected)
+def test_the_scale_is_the_mean_of_the_first_five_readings_that_can_be_read():
+    scale = rules.FirstScale()
+    for lengths_ in ((1.0, 1.0), (math.nan, 1.0), (3.0, 1.0), (0.0, 1.0), (4.0, 2.0), (2.0, 1.0)):
+        assert not scale.settled
+        scale = scale.seen(*lengths_)
+    assert scale.value == pytest.approx(2.0)
+    scale = scale.seen(7.0, 1.0)
+    assert scale.settled
+    assert scale.value == pytest.approx(3.0)
+    assert scale.seen(100.0, 1.0) == scale
+
+
+def test_nothing_is_read_once_the_scale_is_known(monkeypatch):
+    calls = []
+    monkeypatch.setattr(directions, "lengths", lambda *more: calls.append(1) or lengths(*more))
+    callback = LipschitzLR(update=10)
+    look = fit(callback, Free(), max_epochs=8)  # 48 steps
+    assert len(calls) == 5
+    assert len(set(look.constants[16:])) == 4  # while the constant goes on
 
 
 def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
