@@ -415,7 +415,7 @@ RULE_OF_A_BOUND: dict[str, RuleName] = {
 }
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
 SCALED: dict[str, type[StepScale]] = {"grafted": StepScale, "schedule_free": FirstScale}
-"""Rules that need the scale, and what becomes of its readings; for the optimizers of :mod:`lit_lipschitz.directions`."""
+"""Rules that need the scale, for the optimizers of :mod:`lit_lipschitz.directions`, and what is made of readings."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
