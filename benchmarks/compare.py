@@ -100,12 +100,12 @@ def _dadapt(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple
     return optimizer, LinearWarmupDecay(optimizer, total_steps=steps)
 
 
-def _schedule_free(lr: float = 0.0025, warmup: bool = True) -> Callable[..., tuple[Any, Any]]:
+def _schedule_free(lr: float = 0.0025, warmup: float = 0.05) -> Callable[..., tuple[Any, Any]]:
     def make(parameters: Iterable[nn.Parameter], steps: int, task: Task) -> tuple[Any, Any]:
         from schedulefree import AdamWScheduleFree
 
-        settings = {"warmup_steps": steps // 20} if warmup else {}
-        return AdamWScheduleFree(parameters, lr=lr, weight_decay=task.weight_decay, **settings), None
+        steps = int(warmup * steps)
+        return AdamWScheduleFree(parameters, lr=lr, warmup_steps=steps, weight_decay=task.weight_decay), None
 
     return make
 
@@ -144,7 +144,7 @@ def recipe(policy: str) -> Recipe:
         case "schedulefree":
             return Recipe(_schedule_free(rate if number else 0.0025))
         case "lipschitz-schedulefree":
-            return Recipe(_schedule_free(warmup=False), (LipschitzLR(),))
+            return Recipe(_schedule_free(warmup=0.0), (LipschitzLR(),))
     raise SystemExit(f"{policy}: no such policy")
 
 

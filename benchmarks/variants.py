@@ -4,7 +4,7 @@
     python benchmarks/variants.py                      # the table of results/variants.jsonl
 
 Each is LipschitzLR's own constant (a dry run) times what the variant makes of it, with the same warm-up and decay. The
-table is of the validation part.
+table is of the validation part. Schedule-Free has its own warm-up, of a tenth of the run, and no decay.
 """
 
 import abc
@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from compare import Recipe, _adamw, _mean_and_error, _quiet, _sgd, run
+from compare import Recipe, _adamw, _mean_and_error, _quiet, _schedule_free, _sgd, run
 from rows import add_row, read_rows
 from sensitivity import VARIANTS as MNIST_MLP
 from tasks import TASKS
@@ -41,7 +41,8 @@ class Variant(L.Callback, abc.ABC):
         self.steps += 1
         task, targets = pl_module.task, pl_module.data.train[1]
         self.examples = task.batch_size * targets[0].numel()  # type: ignore[operator]
-        factor = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        factor = schedulers[0].get_last_lr()[0] if schedulers else 1.0
         assert self.ours.rate is not None
         rate = self.rate(self.ours.rate, optimizer)
         for group in optimizer.param_groups:
@@ -202,14 +203,23 @@ KINDS: dict[str, Any] = {
     "adamw: smoothed, at most their mean": Capped,
     "adamw: smoothed, at most their mean, times 0.85 (default)": lambda ours: Capped(ours, 0.85),
     "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
+    "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
+    "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
+    "schedulefree: mean of the first readings (default)": lambda ours: First(ours, 10 / ROOT),
+    "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
+}
+MAKERS: dict[str, Any] = {
+    "sgd": _sgd("linear", 1.0),
+    "adamw": _adamw("linear", 1.0),
+    "schedulefree": _schedule_free(warmup=0.1),
 }
 
 
 def measure(kind: str, task: str, seed: int) -> dict[str, Any]:
     """One run."""
     ours = LipschitzLR(dry_run=True, rule="inverse")
-    optimizers = (_sgd if kind.startswith("sgd") else _adamw)("linear", 1.0)
-    return run(task, kind, seed, Recipe(optimizers, (ours, KINDS[kind](ours))), ALL[task])
+    made = Recipe(MAKERS[kind.partition(":")[0]], (ours, KINDS[kind](ours)))
+    return run(task, kind, seed, made, ALL[task])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

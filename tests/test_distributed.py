@@ -18,6 +18,7 @@ import torch
 from conftest import Classifier, Steps, examples, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from schedulefree import AdamWScheduleFree
 from torch.nn import functional as F
 
 from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR
@@ -101,7 +102,13 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=0.1)
 
 
-OPTIMIZERS = {"momentum": momentum, "adamw": adamw}
+def schedule_free(parameters):
+    optimizer = AdamWScheduleFree(parameters)
+    optimizer.train()
+    return optimizer
+
+
+OPTIMIZERS = {"momentum": momentum, "adamw": adamw, "schedule_free": schedule_free}
 
 
 def model(optimizer="momentum"):
@@ -127,19 +134,20 @@ def test_ranks_agree_bit_for_bit(settings, count):
     assert_alike(*found)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_ranks_agree_on_the_steps_of_adamw(count):
-    found = ranks(count, LipschitzLR(), model("adamw"), 16 // count, max_epochs=6)
+@pytest.mark.parametrize(("count", "optimizer"), [(2, "adamw"), (4, "adamw"), (2, "schedule_free")])
+def test_ranks_agree_on_the_steps_of_those_that_rescale(count, optimizer):
+    found = ranks(count, LipschitzLR(), model(optimizer), 16 // count, max_epochs=6)
     assert len(found[0]["rates"]) == 36
     assert_alike(*found)
 
 
-def test_the_same_global_batch_gives_adamw_the_same_first_rate():
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_the_same_global_batch_gives_those_that_rescale_the_same_rates(name):
     sample = {"norm": "sample"}
-    whole = one_rank(LipschitzLR(**sample), model("adamw"), 16, max_epochs=1)["rates"]
-    parts = two_ranks(LipschitzLR(**sample), model("adamw"), 8, max_epochs=1)[0]["rates"]
+    whole = one_rank(LipschitzLR(**sample), model(name), 16, max_epochs=1)["rates"]
+    parts = two_ranks(LipschitzLR(**sample), model(name), 8, max_epochs=1)[0]["rates"]
     accumulated = {"max_epochs": 1, "accumulate_grad_batches": 4}
-    pieces = one_rank(LipschitzLR(**sample), model("adamw"), 4, **accumulated)["rates"]
+    pieces = one_rank(LipschitzLR(**sample), model(name), 4, **accumulated)["rates"]
     for rates in (parts, pieces):
         assert [rate for (rate,) in rates] == pytest.approx([rate for (rate,) in whole], rel=1e-4)
 
