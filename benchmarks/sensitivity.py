@@ -1,10 +1,10 @@
 """Whether the defaults need retuning where a fixed rate does: batch size, width, depth, size of inputs, label noise.
 
-    python benchmarks/sensitivity.py [--seeds 0,1,2] [--kinds sgd,adamw]   # measures what results/ lacks
+    python benchmarks/sensitivity.py [--seeds 0,1,2] [--kinds sgd,adamw,schedulefree]   # measures what results/ lacks
     python benchmarks/sensitivity.py --print              # the table
 
 The task is MNIST, 8,192 images, an MLP, 5 epochs. The fixed rates are tuned on it in the middle (batch 128, width 128,
-one hidden layer, standardised inputs, true labels) by validation, with the same warm-up and decay, and then kept.
+one hidden layer, standardised inputs, true labels) by validation, with the same warm-up and decay, and then kept. Schedule-Free AdamW has a warm-up and no decay.
 """
 
 import argparse
@@ -24,8 +24,12 @@ from torch import Tensor
 from lit_lipschitz import MLP
 
 RESULTS = Path(__file__).parent / "results" / "sensitivity.jsonl"
-GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
-OURS = {"sgd": "lipschitz", "adamw": "lipschitz-adamw"}
+GRIDS = {
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+    "schedulefree": (2.5e-3, 5e-3, 1e-2, 3e-2),
+}
+OURS = {"sgd": "lipschitz", "adamw": "lipschitz-adamw", "schedulefree": "lipschitz-schedulefree"}
 
 
 def mnist(scale: float, noise: float, seed: int) -> Data:
@@ -102,7 +106,7 @@ def main() -> None:
     """Tunes in the middle, then measures the rest."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--kinds", default="sgd,adamw")
+    parser.add_argument("--kinds", default=",".join(GRIDS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--print", action="store_true")
     arguments = parser.parse_args()

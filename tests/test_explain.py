@@ -191,6 +191,17 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
     assert scale != mean
 
 
+def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):
+    arguments = [*DIGITS, "--model.optimizer", "schedulefree.AdamWScheduleFree", "--model.scheduler", "null"]
+    code, out, err = lit("explain", *arguments)
+    assert code == 0, err
+    assert re.search(r"^rule +schedule_free, for AdamWScheduleFree: ", out, re.M)
+    assert re.search(r"^factor +0.0\d+, from LipschitzLR's own warm-up$", out, re.M)
+    scale, beta, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "beta", "rate"))
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert rate == pytest.approx(scale / ((1 - beta) * constant), rel=1e-4)
+
+
 def test_a_pass_over_the_training_set_is_explained_too(explain):
     _, one = explain("--lipschitz.measure", "pass", "--lipschitz.bound", "paper")
     assert one["measure"] == "pass"
