@@ -4,7 +4,8 @@
     python benchmarks/sensitivity.py --print              # the table
 
 The task is MNIST, 8,192 images, an MLP, 5 epochs. The fixed rates are tuned on it in the middle (batch 128, width 128,
-one hidden layer, standardised inputs, true labels) by validation, with the same warm-up and decay, and then kept. Schedule-Free AdamW has a warm-up and no decay.
+one hidden layer, standardised inputs, true labels) by validation, with the same warm-up and decay, and then kept.
+Schedule-Free AdamW has a warm-up and no decay.
 """
 
 import argparse
