@@ -155,6 +155,16 @@ class First(Grafted):
         return self.mean("first", scale) if self.steps <= 16 else self.memory["first"]
 
 
+class Lasting(Grafted):
+    """The mean of the first readings, or of all where that is larger."""
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The larger one."""
+        if self.steps <= 16:
+            self.mean("first", scale)
+        return max(self.memory["first"], self.mean("all", scale))
+
+
 class MeanOfReadings(Grafted):
     """The mean over all readings of the smoothed scale over L."""
 
@@ -205,7 +215,8 @@ KINDS: dict[str, Any] = {
     "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
-    "schedulefree: mean of the first readings (default)": lambda ours: First(ours, 10 / ROOT),
+    "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),
+    "schedulefree: mean of the first readings or of all (default)": lambda ours: Lasting(ours, 10 / ROOT),
     "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
 }
 MAKERS: dict[str, Any] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import compare
 import growth
+import more_tasks
 import sensitivity
 import startup
 import throughput
@@ -20,6 +21,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "../README.md": {"short": lambda: compare.short(read_rows(compare.RESULTS))},
     "evidence.md": {
         "defaults": lambda: compare.pairs(read_rows(compare.RESULTS)),
+        "more_tasks": lambda: more_tasks.table(read_rows(more_tasks.RESULTS)),
         "regrets": lambda: compare.regrets(read_rows(compare.RESULTS)),
         "runs": lambda: compare.tables(read_rows(compare.RESULTS)),
         "sensitivity": lambda: sensitivity.table(read_rows(sensitivity.RESULTS)),

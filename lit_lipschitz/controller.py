@@ -464,7 +464,7 @@ class Controller:
         if trained != self._trained:
             # The readings so far are of steps of other parameters.
             self._trained, self._scale, self._rule_state = trained, type(self._scale)(), rules.RuleState()
-        if self._scale.settled or (self._scale.value and clock % READ_EVERY and clock & (clock - 1)):
+        if self._scale.value and clock % READ_EVERY and clock & (clock - 1):
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -474,11 +474,6 @@ class Controller:
         reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
         self._scale = self._scale.seen(*reduced.tolist())
         return True
-
-    @property
-    def _reads(self) -> bool:
-        """Whether a reading is awaited, with which the rate changes."""
-        return self._scale is not None and not self._scale.settled
 
     def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
         """The factor of the callback's own schedule, for runs that bring none and whose length is known."""
@@ -557,7 +552,7 @@ class Controller:
             )
         if self.check_losses(trainer) and self._decision is not None:
             return
-        self._settle(measured, keep=read if self._reads else interval_over)
+        self._settle(measured, keep=interval_over if self._scale is None else read)
 
     def _settle(self, measured: Measurement, keep: bool) -> None:
         """Decides, and lets the rule remember it or not."""
@@ -574,7 +569,7 @@ class Controller:
         self._report(measured, usable=outcome is not None)
         if outcome is None:
             return
-        if self._reads and not keep:
+        if self._scale is not None and not keep:
             self._measured = measured  # for the next reading, with which the rate changes
             return
         decision, rule_state = outcome

@@ -97,11 +97,6 @@ class StepScale:
 
     value: float = 0.0
 
-    @property
-    def settled(self) -> bool:
-        """Whether further readings change nothing."""
-        return False
-
     def seen(self, gradient: float, step: float) -> "StepScale":
         """The state with a reading taken in; one that is not a positive finite number is left out.
 
@@ -117,26 +112,25 @@ class StepScale:
 
 
 @dataclass(frozen=True)
-class FirstScale(StepScale):
-    """The same from the first five readings, those of the first 16 steps, and then kept.
+class LastingScale(StepScale):
+    """The same, which does not fall below what the first five readings, those of the first 16 steps, have had.
 
     Attributes:
-        value: Mean of the readings; 0 without one.
+        value: The larger one of the two means; 0 without a reading.
+        first: Mean of the first five readings.
+        mean: Mean of all readings.
         readings: How many there were.
     """
 
+    first: float = 0.0
+    mean: float = 0.0
     readings: int = 0
 
-    @property
-    def settled(self) -> bool:
-        """Whether the five are complete."""
-        return self.readings >= 5
-
-    def _with(self, reading: float) -> "FirstScale":
-        if self.settled:
-            return self
+    def _with(self, reading: float) -> "LastingScale":
         readings = self.readings + 1
-        return FirstScale(self.value + (reading - self.value) / readings, readings)
+        mean = self.mean + (reading - self.mean) / readings
+        first = mean if readings <= 5 else self.first
+        return LastingScale(max(first, mean), first, mean, readings)
 
 
 Settings = Mapping[str, Any]
@@ -350,14 +344,14 @@ def lengthening(settings: Settings) -> float:
 
 
 def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
-    r"""Schedule-Free AdamW, beta being the first of its betas: rate = scale of the first steps / ((1 - beta) L).
+    r"""Schedule-Free AdamW, beta being the first of its betas: rate = lasting scale / ((1 - beta) L).
 
     Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
     y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
     of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as that of
     SGD at 1/L; scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1.
 
-    The average stands for a decay. So the scale is kept that the first steps have had (:class:`FirstScale`): a rate
+    The average stands for a decay. So the scale is at least that of the first steps (:class:`LastingScale`): a rate
     that fell with the gradients, as that of :func:`grafted` does, would decay once more.
 
     Args:
@@ -414,7 +408,7 @@ RULE_OF_A_BOUND: dict[str, RuleName] = {
     **dict.fromkeys(SCHEDULE_FREE, "schedule_free"),  # type: ignore[dict-item]
 }
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
-SCALED: dict[str, type[StepScale]] = {"grafted": StepScale, "schedule_free": FirstScale}
+SCALED: dict[str, type[StepScale]] = {"grafted": StepScale, "schedule_free": LastingScale}
 """Rules that need the scale, for the optimizers of :mod:`lit_lipschitz.directions`, and what is made of readings."""
 
 

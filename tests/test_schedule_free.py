@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: the weights' step as long as SGD's, by the scale of the first steps, a warm-up and no decay."""
+"""Schedule-Free AdamW: the weights' step as long as SGD's, by a scale that does not fall, a warm-up and no decay."""
 
 import math
 
@@ -9,7 +9,7 @@ from conftest import Classifier, Steps, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree
 
-from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, directions, rules
+from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.directions import lengths
 
 
@@ -59,9 +59,11 @@ def without_warm_up(look):
     """The rates from the readings and constants of a run, written out."""
     readings, rates = [], []
     for step, (ratio, constant) in enumerate(zip(look.ratios, look.constants, strict=True), start=1):
-        if step in (1, 2, 4, 8, 16):
+        if step in (1, 2, 4, 8, 16, 32, 48):
             readings.append(ratio)
-        rates.append(sum(readings) / len(readings) / (0.1 * constant))
+            first = readings[:5]
+            rate = max(sum(first) / len(first), sum(readings) / len(readings)) / (0.1 * constant)
+        rates.append(rate)
     return rates
 
 
@@ -152,25 +154,25 @@ def test_a_run_that_is_resumed_has_the_same_rates_and_weights(tmp_path):
     assert all(torch.equal(p, weight) for p, weight in zip(module.parameters(), weights, strict=True))
 
 
-def test_the_scale_is_the_mean_of_the_first_five_readings_that_can_be_read():
-    scale = rules.FirstScale()
-    for lengths_ in ((1.0, 1.0), (math.nan, 1.0), (3.0, 1.0), (0.0, 1.0), (4.0, 2.0), (2.0, 1.0)):
-        assert not scale.settled
+def test_the_scale_is_the_mean_of_the_first_five_readings_or_of_all_if_that_is_larger():
+    scale = rules.LastingScale()
+    for lengths_ in ((1.0, 1.0), (math.nan, 1.0), (3.0, 1.0), (0.0, 1.0), (4.0, 2.0), (2.0, 1.0), (7.0, 1.0)):
         scale = scale.seen(*lengths_)
-    assert scale.value == pytest.approx(2.0)
-    scale = scale.seen(7.0, 1.0)
-    assert scale.settled
     assert scale.value == pytest.approx(3.0)
-    assert scale.seen(100.0, 1.0) == scale
+    fallen = scale.seen(1e-3, 1.0)
+    assert fallen.value == pytest.approx(3.0)
+    assert fallen.seen(1e-3, 1.0).value == pytest.approx(3.0)
+    assert scale.seen(15.0, 1.0).value == pytest.approx(5.0)
 
 
-def test_nothing_is_read_once_the_scale_is_known(monkeypatch):
-    calls = []
-    monkeypatch.setattr(directions, "lengths", lambda *more: calls.append(1) or lengths(*more))
-    callback = LipschitzLR(update=10)
-    look = fit(callback, Free(), max_epochs=8)  # 48 steps
-    assert len(calls) == 5
-    assert len(set(look.constants[16:])) == 4  # while the constant goes on
+def test_a_rate_that_began_with_vanishing_gradients_grows_with_them():
+    callback, module = LipschitzLR(schedule="none"), Free()
+    layers = [layer for _ in range(8) for layer in (torch.nn.Linear(16, 16), torch.nn.ReLU())]
+    module.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), *layers, torch.nn.Linear(16, 3))
+    look = fit(callback, module, max_epochs=60)
+    assert max(look.ratios) > 10 * look.ratios[0]
+    scales = [rate * constant for rate, constant in zip(look.rates, look.constants, strict=True)]
+    assert scales[-1] > 2 * scales[15]
 
 
 def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
