@@ -366,7 +366,7 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
         ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
 
     References:
-        A. Defazio et al.: The road less scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
+        A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
         and was chosen by validation among the variants of ``docs/evidence.md``.
     """
     state = _next(seen, state)
