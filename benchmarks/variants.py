@@ -20,6 +20,7 @@ from compare import Recipe, _adamw, _mean_and_error, _quiet, _schedule_free, _sg
 from rows import add_row, read_rows
 from sensitivity import VARIANTS as MNIST_MLP
 from tasks import TASKS
+from torch import Tensor
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.directions import lengths
@@ -192,6 +193,55 @@ class Velocity(MeanOfReadings):
         return math.sqrt(square) / step / ROOT
 
 
+class Seen(Capped):
+    """AdamW with L's slope as the batch has it, not the steepest one: the norm of the loss's gradient in the outputs.
+
+    |g| / (|u| |G| |A|) is how much of the examples' gradients agrees. It falls with the root of the batch where they do
+    not, which the factor of the rule ``noise``, at most 1, takes back.
+    """
+
+    def __init__(self, ours: LipschitzLR, number: float = 1.0) -> None:
+        super().__init__(ours, number)
+        self.inputs = self.outputs = math.nan  # norms of A and G in the last batch
+        self.hooked = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watches the head, once its name is known: from the second step on."""
+        if self.hooked or not self.ours.head_name:
+            return
+        head, self.hooked = pl_module.get_submodule(self.ours.head_name), True
+
+        def see(module: Any, arguments: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                rows = arguments[0].detach().flatten(0, -2)
+                self.inputs = math.sqrt(float(rows.square().sum()) + len(rows) * (module.bias is not None))
+
+        def back(module: Any, inwards: Any, outwards: tuple[Tensor, ...]) -> None:
+            self.outputs = float(outwards[0].norm())
+
+        head.register_forward_pre_hook(see)
+        head.register_full_backward_hook(back)
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The first step is at the plain rate, within the warm-up."""
+        beta = optimizer.param_groups[0]["betas"][0]
+        if not self.hooked:
+            gradient, step = lengths(optimizer).tolist()
+            return self.number * gradient / step * inverse
+        noise = min((1 - beta) * math.sqrt(self.examples / 2), 1.0)
+        return super().rate(inverse, optimizer) / ROOT * noise / math.sqrt(1 - beta**2)
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """Over the norms' product, which is in the place of L."""
+        return gradient / step / (self.inputs * self.outputs)
+
+    def again(self, inverse: float) -> float:
+        """L is in the scale."""
+        return 1.0
+
+
 KINDS: dict[str, Any] = {
     "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
     "sgd: 1 / L": lambda ours: Times(ours, 1.0),
@@ -213,6 +263,9 @@ KINDS: dict[str, Any] = {
     "adamw: smoothed, at most their mean": Capped,
     "adamw: smoothed, at most their mean, times 0.85 (default)": lambda ours: Capped(ours, 0.85),
     "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
+    "adamw: of the slope as seen, with the noise": Seen,
+    "adamw: of the slope as seen, with the noise, times 0.7": lambda ours: Seen(ours, 0.7),
+    "adamw: of the slope as seen, with the noise, times 1.18": lambda ours: Seen(ours, 1.18),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),
