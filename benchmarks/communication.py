@@ -149,6 +149,11 @@ def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
     return 4 * (6 + ranks + spectral_width)
 
 
+def bytes_of_reading(ranks: int) -> int:
+    """Bytes of a reading of AdamW's steps: two lengths, and the slopes that each rank has seen, in two numbers."""
+    return 4 * (2 + 2 * ranks)
+
+
 def seconds(ranks: int, size: int, hop: float, bandwidth: float, ring: bool) -> float:
     """Time of a barrier and an all-reduce: Lightning's reduce makes both.
 
@@ -173,7 +178,7 @@ def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> l
                 for name, size in (("strict", bytes_of_update(count)), ("smooth", bytes_of_update(count, width + 1))):
                     row[f"{name}_bytes"] = size
                     row[f"{name}_ms"] = 1e3 * seconds(count, size, hop, bandwidth, ring)
-                reading = 1e3 * seconds(count, 8, hop, bandwidth, ring)
+                reading = 1e3 * seconds(count, bytes_of_reading(count), hop, bandwidth, ring)
                 row["first_epoch_ms"] = (math.floor(math.log2(steps)) + 2) * row["strict_ms"]
                 row["epoch_ms"] = row["strict_ms"]
                 row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * reading

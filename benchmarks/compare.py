@@ -121,6 +121,8 @@ def recipe(policy: str) -> Recipe:
             return Recipe(_sgd("constant", rate), (LipschitzLR(rule="inverse"),))
         case "lipschitz-adamw":
             return Recipe(_adamw("constant", rate), (LipschitzLR(),))
+        case "lipschitz-grafted":
+            return Recipe(_adamw("constant", rate), (LipschitzLR(rule="grafted"),))
         case "paper":
             return Recipe(_paper, (LipschitzLR(bound="paper"),))
         case "sgd":

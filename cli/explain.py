@@ -158,14 +158,24 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
         + [f"LipschitzLR's own {controller.schedule}"] * (controller.schedule is not None),
         "scale": controller.measurement.scale if rule in rules.SCALED and controller.measurement else None,
-        "mean_scale": controller.rule_state.average if rule == "grafted" else None,
-        "lengthening": rules.lengthening(optimizer.param_groups[0]) if rule == "grafted" else None,
+        "observed": decision.observed if rule == "observed" and decision.observed else None,
+        "effective": decision.effective if rule == "observed" and decision.observed else None,
+        "mean_scale": controller.rule_state.average if rule in ("grafted", "observed") else None,
+        "lengthening": _lengthening(controller, rule),
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
         "beta": optimizer.param_groups[0]["betas"][0] if rule == "schedule_free" else None,
         "lr": rates[0],
         "lr_of_groups": rates,
         "dry_run": options.dry_run,
     }
+
+
+def _lengthening(controller: Controller, rule: str) -> float | None:
+    """The c of the rules that have one; without a slope ``observed`` is ``grafted``."""
+    settings, decision = controller.optimizer.param_groups[0], controller.decision
+    if rule == "observed" and decision is not None and decision.observed:
+        return rules.noise_lengthening(settings, decision.effective)
+    return rules.lengthening(settings) if rule in ("grafted", "observed") else None
 
 
 def _head(controller: Controller) -> dict[str, Any] | None:

@@ -8,6 +8,11 @@ _MEANINGS = {
     "slope": "the steepest that an example's loss can be in the head's outputs",
     "curvature": "the most that an example's loss can be curved in the head's outputs",
 }
+_LENGTHENING = {
+    False: "what momentum does to the length of SGD's steps",
+    True: "what momentum and the noise of a batch do to the length of SGD's steps",
+}
+"""By whether the loss was seen to have a slope."""
 
 
 def text(account: dict[str, Any]) -> str:
@@ -88,10 +93,14 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("b", f"{one['momentum']:g}, the optimizer's momentum"))
         if one["scale"] is not None:
             rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
+        if one["observed"] is not None:
+            rows.append(("observed", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
+            rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
         if one["mean_scale"] is not None:
+            what = "c * scale / observed" if one["observed"] else "scale"
             rows += [
-                ("mean", f"{one['mean_scale']:.6g}, of that over the readings so far"),
-                ("c", f"{one['lengthening']:.6g}, what momentum does to the length of SGD's steps"),
+                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[bool(one['observed'])]}"),
+                ("mean", f"{one['mean_scale']:.6g}, of {what} over the readings so far"),
             ]
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))

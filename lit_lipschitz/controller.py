@@ -1,7 +1,7 @@
 """Controls the rate of one optimizer: measure, reduce, decide, write."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
 from lit_lipschitz.schedules import linear_warmup, linear_warmup_decay
+from lit_lipschitz.slopes import Slopes, slopes_of_all
 from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
@@ -76,6 +77,7 @@ class Controller:
             )
         self._rule = rule
         self._scale = rules.SCALED[rule]() if rule in rules.SCALED else None
+        self._slopes = Slopes() if rule == "observed" else None
         self._trained = 0  # parameters that the readings are of
         self._clock = 0  # optimizer steps of the run
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
@@ -200,10 +202,16 @@ class Controller:
         if self.probes.chosen is None or (self._applied is None and not self._alone):
             self._find(trainer, loss, automatic)
         chosen = self.probes.chosen
-        if chosen is None or self._loss is None or self.options.measure == "pass":
+        if chosen is None or self._loss is None:
+            return
+        running = self.options.measure == "running"
+        watched = self._slopes is not None and self._reads_next
+        reading = self._read(loss) if running or watched else None
+        if self._slopes is not None and watched and reading is not None:
+            self._slopes.watch(reading, self._loss.reduction, self._by_example(reading.dim))
+        if not running:
             return
         self._open = False
-        reading = self._read(loss)
         if reading is None:
             chosen.statistic.finish()
             return
@@ -212,10 +220,13 @@ class Controller:
             outputs = tuple(inspection.output_rows(chosen.head, part, self._outputs) for part in reading.outputs)
         measured = chosen.statistic.rows
         count: int | Tensor | None = reading.count
-        if self._pooled:
+        weight: Any = self._weight(trainer, reading)
+        if self._pooled and self.policy.bound == "paper":
             # Every place is a row; of the examples that are ignored they all are.
             count = measured * (reading.count / reading.rows) if isinstance(reading.count, Tensor) else None
-        weight: Any = self._weight(trainer, reading)
+        elif self._pooled and self._of_batch:
+            # The mean over an example's places is no longer than their root mean square.
+            weight = weight * (reading.rows / measured.clamp(min=1)).sqrt()
         if self._group > 1 and not self._of_batch:
             weight = weight * self._group**0.5
         if self._unclear and self._of_batch and not self._pooled:
@@ -224,6 +235,14 @@ class Controller:
         if self._unclear:
             weight = weight * reading.stretch
         chosen.statistic.finish(count, outputs, reading.calls, weight)
+
+    def _by_example(self, dim: int | None) -> Callable[[Tensor], Tensor]:
+        """Brings outputs to the shape (examples, outputs), by the dimension of the classes where there is one."""
+        head, outputs = self.head, self._outputs
+        assert head is not None
+        if dim is None:
+            return lambda values: inspection.output_rows(head, values, outputs)
+        return lambda values: values.movedim(dim, -1).reshape(-1, values.shape[dim])
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
         """The factor by which a batch's loss is more than a mean, as far as the batch's norm goes."""
@@ -441,7 +460,7 @@ class Controller:
         elif running and (self._decision is None or (first and self._steps & (self._steps - 1) == 0)):
             self._decide(trainer, interval_over=False, read=read)
         elif read and self._measured is not None and self._scale is not None:
-            self._settle(replace(self._measured, scale=self._scale.value), keep=True)
+            self._settle(replace(self._measured, **self._readings()), keep=True)
         self._passed = trainer.current_epoch
         rate = self._decision.lr * self._schedule(trainer, module) if self._decision else None
         rates = self.writer.write(None if self.options.dry_run else rate)
@@ -450,29 +469,44 @@ class Controller:
         self._applied = (self._decision or Decision(rates[0]), rates)
         return self._steps == 1 or self._decision is not before
 
-    def _read_scale(self, trainer: Trainer) -> bool:
-        """Reads, where it is due, how long the optimizer's step is.
+    @property
+    def _reads_next(self) -> bool:
+        """Whether the length of the coming optimizer step is to be read, as all ranks know alike.
 
-        Due after 1, 2, 4, 8 and 16 steps and then every 16, and until there is a reading: on every rank alike, with one
-        reduction. Gradients are as they are before they are clipped.
+        After 1, 2, 4, 8 and 16 steps and then every 16, and until there is a reading of the parameters that train.
         """
-        self._clock += 1
-        clock = self._clock
+        clock = self._clock + 1
         if self._scale is None:
             return False
-        trained = sum(p.requires_grad for group in self.optimizer.param_groups for p in group["params"])
-        if trained != self._trained:
+        due = clock % READ_EVERY == 0 or clock & (clock - 1) == 0
+        return due or not self._scale.value or self._trainable() != self._trained
+
+    def _trainable(self) -> int:
+        return sum(p.requires_grad for group in self.optimizer.param_groups for p in group["params"])
+
+    def _read_scale(self, trainer: Trainer) -> bool:
+        """Reads, where it is due, how long the optimizer's step is, and how steep the loss.
+
+        One reduction; gradients are as they are before they are clipped.
+        """
+        due = self._reads_next
+        self._clock += 1
+        if self._scale is None or not due:
+            return False
+        if (trained := self._trainable()) != self._trained:
             # The readings so far are of steps of other parameters.
             self._trained, self._scale, self._rule_state = trained, type(self._scale)(), rules.RuleState()
-        if self._scale.value and clock % READ_EVERY and clock & (clock - 1):
-            return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0, self.writer.rates(1.0))
+        if self._slopes is not None:
+            slots = self._slopes.slots(trainer.global_rank, trainer.world_size, read.device)
+            read = torch.cat([read, slots.flatten()])
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
         read = torch.where(torch.isfinite(read), read, math.inf).to(trainer.strategy.root_device)
         reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
-        self._scale = self._scale.seen(*reduced.tolist())
+        gradient, step, *slopes = reduced.tolist()
+        self._scale = self._scale.seen(gradient, step, *slopes_of_all(slopes))
         return True
 
     def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
@@ -630,8 +664,14 @@ class Controller:
             dropped=int(dropped),
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
-            scale=1.0 if self._scale is None else self._scale.value,
+            **self._readings(),
         )
+
+    def _readings(self) -> dict[str, float]:
+        """What a measurement has of the steps that were read."""
+        if self._scale is None:
+            return {}
+        return {"scale": self._scale.value, "slope": self._scale.slope, "mean_slope": self._scale.mean_slope}
 
     def check_losses(self, trainer: Trainer) -> bool:
         """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
@@ -683,6 +723,8 @@ class Controller:
         }
         if self._scale is not None:
             metrics["step_scale"] = self._scale.value
+        if self._slopes is not None:
+            metrics["observed_constant"] = decision.observed
         if self.policy.limited:
             metrics["capped"] = float(bool(decision.cap))
         return metrics

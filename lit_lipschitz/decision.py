@@ -10,6 +10,9 @@ from lit_lipschitz.directions import DECOUPLED
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.losses import Loss
 
+LEAST_SLOPE = 0.01
+"""What is taken to be there at least of the steepest slope: where no loss is left, the rate would have no limit."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -24,6 +27,8 @@ class Measurement:
         squares: Frobenius norm of the matrix of squared activations, for the estimate of the authors' scripts.
         output_norm: Norm of the head's outputs plus that of the targets, for losses that depend on it.
         scale: See :class:`lit_lipschitz.rules.Observation`.
+        slope: Root mean square slope of the examples' losses in the head's outputs; 0 where none was seen.
+        mean_slope: Their mean slope.
     """
 
     activation_norm: float
@@ -33,6 +38,8 @@ class Measurement:
     squares: float = 0.0
     output_norm: float = 0.0
     scale: float = 1.0
+    slope: float = 0.0
+    mean_slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Decision:
         activation_norm: See :class:`Measurement`.
         weight_norm: See :class:`Measurement`.
         cap: The limit that changed the rate, or "".
+        observed: See :class:`lit_lipschitz.rules.Observation`.
+        effective: Likewise; 0 where no slope was seen.
     """
 
     lr: float
@@ -52,6 +61,8 @@ class Decision:
     activation_norm: float = 0.0
     weight_norm: float = 0.0
     cap: str = ""
+    observed: float = 0.0
+    effective: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,11 @@ class Policy:
             raise ConfigurationError(
                 f"LipschitzLR(squared='scripts') is the estimate of the authors' scripts, for bound='paper' and "
                 f"norm='frobenius'; found {self.bound!r} and {self.norm!r}: change them, or pass squared='constant'"
+            )
+        if self.rule == "observed" and self.bound != "strict":
+            raise ConfigurationError(
+                f"LipschitzLR(rule='observed') takes the slope of the loss in the place of the steepest one, which the "
+                f"constants of bound='strict' have in them, and found {self.bound!r}: change it, or pass rule='grafted'"
             )
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise ConfigurationError(f"LipschitzLR(weight_decay={self.weight_decay}): expected at least 0, or null")
@@ -185,10 +201,35 @@ class Policy:
         )
         if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
-        seen = rules.Observation(constant, squared, measured.activation_norm, measured.scale, measured.batch_size)
+        observed, effective = self._observed(measured, data, l2)
+        seen = rules.Observation(
+            constant,
+            squared,
+            activation_norm=measured.activation_norm,
+            scale=measured.scale,
+            batch_size=measured.batch_size,
+            observed=observed,
+            effective=effective,
+        )
         rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
-        return Decision(lr, constant, measured.activation_norm, measured.weight_norm, cap), state
+        sizes = (constant, measured.activation_norm, measured.weight_norm)
+        return Decision(lr, *sizes, cap, observed, effective), state
+
+    def _observed(self, measured: Measurement, data: float, l2: float) -> tuple[float, float]:
+        """The constant with the slope that was seen, and how many examples count; zeros where none was.
+
+        Args:
+            measured: What the ranks agree on.
+            data: The constant without its L2 term, which has the steepest slope in it.
+            l2: That term.
+        """
+        if not measured.slope:
+            return 0.0, 0.0
+        rows = measured.batch_size if self.norm == "frobenius" else 1
+        steepest = data / measured.activation_norm * math.sqrt(rows)
+        observed = data * min(max(measured.slope / steepest, LEAST_SLOPE), 1.0) + l2
+        return observed, measured.batch_size * min(measured.mean_slope / measured.slope, 1.0) ** 2
 
     def limit(self, rate: float, last: Decision | None) -> tuple[float, str]:
         """The rate within its limits, and the name of the limit that changed it, or ""."""

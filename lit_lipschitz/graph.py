@@ -66,6 +66,8 @@ class Reading:
         outputs: The head's outputs and the targets, where their sizes matter; else empty.
         calls: Calls of the head whose outputs were put together.
         stretch: The factor of the head's outputs, as of a temperature.
+        edges: Where the gradients in the head's outputs enter the graph below: a node and the place among its outputs.
+        dim: The dimension of the classes in what a cross-entropy is taken of, from 0; None for the other losses.
     """
 
     count: int | Tensor
@@ -75,6 +77,8 @@ class Reading:
     outputs: tuple[Tensor, ...] = ()
     calls: int = 1
     stretch: float | Tensor = 1.0
+    edges: tuple[tuple[Any, int], ...] = ()
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,16 @@ class _Match:
         """Outputs that the loss is taken of."""
         return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
 
+    @property
+    def edge(self) -> tuple[Any, int]:
+        """The node that made the outputs, and which of its results they are."""
+        node = self.log_softmax or self.node
+        while True:
+            for below, place in node.next_functions:
+                if below is self.below:
+                    return below, place
+            node = _next(node)[0]
+
     def reading(self, num_outputs: int, scale: float | Tensor, joined: bool) -> Reading:
         """What the loss was taken of."""
         rows, maker = self.rows(num_outputs), _affine(self.below, self.name) if joined else _Maker()
@@ -132,13 +146,14 @@ class _Match:
             outputs: tuple[Tensor, ...] = ()
             if self.name == "mean_squared_error":
                 outputs = (self.node._saved_self.detach(), self.node._saved_target.detach())
-            return Reading(rows, self.elements, scale, rows, outputs, maker.calls, stretch)
+            return Reading(rows, self.elements, scale, rows, outputs, maker.calls, stretch, (self.edge,))
         count: int | Tensor = self.elements
         if not self.each and self.probabilities is None:
             count = self.node._saved_total_weight
             if self.node._saved_weight is not None:
                 count = (self.node._saved_target != self.node._saved_ignore_index).sum()
-        return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch)
+        dim = _dim(self.log_softmax, self.log_softmax._saved_result.ndim)
+        return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch, edges=(self.edge,), dim=dim)
 
 
 def find_loss(loss: Tensor) -> FoundLoss:
@@ -255,7 +270,8 @@ def _together(readings: list[Reading]) -> Reading:
         if [part.shape for part in reading.outputs] == [part.shape for part in outputs]:
             pairs = zip(outputs, reading.outputs, strict=True)
             outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
-    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs)
+    edges = tuple(dict.fromkeys(edge for reading in readings for edge in reading.edges))
+    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, edges=edges)
 
 
 def _least(one: int | Tensor, other: int | Tensor) -> int | Tensor:

@@ -13,6 +13,7 @@ adamo         (1 - momentum) / ((1 - dampening) Lbar)         momentum
 rmsprop       (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
 adam          (sqrt(L2bar) + eps) / Lbar                      betas
 adamax        (max + eps) / Lbar, max a decaying maximum      betas
+observed      min(c scale / O, its mean)                      the mean over all updates so far
 grafted       min(scale, its mean) c / L                      the mean over all updates so far
 schedule_free scale / ((1 - beta) L)                          none
 ============= =============================================== ================================================
@@ -33,7 +34,7 @@ References:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Observation:
         activation_norm: Size of the head's inputs, K_z, positive.
         scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive.
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
+        observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
+            steepest one, O, at most L; 0 where no slope was seen.
+        effective: How many examples count in the noise, at most m: the square of the sum of their slopes over the sum
+            of the squares; 0 where no slope was seen.
     """
 
     constant: float
@@ -53,6 +58,8 @@ class Observation:
     activation_norm: float = 1.0
     scale: float = 1.0
     batch_size: float = 1.0
+    observed: float = 0.0
+    effective: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ class RuleState:
 
     Attributes:
         updates: Updates so far.
-        average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale).
-        weight: The same average of 1, from 0: what corrects for it.
+        average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale, for
+            ``observed`` that of the rate).
+        weight: The same average of 1, from 0: what corrects for it (for ``observed`` how many are in the mean).
         square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
         square_weight: The same average of 1, from 0.
         largest: Largest :attr:`square` so far, for AMSGrad.
@@ -93,22 +101,35 @@ class StepScale:
 
     Attributes:
         value: Geometric moving average of the readings, in which each counts as much as all before it; 0 without one.
+        slope: The same average of the root mean square slopes that the examples' losses had in the head's outputs; 0
+            without one.
+        mean_slope: The same average of their mean slopes.
     """
 
     value: float = 0.0
+    slope: float = 0.0
+    mean_slope: float = 0.0
 
-    def seen(self, gradient: float, step: float) -> "StepScale":
-        """The state with a reading taken in; one that is not a positive finite number is left out.
+    def seen(self, gradient: float, step: float, slope: float = 0.0, mean_slope: float = 0.0) -> Self:
+        """The state with a reading taken in; what is not a positive finite number is left out.
 
         Args:
             gradient: Length of the gradient.
             step: Length of the step at a rate of 1.
+            slope: Root mean square slope of the examples' losses in the head's outputs; 0 where it was not seen.
+            mean_slope: Their mean slope.
         """
         reading = gradient / step if step > 0 else 0.0
-        return self._with(reading) if math.isfinite(reading) and reading > 0 else self
+        if not _usable(reading):
+            return self
+        if not (_usable(slope) and _usable(mean_slope)):
+            return replace(self, **self._with(reading))
+        slopes = {"slope": _averaged(self.slope, slope), "mean_slope": _averaged(self.mean_slope, mean_slope)}
+        return replace(self, **slopes, **self._with(reading))
 
-    def _with(self, reading: float) -> "StepScale":
-        return StepScale(math.sqrt(self.value * reading) if self.value else reading)
+    def _with(self, reading: float) -> dict[str, Any]:
+        """The attributes that a reading changes."""
+        return {"value": _averaged(self.value, reading)}
 
 
 @dataclass(frozen=True)
@@ -126,11 +147,19 @@ class LastingScale(StepScale):
     mean: float = 0.0
     readings: int = 0
 
-    def _with(self, reading: float) -> "LastingScale":
+    def _with(self, reading: float) -> dict[str, Any]:
         readings = self.readings + 1
         mean = self.mean + (reading - self.mean) / readings
         first = mean if readings <= 5 else self.first
-        return LastingScale(max(first, mean), first, mean, readings)
+        return {"value": max(first, mean), "first": first, "mean": mean, "readings": readings}
+
+
+def _usable(reading: float) -> bool:
+    return math.isfinite(reading) and reading > 0
+
+
+def _averaged(average: float, reading: float) -> float:
+    return math.sqrt(average * reading) if average else reading
 
 
 Settings = Mapping[str, Any]
@@ -145,6 +174,7 @@ RuleName = Literal[
     "adamo_authors",
     "rmsprop_authors",
     "adam_authors",
+    "observed",
     "grafted",
     "schedule_free",
 ]
@@ -339,8 +369,61 @@ def grafted(seen: Observation, state: RuleState, settings: Settings) -> tuple[fl
 
 def lengthening(settings: Settings) -> float:
     """What :func:`grafted` takes momentum to do to the length of SGD's steps: its c."""
-    momentum = _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
+    momentum = _first_moment(settings)
     return float(((1 - momentum**2) * (1 - momentum)) ** -0.25)
+
+
+def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
+    r"""Adam's direction, in steps by the constant and the noise that are seen: rate = min(c scale / O, its mean).
+
+    A strict L has the steepest slope that the loss can have in the head's outputs, sqrt(2) for the cross-entropy. With
+    the slope that it is seen to have, the norm of the loss's gradient G in the outputs, it is
+    O = \|G\|_F \|A\|_F, A being the head's inputs: by the inequality of Cauchy and Schwarz still a bound of the
+    gradient G'A in the head's weights, at the weights that there are. scale / O has \|g\| / (\|G\|_F \|A\|_F) in it:
+    how much of the examples' gradients does not cancel, and how much the other layers have. So the rate does not fall
+    with the loss or with activations that grow, as that of :func:`grafted` does.
+
+    c = min((1 - b) sqrt(n), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
+    momentum does to the length of SGD's steps where gradients are independent. The first one has, as :func:`noise`,
+    what momentum does in the long run and the noise: if examples are independent, the gradient of a batch is
+    within L / sqrt(m) of its expectation, by the root mean square. n is the number of examples that count, which is
+    m while all slopes are alike, and falls to the number of those that are not learned yet. So a few examples that the
+    network has left, whose gradients agree, do not raise the rate.
+
+    The mean is over all updates so far, and a limit as with :func:`grafted`. Where no slope was seen, the rule is
+    :func:`grafted`.
+
+    Args:
+        seen: The constant that was seen, the scale, and the examples that count.
+        state: State of the rule.
+        settings: The optimizer's ``betas``, where it has them.
+
+    Returns:
+        The rate and the new state.
+
+    Raises:
+        ValueError: A setting is outside its range, or a number that is needed is not positive and finite.
+
+    References:
+        Not in the papers; chosen by validation among the variants of ``docs/evidence.md``.
+    """
+    if not seen.observed:
+        return grafted(seen, state, settings)
+    state = _next(seen, state)
+    rate, count = noise_lengthening(settings, seen.effective) * seen.scale / seen.observed, state.weight + 1
+    state = replace(state, average=state.average + (rate - state.average) / count, weight=count)
+    return min(rate, state.average), state
+
+
+def noise_lengthening(settings: Settings, examples: float) -> float:
+    """What :func:`observed` takes momentum and the noise of so many examples to do to the length of steps: its c."""
+    momentum = _first_moment(settings)
+    return min((1 - momentum) * math.sqrt(examples), 1.0) / math.sqrt(1 - momentum**2)
+
+
+def _first_moment(settings: Settings) -> float:
+    """The momentum in an update: Adam's first beta; RMSprop's makes steps longer as SGD's does, and is not in it."""
+    return _decay("betas", settings["betas"][0]) if "betas" in settings else 0.0
 
 
 def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
@@ -383,6 +466,7 @@ RULES: dict[str, Rule] = {
     "adamo_authors": adamo_authors,
     "rmsprop_authors": rmsprop_authors,
     "adam_authors": adam_authors,
+    "observed": observed,
     "grafted": grafted,
     "schedule_free": schedule_free,
 }
@@ -408,7 +492,7 @@ RULE_OF_A_BOUND: dict[str, RuleName] = {
     **dict.fromkeys(SCHEDULE_FREE, "schedule_free"),  # type: ignore[dict-item]
 }
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
-SCALED: dict[str, type[StepScale]] = {"grafted": StepScale, "schedule_free": LastingScale}
+SCALED: dict[str, type[StepScale]] = {"observed": StepScale, "grafted": StepScale, "schedule_free": LastingScale}
 """Rules that need the scale, for the optimizers of :mod:`lit_lipschitz.directions`, and what is made of readings."""
 
 
@@ -432,7 +516,8 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     SGD steps by 1/L. With momentum the paper family takes the paper's own rule, ``adamo``, the strict one ``noise``;
     heavy-ball momentum b is stable on a quadratic of smoothness L for rates below 2 (1 + b) / L, so with the smooth
     family the rate stays 1/L. The papers' rules for optimizers that rescale the gradient are taken for the paper family
-    alone, since they ask for rates near 1; with the others such an optimizer is ``grafted``.
+    alone, since they ask for rates near 1; with the strict one such an optimizer has the rule ``observed``, and with
+    the smooth one, which has no slope, ``grafted``.
 
     Args:
         optimizer: Class name of the optimizer.
@@ -456,7 +541,9 @@ def rule_for(optimizer: str, settings: Settings, bound: str) -> RuleName:
     if name == "inverse":
         of_momentum: dict[str, RuleName] = {"paper": "adamo", "strict": "noise"}
         return of_momentum.get(bound, "inverse") if settings.get("momentum", 0) else "inverse"
-    if name != "grafted" and settings.get("centered", False):
+    if name == "grafted":
+        return "observed" if bound == "strict" else "grafted"
+    if settings.get("centered", False):
         raise ValueError(f"no learning-rate rule is known for RMSprop with centered=True; use centered=False; {forced}")
     return name
 
@@ -466,6 +553,10 @@ def _next(seen: Observation, state: RuleState) -> RuleState:
         value = getattr(seen, name)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: expected a positive finite number")
+    if seen.observed and not (0 < seen.observed < math.inf and 0 < seen.effective < math.inf):
+        raise ValueError(
+            f"observed={seen.observed!r}, effective={seen.effective!r}: expected positive finite numbers, or 0 for none"
+        )
     return replace(state, updates=state.updates + 1)
 
 

@@ -176,6 +176,7 @@ MISTAKES = {
     "A rule for the steps of another optimizer": lambda: fit(
         LipschitzLR(rule="grafted"), module=Classifier(torch.optim.Adagrad)
     ),
+    "A slope that a family does not have": lambda: LipschitzLR(bound="smooth", rule="observed"),
     "A rule that does not fit the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)
     ),

@@ -181,14 +181,31 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
     for more in ([], ["--trainer.max_epochs", "2", "--ckpt_path", path]):
         code, out, err = lit("explain", *arguments, *more)
         assert code == 0, err
-        assert re.search(r"^rule +grafted, for AdamW: ", out, re.M)
-        scale, mean, longer, rate = (
-            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "mean", "c", "rate")
+        assert re.search(r"^rule +observed, for AdamW: ", out, re.M)
+        scale, seen, count, longer, mean, rate = (
+            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1])
+            for name in ("scale", "observed", "n", "c", "mean", "rate")
         )
         constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
-        assert longer == pytest.approx(1 / math.sqrt(math.sqrt(1 - 0.9**2) * math.sqrt(1 - 0.9)), rel=1e-5)
-        assert rate == pytest.approx(longer * min(scale, mean) / constant, rel=1e-4)
-    assert scale != mean
+        assert 0.01 * constant <= seen < constant
+        assert 1 <= count <= 32
+        assert longer == pytest.approx(0.1 * math.sqrt(count) / math.sqrt(1 - 0.9**2), rel=1e-5)
+        assert rate == pytest.approx(min(longer * scale / seen, mean), rel=1e-4)
+    assert count < 32
+    assert longer * scale / seen != pytest.approx(mean, rel=1e-3)
+
+
+def test_the_steps_of_adam_with_the_smooth_family_multiply_out(lit):
+    arguments = [*DIGITS, "--model.optimizer", "torch.optim.Adam", "--model.scheduler", "null", "--lipschitz.bound"]
+    code, out, err = lit("explain", *arguments, "smooth")
+    assert code == 0, err
+    assert re.search(r"^rule +grafted, for Adam: ", out, re.M)
+    scale, mean, longer, rate = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "mean", "c", "rate")
+    )
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert longer == pytest.approx(1 / math.sqrt(math.sqrt(1 - 0.9**2) * math.sqrt(1 - 0.9)), rel=1e-5)
+    assert rate == pytest.approx(longer * min(scale, mean) / constant, rel=1e-4)
 
 
 def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):

@@ -53,7 +53,7 @@ class Moves(L.Callback):
 def test_the_first_step_is_as_long_as_sgds_by_the_roots_factor(name):
     settings = {"weight_decay": 0.0} if name == "AdamW" else {}
     module = Classifier(lambda p: MAKERS[name](p, lr=1.0, **settings))
-    callback = LipschitzLR(schedule="none")
+    callback = LipschitzLR(rule="grafted", schedule="none")
     fit(callback, module, moves := Moves(), max_steps=1)
     longer = 1.0 if name == "RMSprop" else LONGER
     assert moves.moves[0] == pytest.approx(longer * moves.gradients[0] / callback.constant, rel=1e-4)
@@ -61,7 +61,7 @@ def test_the_first_step_is_as_long_as_sgds_by_the_roots_factor(name):
 
 def test_the_rate_follows_a_loop_that_shares_no_code():
     """AdamW's update from torch's own state after the step; the smoothing written out."""
-    callback, ratios = LipschitzLR(schedule="none"), []
+    callback, ratios = LipschitzLR(rule="grafted", schedule="none"), []
 
     class Look(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -177,7 +177,9 @@ def test_groups_with_other_rates_count_by_them(ratio):
                     self.moved += ((parameter.detach() - old) ** 2).sum().item()
                     self.sgd += (weight * parameter.grad).pow(2).sum().item()
 
-    trainer(callback := LipschitzLR(schedule="none"), look := Look(), max_steps=1).fit(Grouped(), loader())
+    trainer(callback := LipschitzLR(rule="grafted", schedule="none"), look := Look(), max_steps=1).fit(
+        Grouped(), loader()
+    )
     assert look.moved**0.5 == pytest.approx(LONGER * look.sgd**0.5 / callback.constant, rel=1e-4)
 
 
@@ -194,7 +196,7 @@ def test_parameters_that_thaw_begin_the_readings_anew():
 
     module = Thawing(net=torch.nn.Sequential(torch.nn.Linear(6, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 3)))
     moves = Moves()
-    callback = LipschitzLR(schedule="none")
+    callback = LipschitzLR(rule="grafted", schedule="none")
     fit(callback, module, moves, max_steps=49, max_epochs=20)
     assert moves.moves[-1] == pytest.approx(LONGER * moves.gradients[-1] / callback.constant, rel=1e-3)
 
@@ -204,7 +206,7 @@ def test_the_state_of_another_optimizers_rule_is_refused():
     run.fit(Classifier(), loader())
     run.save_checkpoint("sgd.ckpt")
     module = Classifier(lambda p: torch.optim.AdamW(p, lr=1.0))
-    with pytest.raises(LitLipschitzError, match="rule 'inverse', and this run's AdamW has the rule 'grafted'"):
+    with pytest.raises(LitLipschitzError, match="rule 'inverse', and this run's AdamW has the rule 'observed'"):
         trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(module, loader(), ckpt_path="sgd.ckpt")
 
 

@@ -86,10 +86,20 @@ def test_what_an_update_sends_is_what_the_projection_counts(scripts):
         assert len(calls) == 2 * len(sent)  # and a barrier each, which Lightning's reduce makes
 
 
-def test_adams_steps_are_read_in_two_numbers(scripts):
+def test_a_reading_of_adams_steps_sends_what_the_projection_counts(scripts):
     _, communication = scripts
     calls, _ = communication.listen(2, *communication.RUNS["strict, AdamW"], 2)
-    assert [call.step for call in calls if call.size == 8] == [0, 1, 3, 7, 15, 31, 47, 63, 79]
+    assert [call.step for call in calls if call.size == communication.bytes_of_reading(2)] == [
+        0,
+        1,
+        3,
+        7,
+        15,
+        31,
+        47,
+        63,
+        79,
+    ]
 
 
 def test_a_tree_grows_with_the_logarithm_of_the_ranks(scripts):
