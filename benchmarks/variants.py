@@ -242,6 +242,59 @@ class Seen(Capped):
         return 1.0
 
 
+class Share(Seen):
+    """The same, with the head's inputs of the interval before, and at least a part of the steepest slope."""
+
+    def __init__(self, ours: LipschitzLR, number: float = 1.0, least: float = 0.1) -> None:
+        super().__init__(ours, number)
+        self.least = least
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """Over the larger one of the two."""
+        controller = self.ours.controllers[0]
+        assert controller.decision is not None
+        decision = controller.decision
+        return gradient / step / max(self.outputs * decision.activation_norm, self.least * decision.constant)
+
+
+class Effective(Share):
+    """The same, with the noise of the examples that count, by how alike their slopes are."""
+
+    def __init__(self, ours: LipschitzLR, number: float = 1.0, least: float = 0.1, half: float = 1.0) -> None:
+        super().__init__(ours, number, least)
+        self.half = half
+        self.even = 1.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watches the rows of the gradient in the outputs too."""
+        known = self.hooked
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if known or not self.hooked:
+            return
+
+        def back(module: Any, inwards: Any, outwards: tuple[Tensor, ...]) -> None:
+            slopes = outwards[0].flatten(0, -2).norm(dim=-1)
+            self.even = float(slopes.mean() ** 2 / slopes.square().mean())
+
+        assert self.ours.head_name is not None
+        pl_module.get_submodule(self.ours.head_name).register_full_backward_hook(back)
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The noise is in the scale."""
+        beta = optimizer.param_groups[0]["betas"][0]
+        if not self.hooked:
+            return super().rate(inverse, optimizer)
+        return Grafted.rate(self, inverse, optimizer) / ROOT / math.sqrt(1 - beta**2)
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """Times what momentum and the noise make of a step."""
+        beta = optimizer.param_groups[0]["betas"][0]
+        noise = min((1 - beta) * math.sqrt(self.examples * self.even / self.half), 1.0)
+        return super().scale(optimizer, gradient, step) * noise
+
+
 KINDS: dict[str, Any] = {
     "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
     "sgd: 1 / L": lambda ours: Times(ours, 1.0),
@@ -261,11 +314,18 @@ KINDS: dict[str, Any] = {
     "adamw: mean of readings, times 0.725": lambda ours: MeanOfReadings(ours, 0.725),
     "adamw: mean of readings, of the velocity": Velocity,
     "adamw: smoothed, at most their mean": Capped,
-    "adamw: smoothed, at most their mean, times 0.85 (default)": lambda ours: Capped(ours, 0.85),
+    "adamw: smoothed, at most their mean, times 0.85 (the rule grafted)": lambda ours: Capped(ours, 0.85),
     "adamw: smoothed, at most their mean, times 0.725": lambda ours: Capped(ours, 0.725),
     "adamw: of the slope as seen, with the noise": Seen,
     "adamw: of the slope as seen, with the noise, times 0.7": lambda ours: Seen(ours, 0.7),
     "adamw: of the slope as seen, with the noise, times 1.18": lambda ours: Seen(ours, 1.18),
+    "adamw: of the slope as seen, at least 0.1, with the noise": Share,
+    "adamw: of the slope as seen, at least 0.1, with the noise, times 1.3": lambda ours: Share(ours, 1.3),
+    "adamw: of the slope as seen, at least 0.1, with the noise, times 1.41": lambda ours: Share(ours, 1.41),
+    "adamw: of the slope as seen, at least 0.2, with the noise": lambda ours: Share(ours, 1.0, 0.2),
+    "adamw: of the slope as seen, at least 0.3, with the noise": lambda ours: Share(ours, 1.0, 0.3),
+    "adamw: of slope and half of the examples that count": lambda ours: Effective(ours, 1.0, 0.1, 2.0),
+    "adamw: of slope and examples that count (default)": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),

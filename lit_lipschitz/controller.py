@@ -667,7 +667,7 @@ class Controller:
             **self._readings(),
         )
 
-    def _readings(self) -> dict[str, float]:
+    def _readings(self) -> dict[str, Any]:
         """What a measurement has of the steps that were read."""
         if self._scale is None:
             return {}

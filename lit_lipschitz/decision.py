@@ -213,8 +213,10 @@ class Policy:
         )
         rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
-        sizes = (constant, measured.activation_norm, measured.weight_norm)
-        return Decision(lr, *sizes, cap, observed, effective), state
+        decision = Decision(
+            lr, constant, measured.activation_norm, measured.weight_norm, cap, observed=observed, effective=effective
+        )
+        return decision, state
 
     def _observed(self, measured: Measurement, data: float, l2: float) -> tuple[float, float]:
         """The constant with the slope that was seen, and how many examples count; zeros where none was.

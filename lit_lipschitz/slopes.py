@@ -31,7 +31,8 @@ class Slopes:
             rows: Brings what is shaped like the outputs that the loss is taken of to the shape (examples, outputs).
         """
         norms: list[Tensor] = []
-        factor: Any = abs(reading.scale) * (reading.elements if reduction == "sum" else 1)
+        summed: Any = reading.elements if reduction == "sum" else 1
+        factor: Any = abs(reading.scale) * summed
         self._batches.append((norms, factor, reading.count))
         for node, place in reading.edges:
             node.register_prehook(_keeper(norms, place, rows))
