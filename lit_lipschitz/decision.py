@@ -11,7 +11,7 @@ from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.losses import Loss
 
 LEAST_SLOPE = 0.01
-"""What is taken to be there at least of the steepest slope: where no loss is left, the rate would have no limit."""
+"""What is taken to be there at least of the steepest slope, since a loss of 0 would have a rate without a limit."""
 
 
 @dataclass(frozen=True)
