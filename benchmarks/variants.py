@@ -295,6 +295,53 @@ class Effective(Share):
         return super().scale(optimizer, gradient, step) * noise
 
 
+class LastingEffective(Effective):
+    """Schedule-Free: the lasting scale, times what follows from slopes and the examples that count."""
+
+    def rate(self, inverse: float, optimizer: Any) -> float:
+        """The first step is within the warm-up."""
+        if not self.hooked:
+            gradient, step = lengths(optimizer).tolist()
+            return 5 * gradient / step * inverse
+        return Grafted.rate(self, inverse, optimizer) / ROOT
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """Of the gradient and the step; the rest is kept."""
+        self.memory["rest"] = self.share(optimizer)
+        return gradient / step
+
+    def share(self, optimizer: Any) -> float:
+        """What c / O is now."""
+        beta = optimizer.param_groups[0]["betas"][0]
+        controller = self.ours.controllers[0]
+        assert controller.decision is not None
+        decision = controller.decision
+        observed = max(self.outputs * decision.activation_norm, self.least * decision.constant)
+        return min(math.sqrt(self.examples * self.even), 1 / (1 - beta)) / observed
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The lasting scale; the rest smoothed, and at most its mean."""
+        if self.steps <= 16:
+            self.mean("first", scale)
+        lasting = max(self.memory["first"], self.mean("all", scale))
+        smoothed = self.memory.get("smoothed rest")
+        rest = self.memory["rest"] if smoothed is None else math.sqrt(smoothed * self.memory["rest"])
+        self.memory["smoothed rest"] = rest
+        return lasting * min(rest, self.mean("rest mean", rest))
+
+
+class FallingEffective(LastingEffective):
+    """The same, with the gradients' fall: smoothed as a whole, and at most its mean."""
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """All of it."""
+        return gradient / step * self.share(optimizer)
+
+    def read(self, scale: float, inverse: float) -> float:
+        """The smaller one."""
+        return Capped.read(self, scale, inverse)
+
+
 KINDS: dict[str, Any] = {
     "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
     "sgd: 1 / L": lambda ours: Times(ours, 1.0),
@@ -329,8 +376,10 @@ KINDS: dict[str, Any] = {
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),
-    "schedulefree: mean of the first readings or of all (default)": lambda ours: Lasting(ours, 10 / ROOT),
+    "schedulefree: mean of the first readings or of all": lambda ours: Lasting(ours, 10 / ROOT),
     "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
+    "schedulefree: of slope and examples that count, falling": lambda ours: FallingEffective(ours, 1.0, 0.01),
+    "schedulefree: of slope and examples that count (default)": lambda ours: LastingEffective(ours, 1.0, 0.01),
 }
 MAKERS: dict[str, Any] = {
     "sgd": _sgd("linear", 1.0),

@@ -158,10 +158,10 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
         + [f"LipschitzLR's own {controller.schedule}"] * (controller.schedule is not None),
         "scale": controller.measurement.scale if rule in rules.SCALED and controller.measurement else None,
-        "observed": decision.observed if rule == "observed" and decision.observed else None,
-        "effective": decision.effective if rule == "observed" and decision.observed else None,
-        "mean_scale": controller.rule_state.average if rule in ("grafted", "observed") else None,
+        "observed": decision.observed if rule in rules.SLOPED and decision.observed else None,
+        "effective": decision.effective if rule in rules.SLOPED and decision.observed else None,
         "lengthening": _lengthening(controller, rule),
+        "mean": controller.rule_state.average if rule in ("grafted", *rules.SLOPED) else None,
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
         "beta": optimizer.param_groups[0]["betas"][0] if rule == "schedule_free" else None,
         "lr": rates[0],
@@ -171,10 +171,11 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
 
 
 def _lengthening(controller: Controller, rule: str) -> float | None:
-    """The c of the rules that have one; without a slope ``observed`` is ``grafted``."""
+    """The c of the rules that have one; without a slope ``observed`` is ``grafted``, and ``schedule_free`` has none."""
     settings, decision = controller.optimizer.param_groups[0], controller.decision
-    if rule == "observed" and decision is not None and decision.observed:
-        return rules.noise_lengthening(settings, decision.effective)
+    if rule in rules.SLOPED and decision is not None and decision.observed:
+        lengthening = rules.noise_lengthening if rule == "observed" else rules.schedule_free_lengthening
+        return lengthening(settings, decision.effective)
     return rules.lengthening(settings) if rule in ("grafted", "observed") else None
 
 

@@ -13,6 +13,8 @@ _LENGTHENING = {
     True: "what momentum and the noise of a batch do to the length of SGD's steps",
 }
 """By whether the loss was seen to have a slope."""
+_MEANS = {"grafted": "scale", "observed": "c * scale / observed", "schedule_free": "c / observed"}
+"""What the mean of a rule's readings is of."""
 
 
 def text(account: dict[str, Any]) -> str:
@@ -96,11 +98,11 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["observed"] is not None:
             rows.append(("observed", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
-        if one["mean_scale"] is not None:
-            what = "c * scale / observed" if one["observed"] else "scale"
+        if one["lengthening"] is not None:
+            of = _MEANS[one["rule"] if one["observed"] is not None else "grafted"]
             rows += [
-                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[bool(one['observed'])]}"),
-                ("mean", f"{one['mean_scale']:.6g}, of {what} over the readings so far"),
+                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[one['observed'] is not None]}"),
+                ("mean", f"{one['mean']:.6g}, of {of} over the readings so far"),
             ]
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))

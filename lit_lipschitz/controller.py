@@ -77,7 +77,7 @@ class Controller:
             )
         self._rule = rule
         self._scale = rules.SCALED[rule]() if rule in rules.SCALED else None
-        self._slopes = Slopes() if rule == "observed" else None
+        self._slopes = Slopes() if rule in rules.SLOPED and policy.bound == "strict" else None
         self._trained = 0  # parameters that the readings are of
         self._clock = 0  # optimizer steps of the run
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.

@@ -15,7 +15,7 @@ adam          (sqrt(L2bar) + eps) / Lbar                      betas
 adamax        (max + eps) / Lbar, max a decaying maximum      betas
 observed      min(c scale / O, its mean)                      the mean over all updates so far
 grafted       min(scale, its mean) c / L                      the mean over all updates so far
-schedule_free scale / ((1 - beta) L)                          none
+schedule_free scale min(c / O, its mean)                      the mean over all updates so far
 ============= =============================================== ================================================
 
 The averages start at 0 and are corrected for it as Adam's are. The variants that end in ``_authors`` are what the
@@ -69,8 +69,8 @@ class RuleState:
     Attributes:
         updates: Updates so far.
         average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale, for
-            ``observed`` that of the rate).
-        weight: The same average of 1, from 0: what corrects for it (for ``observed`` how many are in the mean).
+            ``observed`` that of the rate, for ``schedule_free`` that of c / O).
+        weight: The same average of 1, from 0: what corrects for it (for these two how many are in the mean).
         square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
         square_weight: The same average of 1, from 0.
         largest: Largest :attr:`square` so far, for AMSGrad.
@@ -410,8 +410,8 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     if not seen.observed:
         return grafted(seen, state, settings)
     state = _next(seen, state)
-    rate, count = noise_lengthening(settings, seen.effective) * seen.scale / seen.observed, state.weight + 1
-    state = replace(state, average=state.average + (rate - state.average) / count, weight=count)
+    rate = noise_lengthening(settings, seen.effective) * seen.scale / seen.observed
+    state = _with_mean(state, rate)
     return min(rate, state.average), state
 
 
@@ -427,18 +427,20 @@ def _first_moment(settings: Settings) -> float:
 
 
 def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
-    r"""Schedule-Free AdamW, beta being the first of its betas: rate = lasting scale / ((1 - beta) L).
+    r"""Schedule-Free AdamW, beta the first of its betas: rate = lasting scale * min(c / O, its mean).
 
     Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
     y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
-    of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as that of
-    SGD at 1/L; scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1.
+    of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as SGD's:
+    scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1, and
+    c = min((1 - beta) sqrt(n), 1) / (1 - beta); O and n are those of :func:`observed`. Where no slope was seen, the
+    rate is the lasting scale over (1 - beta) L.
 
     The average stands for a decay. So the scale is at least that of the first steps (:class:`LastingScale`): a rate
     that fell with the gradients, as that of :func:`grafted` does, would decay once more.
 
     Args:
-        seen: The constant and the scale.
+        seen: The constant that was seen, the scale, and the examples that count.
         state: State of the rule.
         settings: The optimizer's ``betas``.
 
@@ -446,14 +448,25 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
         The rate and the new state.
 
     Raises:
-        ValueError: A setting is outside its range, or the constant or the scale is not a positive finite number.
+        ValueError: A setting is outside its range, or a number that is needed is not positive and finite.
 
     References:
         A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
         and was chosen by validation among the variants of ``docs/evidence.md``.
     """
     state = _next(seen, state)
-    return seen.scale / ((1 - _decay("betas", settings["betas"][0])) * seen.constant), state
+    share = 1 - _first_moment(settings)
+    if not seen.observed:
+        return seen.scale / (share * seen.constant), state
+    ratio = schedule_free_lengthening(settings, seen.effective) / seen.observed
+    state = _with_mean(state, ratio)
+    return seen.scale * min(ratio, state.average), state
+
+
+def schedule_free_lengthening(settings: Settings, examples: float) -> float:
+    """What :func:`schedule_free` makes of beta and the noise of so many examples: its c."""
+    share = 1 - _first_moment(settings)
+    return min(share * math.sqrt(examples), 1.0) / share
 
 
 RULES: dict[str, Rule] = {
@@ -494,6 +507,8 @@ RULE_OF_A_BOUND: dict[str, RuleName] = {
 """The rule of each optimizer where the constant is a bound, strict or smooth."""
 SCALED: dict[str, type[StepScale]] = {"observed": StepScale, "grafted": StepScale, "schedule_free": LastingScale}
 """Rules that need the scale, for the optimizers of :mod:`lit_lipschitz.directions`, and what is made of readings."""
+SLOPED = ("observed", "schedule_free")
+"""Rules that take the slopes of the loss, where the constant has the steepest slope in it."""
 
 
 def initial_state(rule: str, first: float | None) -> RuleState:
@@ -558,6 +573,12 @@ def _next(seen: Observation, state: RuleState) -> RuleState:
             f"observed={seen.observed!r}, effective={seen.effective!r}: expected positive finite numbers, or 0 for none"
         )
     return replace(state, updates=state.updates + 1)
+
+
+def _with_mean(state: RuleState, value: float) -> RuleState:
+    """The state with a value taken into the mean of those that there were."""
+    count = state.weight + 1
+    return replace(state, average=state.average + (value - state.average) / count, weight=count)
 
 
 def _momentum(settings: Settings) -> tuple[float, float]:

@@ -214,7 +214,17 @@ def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):
     assert code == 0, err
     assert re.search(r"^rule +schedule_free, for AdamWScheduleFree: ", out, re.M)
     assert re.search(r"^factor +0.0\d+, from LipschitzLR's own warm-up$", out, re.M)
-    scale, beta, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "beta", "rate"))
+    scale, beta, seen, count, longer, mean, rate = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1])
+        for name in ("scale", "beta", "observed", "n", "c", "mean", "rate")
+    )
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert 0.01 * constant < seen < constant
+    assert longer == pytest.approx(math.sqrt(count), rel=1e-5) == min(longer, 1 / (1 - beta))
+    assert rate == pytest.approx(scale * min(longer / seen, mean), rel=1e-4)
+    code, out, err = lit("explain", *arguments, "--lipschitz.bound", "smooth")
+    assert code == 0, err
+    scale, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "rate"))
     constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
     assert rate == pytest.approx(scale / ((1 - beta) * constant), rel=1e-4)
 

@@ -1,13 +1,15 @@
 """Schedule-Free AdamW: the weights' step as long as SGD's, by a scale that does not fall, a warm-up and no decay."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
 import torch
-from conftest import Classifier, Steps, loader, trainer
+from conftest import CLASSES, Classifier, Steps, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree
+from torch.nn import functional as F
 
 from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.directions import lengths
@@ -32,6 +34,12 @@ class Look(L.Callback):
 
     def __init__(self, ours=None):
         self.ours, self.gradients, self.moves, self.rates, self.ratios, self.constants = ours, [], [], [], [], []
+        self.slopes = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with torch.no_grad():
+            wrong = pl_module.net(batch[0]).softmax(dim=1) - F.one_hot(batch[1], CLASSES)
+        self.slopes.append((wrong.norm(dim=1).square().mean().sqrt().item(), wrong.norm(dim=1).mean().item()))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.before = [p.detach().clone() for p in pl_module.parameters()]
@@ -56,13 +64,16 @@ def length(parts):
 
 
 def without_warm_up(look):
-    """The rates from the readings and constants of a run, written out."""
-    readings, rates = [], []
-    for step, (ratio, constant) in enumerate(zip(look.ratios, look.constants, strict=True), start=1):
+    """The rates from the readings, slopes and constants of a run, written out; batches of 16."""
+    readings, seen, rates, slope, mean = [], [], [], None, None
+    for step, (ratio, constant, now) in enumerate(zip(look.ratios, look.constants, look.slopes, strict=True), start=1):
         if step in (1, 2, 4, 8, 16, 32, 48):
             readings.append(ratio)
+            slope, mean = now if slope is None else (math.sqrt(slope * now[0]), math.sqrt(mean * now[1]))
+            seen.append(math.sqrt(16 * (mean / slope) ** 2) / (constant * slope / math.sqrt(2)))
             first = readings[:5]
-            rate = max(sum(first) / len(first), sum(readings) / len(readings)) / (0.1 * constant)
+            lasting = max(sum(first) / len(first), sum(readings) / len(readings))
+            rate = lasting * min(seen[-1], sum(seen) / len(seen))
         rates.append(rate)
     return rates
 
@@ -89,11 +100,28 @@ def test_the_length_is_that_of_the_step_of_the_averaged_sequence():
         assert found.tolist() == pytest.approx([gradient, length(moved)], rel=2e-5)
 
 
-def test_in_the_first_step_a_tenth_of_the_rate_is_as_long_as_sgds():
-    callback = LipschitzLR(schedule="none")
+def test_in_the_first_step_a_tenth_of_the_rate_is_as_long_as_sgds_where_no_slope_is_seen():
+    callback = LipschitzLR(bound="smooth", schedule="none")
     look = fit(callback, Free(), max_steps=1)
     # In the first step the average is the sequence itself, so the weights move by all of it.
     assert 0.1 * look.moves[0] == pytest.approx(look.gradients[0] / callback.constant, rel=1e-4)
+
+
+@pytest.mark.parametrize(("examples", "longer"), [(1, 1.0), (16, 4.0), (100, 10.0), (2000, 10.0)])
+def test_the_rate_grows_with_the_root_of_the_examples_that_count_up_to_a_limit(examples, longer):
+    seen = rules.Observation(4.0, 16.0, scale=3.0, observed=2.0, effective=examples)
+    rate, _ = rules.schedule_free(seen, rules.RuleState(), {"betas": (0.9, 0.999)})
+    assert rate == pytest.approx(longer * 3.0 / 2.0)
+
+
+def test_losses_that_become_flat_raise_the_rate_slowly_and_steep_ones_lower_it_at_once():
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    seen = rules.Observation(4.0, 16.0, scale=3.0, observed=2.0, effective=16)
+    for _ in range(9):
+        rate, state = rules.schedule_free(seen, state, settings)
+        assert rate == pytest.approx(6.0)
+    assert rules.schedule_free(replace(seen, observed=0.02), state, settings)[0] == pytest.approx(6.0 * 10.9)
+    assert rules.schedule_free(replace(seen, observed=4.0), state, settings)[0] == pytest.approx(3.0)
 
 
 def test_later_the_gradient_moves_the_weights_by_a_tenth_of_the_rate():
@@ -171,8 +199,7 @@ def test_a_rate_that_began_with_vanishing_gradients_grows_with_them():
     module.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), *layers, torch.nn.Linear(16, 3))
     look = fit(callback, module, max_epochs=60)
     assert max(look.ratios) > 10 * look.ratios[0]
-    scales = [rate * constant for rate, constant in zip(look.rates, look.constants, strict=True)]
-    assert scales[-1] > 2 * scales[15]
+    assert callback.controllers[0].measurement.scale > 2 * sum(look.ratios[i] for i in (0, 1, 3, 7, 15)) / 5
 
 
 def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
