@@ -16,14 +16,11 @@ from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
 from lit_lipschitz.probing import Probe, Probes
+from lit_lipschitz.readings import StepReadings
 from lit_lipschitz.schedules import linear_warmup, linear_warmup_decay
-from lit_lipschitz.slopes import Slopes, slopes_of_all
 from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.statistics import RunningMaximum
 from lit_lipschitz.writing import RateWriter
-
-READ_EVERY = 16
-"""Optimizer steps between readings of a step's length, once the first 16 are over."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,9 @@ class Controller:
                 f"{type(optimizer).__name__}; use one of them, or pass another rule="
             )
         self._rule = rule
-        self._scale = rules.SCALED[rule]() if rule in rules.SCALED else None
-        self._slopes = Slopes() if rule in rules.SLOPED and policy.bound == "strict" else None
-        self._trained = 0  # parameters that the readings are of
-        self._clock = 0  # optimizer steps of the run
+        sloped = rule in rules.SLOPED and policy.bound == "strict"
+        scale = rules.SCALED.get(rule)
+        self._readings = StepReadings(optimizer, scale(), sloped) if scale else None
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._length: float | None = None  # optimizer steps that the run will have, for the schedule; inf without one
@@ -205,10 +201,10 @@ class Controller:
         if chosen is None or self._loss is None:
             return
         running = self.options.measure == "running"
-        watched = self._slopes is not None and self._reads_next
-        reading = self._read(loss) if running or watched else None
-        if self._slopes is not None and watched and reading is not None:
-            self._slopes.watch(reading, self._loss.reduction, self._by_example(reading.dim))
+        readings = self._readings if self._readings and self._readings.sloped and self._readings.due else None
+        reading = self._read(loss) if running or readings else None
+        if readings and reading is not None:
+            readings.watch(reading, self._loss.reduction, self._by_example(reading.dim))
         if not running:
             return
         self._open = False
@@ -451,7 +447,7 @@ class Controller:
         self._micro_batches = 0
         first = self._intervals == 0
         before = self._decision
-        read = self._read_scale(trainer)
+        read = self._read_step(trainer)
         if self._pass is not None:
             self._decide(trainer, interval_over=True, read=read)
             self._pass = None
@@ -459,8 +455,8 @@ class Controller:
             self._decision = self._decision or Decision(self.options.initial_lr)
         elif running and (self._decision is None or (first and self._steps & (self._steps - 1) == 0)):
             self._decide(trainer, interval_over=False, read=read)
-        elif read and self._measured is not None and self._scale is not None:
-            self._settle(replace(self._measured, **self._readings()), keep=True)
+        elif read and self._measured is not None:
+            self._settle(replace(self._measured, **self._seen()), keep=True)
         self._passed = trainer.current_epoch
         rate = self._decision.lr * self._schedule(trainer, module) if self._decision else None
         rates = self.writer.write(None if self.options.dry_run else rate)
@@ -469,44 +465,21 @@ class Controller:
         self._applied = (self._decision or Decision(rates[0]), rates)
         return self._steps == 1 or self._decision is not before
 
-    @property
-    def _reads_next(self) -> bool:
-        """Whether the length of the coming optimizer step is to be read, as all ranks know alike.
-
-        After 1, 2, 4, 8 and 16 steps and then every 16, and until there is a reading of the parameters that train.
-        """
-        clock = self._clock + 1
-        if self._scale is None:
+    def _read_step(self, trainer: Trainer) -> bool:
+        """Reads the step, where the rule asks for it and it is due; one reduction."""
+        if self._readings is None:
             return False
-        due = clock % READ_EVERY == 0 or clock & (clock - 1) == 0
-        return due or not self._scale.value or self._trainable() != self._trained
-
-    def _trainable(self) -> int:
-        return sum(p.requires_grad for group in self.optimizer.param_groups for p in group["params"])
-
-    def _read_scale(self, trainer: Trainer) -> bool:
-        """Reads, where it is due, how long the optimizer's step is, and how steep the loss.
-
-        One reduction; gradients are as they are before they are clipped.
-        """
-        due = self._reads_next
-        self._clock += 1
-        if self._scale is None or not due:
+        due = self._readings.due
+        if self._readings.begin_step():
+            self._rule_state = rules.RuleState()
+        if not due:
             return False
-        if (trained := self._trainable()) != self._trained:
-            # The readings so far are of steps of other parameters.
-            self._trained, self._scale, self._rule_state = trained, type(self._scale)(), rules.RuleState()
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        read = directions.lengths(self.optimizer, scaler.get_scale() if scaled else 1.0, self.writer.rates(1.0))
-        if self._slopes is not None:
-            slots = self._slopes.slots(trainer.global_rank, trainer.world_size, read.device)
-            read = torch.cat([read, slots.flatten()])
-        # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
-        read = torch.where(torch.isfinite(read), read, math.inf).to(trainer.strategy.root_device)
-        reduced: Any = trainer.strategy.reduce(read, reduce_op="max")
-        gradient, step, *slopes = reduced.tolist()
-        self._scale = self._scale.seen(gradient, step, *slopes_of_all(slopes))
+        grad_scale = scaler.get_scale() if scaled else 1.0
+        read = self._readings.measure(grad_scale, self.writer.rates(1.0), trainer.global_rank, trainer.world_size)
+        reduced: Any = trainer.strategy.reduce(read.to(trainer.strategy.root_device), reduce_op="max")
+        self._readings.take(reduced)
         return True
 
     def _schedule(self, trainer: Trainer, module: LightningModule) -> float:
@@ -586,7 +559,7 @@ class Controller:
             )
         if self.check_losses(trainer) and self._decision is not None:
             return
-        self._settle(measured, keep=interval_over if self._scale is None else read)
+        self._settle(measured, keep=interval_over if self._readings is None else read)
 
     def _settle(self, measured: Measurement, keep: bool) -> None:
         """Decides, and lets the rule remember it or not."""
@@ -603,7 +576,7 @@ class Controller:
         self._report(measured, usable=outcome is not None)
         if outcome is None:
             return
-        if self._scale is not None and not keep:
+        if self._readings is not None and not keep:
             self._measured = measured  # for the next reading, with which the rate changes
             return
         decision, rule_state = outcome
@@ -664,14 +637,15 @@ class Controller:
             dropped=int(dropped),
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
-            **self._readings(),
+            **self._seen(),
         )
 
-    def _readings(self) -> dict[str, Any]:
+    def _seen(self) -> dict[str, Any]:
         """What a measurement has of the steps that were read."""
-        if self._scale is None:
+        if self._readings is None:
             return {}
-        return {"scale": self._scale.value, "slope": self._scale.slope, "mean_slope": self._scale.mean_slope}
+        scale = self._readings.scale
+        return {"scale": scale.value, "slope": scale.slope, "mean_slope": scale.mean_slope}
 
     def check_losses(self, trainer: Trainer) -> bool:
         """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
@@ -721,10 +695,10 @@ class Controller:
             "activation_norm": decision.activation_norm,
             "weight_norm": decision.weight_norm,
         }
-        if self._scale is not None:
-            metrics["step_scale"] = self._scale.value
-        if self._slopes is not None:
-            metrics["observed_constant"] = decision.observed
+        if self._readings is not None:
+            metrics["step_scale"] = self._readings.scale.value
+            if self._readings.sloped:
+                metrics["observed_constant"] = decision.observed
         if self.policy.limited:
             metrics["capped"] = float(bool(decision.cap))
         return metrics
@@ -736,9 +710,7 @@ class Controller:
             "measurement": asdict(self._measured) if self._measured else None,
             "rule_state": asdict(self._rule_state),
             "rule": self._rule,
-            "trained": self._trained,
-            "scale": asdict(self._scale) if self._scale else None,
-            "clock": self._clock,
+            "readings": self._readings.state_dict() if self._readings else None,
             "steps": self._steps,
             "intervals": self._intervals,
             "epoch": self._epoch,
@@ -769,10 +741,8 @@ class Controller:
                 f"{type(self.optimizer).__name__} has the rule {self._rule!r}; resume with the optimizer that it was "
                 "saved with, or pass restore=False to measure anew"
             )
-        self._clock = state.get("clock", state["steps"])
-        self._trained = state.get("trained", 0)
-        if self._scale is not None and state.get("scale"):
-            self._scale = type(self._scale)(**state["scale"])
+        if self._readings is not None:
+            self._readings.load_state_dict(state["readings"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]
         self._epoch = state["epoch"]

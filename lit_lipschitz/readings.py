@@ -1,0 +1,108 @@
+"""Readings, now and then, of how long an optimizer's step is that rescales the gradient, and how steep the loss is."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_lipschitz import directions
+from lit_lipschitz.constants import Reduction
+from lit_lipschitz.graph import Reading
+from lit_lipschitz.rules import StepScale
+from lit_lipschitz.slopes import Slopes, slopes_of_all
+
+READ_EVERY = 16
+"""Optimizer steps between readings, once the first 16 are over."""
+
+
+class StepReadings:
+    """What the readings of one optimizer's steps come to.
+
+    Args:
+        optimizer: One of :data:`lit_lipschitz.directions.DIRECTIONS`.
+        scale: What is made of the lengths, before the first reading.
+        sloped: Whether to look at the slopes of the loss too.
+    """
+
+    def __init__(self, optimizer: Optimizer, scale: StepScale, sloped: bool) -> None:
+        self.scale = scale
+        self._optimizer = optimizer
+        self._slopes = Slopes() if sloped else None
+        self._trained = 0  # parameters that the readings are of
+        self._steps = 0  # of the run
+
+    @property
+    def sloped(self) -> bool:
+        """Whether the slopes of the loss are looked at."""
+        return self._slopes is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether the optimizer step that comes, before :meth:`begin_step`, is to be read, as all ranks know alike.
+
+        Steps 1, 2, 4, 8 and 16 are and then every 16th, and all until there is a reading of the parameters that train.
+        """
+        step = self._steps + 1
+        regular = step % READ_EVERY == 0 or step & (step - 1) == 0
+        return regular or not self.scale.value or self._changed
+
+    @property
+    def _changed(self) -> bool:
+        return self._trainable() != self._trained
+
+    def _trainable(self) -> int:
+        return sum(p.requires_grad for group in self._optimizer.param_groups for p in group["params"])
+
+    def watch(self, reading: Reading, reduction: Reduction, rows: Callable[[Tensor], Tensor]) -> None:
+        """Has the backward that is about to begin tell the slopes of a loss; see :meth:`Slopes.watch`."""
+        if self._slopes is not None:
+            self._slopes.watch(reading, reduction, rows)
+
+    def begin_step(self) -> bool:
+        """Counts a step that is about to be made, and forgets readings of other parameters than those that train now.
+
+        Returns:
+            Whether there were any such.
+        """
+        self._steps += 1
+        if not self._changed:
+            return False
+        self._trained, self.scale = self._trainable(), type(self.scale)()
+        return True
+
+    def measure(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
+        """What this rank knows of the step that has begun; gradients are as they are before they are clipped.
+
+        Args:
+            grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
+            ratios: Each parameter group's rate over the first one's.
+            rank: This rank.
+            world_size: How many there are.
+
+        Returns:
+            Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (2,), and with
+            slopes (2 + 2 * world_size,).
+        """
+        read = directions.lengths(self._optimizer, grad_scale, ratios)
+        if self._slopes is not None:
+            read = torch.cat([read, self._slopes.slots(rank, world_size, read.device).flatten()])
+        # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
+        return torch.where(torch.isfinite(read), read, math.inf)
+
+    def take(self, agreed: Tensor) -> None:
+        """Takes in what all ranks have measured; this waits for the device."""
+        gradient, step, *slopes = agreed.tolist()
+        self.scale = self.scale.seen(gradient, step, *slopes_of_all(slopes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain values."""
+        return {"scale": asdict(self.scale), "trained": self._trained, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of :meth:`state_dict`."""
+        self.scale = type(self.scale)(**state["scale"])
+        self._trained, self._steps = state["trained"], state["steps"]
