@@ -317,7 +317,11 @@ class LastingEffective(Effective):
         assert controller.decision is not None
         decision = controller.decision
         observed = max(self.outputs * decision.activation_norm, self.least * decision.constant)
-        return min(math.sqrt(self.examples * self.even), 1 / (1 - beta)) / observed
+        return min(self.noise(), 1 / (1 - beta)) / observed
+
+    def noise(self) -> float:
+        """The root of the examples that count."""
+        return math.sqrt(self.examples * self.even)
 
     def read(self, scale: float, inverse: float) -> float:
         """The lasting scale; the rest smoothed, and at most its mean."""
@@ -328,6 +332,14 @@ class LastingEffective(Effective):
         rest = self.memory["rest"] if smoothed is None else math.sqrt(smoothed * self.memory["rest"])
         self.memory["smoothed rest"] = rest
         return lasting * min(rest, self.mean("rest mean", rest))
+
+
+class LinearEffective(LastingEffective):
+    """The same, linear in the examples that count."""
+
+    def noise(self) -> float:
+        """An eighth of them."""
+        return self.examples * self.even / 8
 
 
 class FallingEffective(LastingEffective):
@@ -379,7 +391,8 @@ KINDS: dict[str, Any] = {
     "schedulefree: mean of the first readings or of all": lambda ours: Lasting(ours, 10 / ROOT),
     "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
     "schedulefree: of slope and examples that count, falling": lambda ours: FallingEffective(ours, 1.0, 0.01),
-    "schedulefree: of slope and examples that count (default)": lambda ours: LastingEffective(ours, 1.0, 0.01),
+    "schedulefree: of slope and root of the examples that count": lambda ours: LastingEffective(ours, 1.0, 0.01),
+    "schedulefree: of slope and examples that count (default)": lambda ours: LinearEffective(ours, 1.0, 0.01),
 }
 MAKERS: dict[str, Any] = {
     "sgd": _sgd("linear", 1.0),

@@ -10,7 +10,7 @@ _MEANINGS = {
 }
 _LENGTHENING = {
     False: "what momentum does to the length of SGD's steps",
-    True: "what momentum and the noise of a batch do to the length of SGD's steps",
+    True: "what momentum and the examples that count do to the length of SGD's steps",
 }
 """By whether the loss was seen to have a slope."""
 _MEANS = {"grafted": "scale", "observed": "c * scale / observed", "schedule_free": "c / observed"}

@@ -432,12 +432,13 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
     Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
     y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
     of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as SGD's:
-    scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1, and
-    c = min((1 - beta) sqrt(n), 1) / (1 - beta); O and n are those of :func:`observed`. Where no slope was seen, the
-    rate is the lasting scale over (1 - beta) L.
+    scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1, and c = min(n / 8, 1 / (1 - beta));
+    O and n are those of :func:`observed`. Where no slope was seen, the rate is the lasting scale over (1 - beta) L.
 
     The average stands for a decay. So the scale is at least that of the first steps (:class:`LastingScale`): a rate
-    that fell with the gradients, as that of :func:`grafted` does, would decay once more.
+    that fell with the gradients, as that of :func:`grafted` does, would decay once more. What may fall is c / O, with
+    the root of the share of the examples that are not learned: n has that share for a factor, and O its root. The
+    8 has no other reason than that it did well.
 
     Args:
         seen: The constant that was seen, the scale, and the examples that count.
@@ -464,9 +465,8 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
 
 
 def schedule_free_lengthening(settings: Settings, examples: float) -> float:
-    """What :func:`schedule_free` makes of beta and the noise of so many examples: its c."""
-    share = 1 - _first_moment(settings)
-    return min(share * math.sqrt(examples), 1.0) / share
+    """What :func:`schedule_free` makes of so many examples and of beta: its c."""
+    return min(examples / 8, 1 / (1 - _first_moment(settings)))
 
 
 RULES: dict[str, Rule] = {
