@@ -13,7 +13,7 @@ _LENGTHENING = {
     True: "what momentum and the examples that count do to the length of SGD's steps",
 }
 """By whether the loss was seen to have a slope."""
-_MEANS = {"grafted": "scale", "observed": "c * scale / observed", "schedule_free": "c / observed"}
+_MEANS = {"grafted": "scale", "observed": "c scale / O", "schedule_free": "c / O"}
 """What the mean of a rule's readings is of."""
 
 
@@ -96,7 +96,7 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["scale"] is not None:
             rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
         if one["observed"] is not None:
-            rows.append(("observed", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
+            rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
         if one["lengthening"] is not None:
             of = _MEANS[one["rule"] if one["observed"] is not None else "grafted"]

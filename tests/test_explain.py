@@ -183,8 +183,7 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
         assert code == 0, err
         assert re.search(r"^rule +observed, for AdamW: ", out, re.M)
         scale, seen, count, longer, mean, rate = (
-            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1])
-            for name in ("scale", "observed", "n", "c", "mean", "rate")
+            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "O", "n", "c", "mean", "rate")
         )
         constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
         assert 0.01 * constant <= seen < constant
@@ -216,7 +215,7 @@ def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):
     assert re.search(r"^factor +0.0\d+, from LipschitzLR's own warm-up$", out, re.M)
     scale, beta, seen, count, longer, mean, rate = (
         float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1])
-        for name in ("scale", "beta", "observed", "n", "c", "mean", "rate")
+        for name in ("scale", "beta", "O", "n", "c", "mean", "rate")
     )
     constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
     assert 0.01 * constant < seen < constant
