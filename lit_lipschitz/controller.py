@@ -217,12 +217,13 @@ class Controller:
         measured = chosen.statistic.rows
         count: int | Tensor | None = reading.count
         weight: Any = self._weight(trainer, reading)
-        if self._pooled and self.policy.bound == "paper":
-            # Every place is a row; of the examples that are ignored they all are.
-            count = measured * (reading.count / reading.rows) if isinstance(reading.count, Tensor) else None
-        elif self._pooled and self._of_batch:
-            # The mean over an example's places is no longer than their root mean square.
-            weight = weight * (reading.rows / measured.clamp(min=1)).sqrt()
+        if self._pooled:
+            # Every place is a row; of the examples that are ignored all are.
+            places = measured * (reading.count / reading.rows)
+            count = places if self.policy.bound == "paper" else places.clamp(max=reading.count)
+            if self._of_batch:
+                # The mean over an example's places is no longer than their root mean square.
+                weight = weight * (count / places).sqrt()
         if self._group > 1 and not self._of_batch:
             weight = weight * self._group**0.5
         if self._unclear and self._of_batch and not self._pooled:

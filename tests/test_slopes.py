@@ -233,6 +233,22 @@ def test_the_noise_of_a_pooled_heads_batch_is_that_of_its_images_not_of_their_pl
     assert rates[1] == pytest.approx(rates[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "sample"])
+def test_the_noise_of_an_enlarged_map_is_that_of_the_places_it_was_made_from(norm):
+    class Enlarged(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0].reshape(4, WIDTH, 2, 2))
+            targets = batch[1].reshape(4, 2, 2).repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
+            return F.cross_entropy(F.interpolate(outputs, scale_factor=5), targets)
+
+    net = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.Tanh(), nn.Conv2d(4, CLASSES, 1))
+    callback = LipschitzLR(norm=norm, schedule="none")
+    module = Enlarged(lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9), net)
+    trainer(callback, max_steps=1).fit(module, loader())
+    assert callback.controllers[0].measurement.batch_size == 16
+    assert callback.rate == pytest.approx(0.1 * math.sqrt(16 / 2) / callback.constant)
+
+
 class Two(nn.Module):
     """Outputs of a network and something beside them, which has a gradient too."""
 
