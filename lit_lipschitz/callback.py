@@ -412,7 +412,9 @@ class LipschitzLR(Callback):
         if not self.restore:
             return
         settings = self._settings()
-        if set(state_dict.get("settings", ())) != set(settings) or "optimizers" not in state_dict:
+        states = state_dict.get("optimizers")
+        whole = states is not None and all("readings" in state for state in states.values())
+        if set(state_dict.get("settings", ())) != set(settings) or not whole:
             raise LitLipschitzError(
                 "LipschitzLR's state in the checkpoint is of another version of lit-lipschitz; resume with the version "
                 "that it was saved with, pass restore=False to measure anew, or start anew without the checkpoint"

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 
-from lit_lipschitz import ConfigurationError, LipschitzLR, rules
+from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.decision import Measurement, Policy
 from lit_lipschitz.losses import Loss
 
@@ -460,6 +460,20 @@ def test_a_run_that_is_resumed_has_the_rates_of_one_that_was_not():
     run.fit(Classifier(adamw), loader(), ckpt_path="half.ckpt")
     assert first.rates + second.rates == whole.rates
     assert 0 < callback.controllers[0].decision.observed < callback.constant
+
+
+def test_a_checkpoint_from_before_there_were_slopes_is_refused_by_name():
+    run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
+    run.fit(Classifier(adamw), loader())
+    run.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt")
+    del checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["readings"]
+    torch.save(checkpoint, "old.ckpt")
+    with pytest.raises(LitLipschitzError, match="another version of lit-lipschitz.*restore=False"):
+        trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(Classifier(adamw), loader(), ckpt_path="old.ckpt")
+    fresh = LipschitzLR(restore=False, schedule="none")
+    trainer(fresh, max_epochs=2).fit(Classifier(adamw), loader(), ckpt_path="old.ckpt")
+    assert fresh.rate > 0
 
 
 def test_what_is_logged_has_the_constant_that_was_seen():
