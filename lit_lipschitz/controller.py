@@ -98,6 +98,7 @@ class Controller:
         self._factor = 1.0  # of the loss, where a pass does not see it
         self._outputs = 0  # of the head that the loss is taken of, or classes; 0 until they are known
         self._group = 1  # rows of the head that one target is chosen among
+        self._head_weight: Tensor | None = None  # of the affine map that the loss was found to be taken of
         self._joined = False  # whether outputs of several calls were put together
         self._unclear = False  # whether the graph does not tell what comes between the head and the loss
         self._unknown: ConfigurationError | None = None  # why the last loss was not taken
@@ -203,7 +204,7 @@ class Controller:
         running = self.options.measure == "running"
         readings = self._readings if self._readings and self._readings.sloped and self._readings.due else None
         reading = self._read(loss) if running or readings else None
-        if readings and reading is not None:
+        if readings and reading is not None and self._is_own(loss):
             readings.watch(reading, self._loss.reduction, self._by_example(reading.dim))
         if not running:
             return
@@ -219,7 +220,7 @@ class Controller:
         weight: Any = self._weight(trainer, reading)
         if self._pooled:
             # Every place is a row; of the examples that are ignored all are.
-            places = measured * (reading.count / reading.rows)
+            places = measured.clamp(min=1) * (reading.count / reading.rows)
             count = places if self.policy.bound == "paper" else places.clamp(max=reading.count)
             if self._of_batch:
                 # The mean over an example's places is no longer than their root mean square.
@@ -233,13 +234,27 @@ class Controller:
             weight = weight * reading.stretch
         chosen.statistic.finish(count, outputs, reading.calls, weight)
 
+    def _is_own(self, loss: Tensor) -> bool:
+        """Whether a loss of the kind is taken of the same affine map as the one that was found, as far as is known."""
+        assert self._loss is not None
+        if self.probes.chosen is None or hasattr(self.probes.chosen.weight, "full_tensor"):
+            return True  # of a sharded head the graph has another tensor each time
+        heads = graph.term_heads(loss, self._loss.name, among_terms=self.options.loss != "auto")
+        return any(graph.same_weight(head, self._head_weight) for head in heads)
+
     def _by_example(self, dim: int | None) -> Callable[[Tensor], Tensor]:
         """Brings outputs to the shape (examples, outputs), by the dimension of the classes where there is one."""
         head, outputs = self.head, self._outputs
         assert head is not None
-        if dim is None:
-            return lambda values: inspection.output_rows(head, values, outputs)
-        return lambda values: values.movedim(dim, -1).reshape(-1, values.shape[dim])
+
+        def rows(values: Tensor) -> Tensor:
+            # Where they were moved, the only dimension of that size tells.
+            fitting = [i for i, size in enumerate(values.shape) if size == outputs] if dim is None else [dim]
+            if len(fitting) != 1:
+                return inspection.output_rows(head, values, outputs)
+            return values.movedim(fitting[0], -1).reshape(-1, values.shape[fitting[0]])
+
+        return rows
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
         """The factor by which a batch's loss is more than a mean, as far as the batch's norm goes."""
@@ -367,7 +382,7 @@ class Controller:
         if found is None:
             return
         self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)
-        self._joined = found.joined
+        self._joined, self._head_weight = found.joined, found.head_weight
         self._check_inputs(chosen, found.inputs)
         measured = int(chosen.statistic.rows) if self.options.measure == "running" else 0
         if self.options.head == "auto" and not self._pooled and measured >= 2 * found.head_rows:
@@ -470,8 +485,8 @@ class Controller:
         """Reads the step, where the rule asks for it and it is due; one reduction."""
         if self._readings is None:
             return False
-        due = self._readings.due
-        if self._readings.begin_step():
+        due = self._readings.begin_step()
+        if self._readings.anew:
             self._rule_state = rules.RuleState()
         if not due:
             return False

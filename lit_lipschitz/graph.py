@@ -249,6 +249,18 @@ def read_loss(
     return _together(readings) if len(readings) > 1 else next(iter(readings), None)
 
 
+def term_heads(loss: Tensor, name: LossName, *, among_terms: bool = False) -> list[Tensor | None]:
+    """The weights of the affine maps that the terms of a loss are taken of, None where the graph does not tell.
+
+    Args:
+        loss: As for :func:`find_loss`.
+        name: Which loss it was found to be.
+        among_terms: As for :func:`read_loss`.
+    """
+    terms = _terms(loss.grad_fn, name if among_terms else None) if loss.grad_fn is not None else []
+    return [_affine(match.below, match.name).weight for _, match in terms if match.name == name]
+
+
 def _of_head(terms: "list[_Term]", head: Tensor | None) -> "list[_Term]":
     """The terms that are taken of a head; where the graph shows none to be, those of which it does not tell."""
     if head is None:

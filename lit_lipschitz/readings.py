@@ -26,14 +26,20 @@ class StepReadings:
         optimizer: One of :data:`lit_lipschitz.directions.DIRECTIONS`.
         scale: What is made of the lengths, before the first reading.
         sloped: Whether to look at the slopes of the loss too.
+
+    Attributes:
+        scale: What is made of the lengths and slopes so far.
+        anew: Whether the readings began anew with the last step.
     """
 
     def __init__(self, optimizer: Optimizer, scale: StepScale, sloped: bool) -> None:
         self.scale = scale
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
+        self.anew = False
         self._trained = 0  # parameters that the readings are of
         self._steps = 0  # of the run
+        self._again = False
 
     @property
     def sloped(self) -> bool:
@@ -44,18 +50,11 @@ class StepReadings:
     def due(self) -> bool:
         """Whether the optimizer step that comes, before :meth:`begin_step`, is to be read, as all ranks know alike.
 
-        Steps 1, 2, 4, 8 and 16 are and then every 16th, and all until there is a reading of the parameters that train.
+        Steps 1, 2, 4, 8 and 16 are and then every 16th, all until there is a reading, and the one after other
+        parameters have begun to train. The step with which they do is read as well.
         """
         step = self._steps + 1
-        regular = step % READ_EVERY == 0 or step & (step - 1) == 0
-        return regular or not self.scale.value or self._changed
-
-    @property
-    def _changed(self) -> bool:
-        return self._trainable() != self._trained
-
-    def _trainable(self) -> int:
-        return sum(p.requires_grad for group in self._optimizer.param_groups for p in group["params"])
+        return step % READ_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._again
 
     def watch(self, reading: Reading, reduction: Reduction, rows: Callable[[Tensor], Tensor]) -> None:
         """Has the backward that is about to begin tell the slopes of a loss; see :meth:`Slopes.watch`."""
@@ -66,13 +65,17 @@ class StepReadings:
         """Counts a step that is about to be made, and forgets readings of other parameters than those that train now.
 
         Returns:
-            Whether there were any such.
+            Whether the step is to be read.
         """
+        due, self._again = self.due, False
         self._steps += 1
-        if not self._changed:
-            return False
-        self._trained, self.scale = self._trainable(), type(self.scale)()
-        return True
+        # Now, since for other optimizers' losses parameters may be frozen for a while.
+        trained = sum(p.requires_grad for group in self._optimizer.param_groups for p in group["params"])
+        self.anew = trained != self._trained
+        if self.anew:
+            self._trained, self.scale = trained, type(self.scale)()
+            self._again = self.sloped and not due  # without a look at the slopes
+        return due or self.anew
 
     def measure(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
         """What this rank knows of the step that has begun; gradients are as they are before they are clipped.
@@ -100,9 +103,9 @@ class StepReadings:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
-        return {"scale": asdict(self.scale), "trained": self._trained, "steps": self._steps}
+        return {"scale": asdict(self.scale), "trained": self._trained, "steps": self._steps, "again": self._again}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
         self.scale = type(self.scale)(**state["scale"])
-        self._trained, self._steps = state["trained"], state["steps"]
+        self._trained, self._steps, self._again = state["trained"], state["steps"], state["again"]

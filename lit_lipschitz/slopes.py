@@ -54,8 +54,8 @@ class Slopes:
         for norms, factor, count in batches:
             if norms:
                 # Gradients of several losses of the same outputs add up to no more than their norms do.
-                root, total = torch.stack(norms).sum(dim=0).to(device) / factor
-                found.append(torch.stack([root * root * count, total]))
+                root, total = torch.stack(norms).sum(dim=0) / factor
+                found.append(torch.stack([root * root * count, total]).to(device))
         slots = torch.zeros(2, world_size, device=device)
         if found:
             slots[:, rank] = torch.stack(found).mean(dim=0)
@@ -80,11 +80,14 @@ def _keeper(
     norms: list[Tensor], place: int, rows: Callable[[Tensor], Tensor]
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
     """A hook of a node that keeps, of one of the gradients that come in, its norm and the sum of its rows' norms."""
+    seen = False
 
     def keep(grads: tuple[Tensor | None, ...]) -> None:
+        nonlocal seen
         grad: Any = grads[place]
-        if grad is None:
+        if grad is None or seen:  # a graph that is retained may have other backwards
             return
+        seen = True
         grad = grad.detach()
         if hasattr(grad, "full_tensor"):  # of outputs that are sharded, put together by all ranks
             grad = grad.full_tensor()

@@ -193,7 +193,7 @@ def test_the_scale_is_the_mean_of_the_first_five_readings_or_of_all_if_that_is_l
     assert scale.seen(15.0, 1.0).value == pytest.approx(5.0)
 
 
-def test_a_rate_that_began_with_vanishing_gradients_grows_with_them():
+def test_a_scale_that_began_with_vanishing_gradients_grows_with_them():
     callback, module = LipschitzLR(schedule="none"), Free()
     layers = [layer for _ in range(8) for layer in (torch.nn.Linear(16, 16), torch.nn.ReLU())]
     module.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), *layers, torch.nn.Linear(16, 3))

@@ -294,6 +294,136 @@ def test_a_loss_that_is_made_by_hand_has_the_slope_of_its_own_batch():
     assert slope_of(ByHandOptimized(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
 
 
+class Pair(L.LightningModule):
+    """Two heads with losses of one kind, each with an optimizer, stepped by hand; the second one is far steeper."""
+
+    def __init__(self, toggle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.parts = nn.ModuleList([nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)])
+        self.toggle = toggle
+
+    def training_step(self, batch, batch_idx):
+        for i in (1, 1, 0):  # the second one twice
+            optimizer = self.optimizers()[i]
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[i]((1 + 30 * i) * batch[0]), batch[1]))
+            optimizer.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in self.parts]
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_the_losses_of_other_heads_do_not_enter(toggle):
+    class Alone(Pair):
+        def training_step(self, batch, batch_idx):
+            self.optimizers()[0].zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[0](batch[0]), batch[1]))
+            self.optimizers()[0].step()
+
+    measured = []
+    for module in (Alone(False), Pair(toggle)):
+        callback = LipschitzLR(optimizers=0, dry_run=True, schedule="none")
+        trainer(callback, max_epochs=3).fit(module, loader())
+        measured.append(callback.controllers[0].measurement)
+    assert measured[1].slope == pytest.approx(measured[0].slope, rel=1e-5)
+    assert measured[1].mean_slope == pytest.approx(measured[0].mean_slope, rel=1e-5)
+
+
+def test_parameters_that_thaw_have_a_slope_again_in_the_next_step():
+    """What is read of the step with which they thaw has none: nothing had said so before its backward."""
+
+    class Thawing(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.net[0].requires_grad_(self.global_step >= 20)
+
+    class Look(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.seen.append(callback.controllers[0].decision.observed)
+
+    callback = LipschitzLR(schedule="none")
+    module = Thawing(adamw)
+    module.net[0].requires_grad_(False)
+    trainer(callback, look := Look(), max_epochs=4).fit(module, loader())
+    assert [step for step, seen in enumerate(look.seen) if not seen] == [21]
+    assert len(look.seen) == 24
+
+
+MOVED = {
+    "maps": (lambda z: z.permute(0, 2, 3, 1), lambda: nn.Conv2d(WIDTH, CLASSES, 1), (4, WIDTH, 2, 2)),
+    "tokens": (lambda z: z.transpose(1, 2), lambda: nn.Linear(WIDTH, CLASSES), (4, 4, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_outputs_that_are_moved_before_an_elementwise_loss_have_the_same_examples(name):
+    move, head, shape = MOVED[name]
+
+    class Moved(Classifier):
+        def training_step(self, batch, batch_idx, moved=True):
+            outputs = self.net(batch[0].reshape(shape))
+            outputs = move(outputs) if self.moved else outputs
+            targets = torch.zeros_like(outputs)
+            targets[0] = 9.0  # so that the examples are not alike
+            return F.mse_loss(outputs, targets)
+
+    measured = []
+    for moved in (False, True):
+        torch.manual_seed(0)
+        module = Moved(adamw, nn.Sequential(head()))
+        module.moved = moved
+        slope_of(module, callback := LipschitzLR(schedule="none"))
+        measured.append(callback.controllers[0].measurement)
+    assert measured[1].mean_slope == pytest.approx(measured[0].mean_slope, rel=1e-5)
+    assert measured[0].mean_slope < 0.95 * measured[0].slope
+
+
+def test_a_loss_without_a_run_of_the_pooled_head_is_no_accident():
+    class Sometimes(Pair):
+        def __init__(self):
+            super().__init__(False)
+            self.parts = nn.ModuleList([nn.Conv2d(WIDTH, 1, 1), nn.Conv2d(WIDTH, 1, 1)])
+
+        def training_step(self, batch, batch_idx):
+            for i in (0, 1):
+                self.optimizers()[i].zero_grad()
+                outputs = self.parts[i](batch[0][:, :, None, None].expand(-1, -1, 3, 3)).mean(dim=(2, 3))
+                self.manual_backward(F.binary_cross_entropy_with_logits(outputs, (batch[1] == 1).float()[:, None]))
+                self.optimizers()[i].step()
+
+    callback = LipschitzLR(optimizers=[0, 1], on_nonfinite="raise", schedule="none")
+    trainer(callback, max_epochs=2).fit(Sometimes(), loader())
+    assert [one.measurement.dropped for one in callback.controllers.values()] == [0, 0]
+
+
+def test_a_second_backward_of_one_graph_counts_once():
+    class Twice(Classifier):
+        def __init__(self):
+            super().__init__(adamw)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    torch.manual_seed(0)
+    expected = slope_of(Classifier(adamw))
+    torch.manual_seed(0)
+    assert slope_of(Twice(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
+
+
 def test_a_pass_over_the_training_set_has_the_slope_of_the_batch_that_trains():
     torch.manual_seed(0)
     expected = slope_of(Classifier(adamw))
