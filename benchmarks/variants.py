@@ -384,7 +384,7 @@ KINDS: dict[str, Any] = {
     "adamw: of the slope as seen, at least 0.2, with the noise": lambda ours: Share(ours, 1.0, 0.2),
     "adamw: of the slope as seen, at least 0.3, with the noise": lambda ours: Share(ours, 1.0, 0.3),
     "adamw: of slope and half of the examples that count": lambda ours: Effective(ours, 1.0, 0.1, 2.0),
-    "adamw: of slope and examples that count (default)": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
+    "adamw: of slope and examples that count (as the default)": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),
@@ -392,7 +392,7 @@ KINDS: dict[str, Any] = {
     "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
     "schedulefree: of slope and examples that count, falling": lambda ours: FallingEffective(ours, 1.0, 0.01),
     "schedulefree: of slope and root of the examples that count": lambda ours: LastingEffective(ours, 1.0, 0.01),
-    "schedulefree: of slope and examples that count (default)": lambda ours: LinearEffective(ours, 1.0, 0.01),
+    "schedulefree: of slope and examples that count (as the default)": lambda ours: LinearEffective(ours, 1.0, 0.01),
 }
 MAKERS: dict[str, Any] = {
     "sgd": _sgd("linear", 1.0),

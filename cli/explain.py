@@ -150,7 +150,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         **_constant(trainer, controller),
         "L": decision.constant or None,
         "rule": rule,
-        "rule_says": (rules.RULES[rule].__doc__ or "").partition("\n")[0],
+        "rule_says": _rule_says(rule, sloped=bool(decision.observed)),
         "rate": decision.lr,
         "limit": decision.cap or None,
         "by_hand": options.initial_lr if not decision.constant else None,
@@ -168,6 +168,14 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "lr_of_groups": rates,
         "dry_run": options.dry_run,
     }
+
+
+def _rule_says(rule: str, sloped: bool) -> str:
+    """The rule in a sentence; two have another one where no slope was seen."""
+    if rule == "schedule_free" and not sloped:
+        return "Schedule-Free AdamW, beta the first of its betas: rate = lasting scale / ((1 - beta) L)."
+    rule = "grafted" if rule == "observed" and not sloped else rule
+    return (rules.RULES[rule].__doc__ or "").partition("\n")[0]
 
 
 def _lengthening(controller: Controller, rule: str) -> float | None:

@@ -9,10 +9,11 @@ _MEANINGS = {
     "curvature": "the most that an example's loss can be curved in the head's outputs",
 }
 _LENGTHENING = {
-    False: "what momentum does to the length of SGD's steps",
-    True: "what momentum and the examples that count do to the length of SGD's steps",
+    "grafted": "what momentum does to the length of SGD's steps",
+    "observed": "what momentum and the noise of n examples do to the length of SGD's steps",
+    "schedule_free": "what n examples and beta allow",
 }
-"""By whether the loss was seen to have a slope."""
+"""What the c of a rule is."""
 _MEANS = {"grafted": "scale", "observed": "c scale / O", "schedule_free": "c / O"}
 """What the mean of a rule's readings is of."""
 
@@ -99,10 +100,10 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
         if one["lengthening"] is not None:
-            of = _MEANS[one["rule"] if one["observed"] is not None else "grafted"]
+            kind = one["rule"] if one["observed"] is not None else "grafted"
             rows += [
-                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[one['observed'] is not None]}"),
-                ("mean", f"{one['mean']:.6g}, of {of} over the readings so far"),
+                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[kind]}"),
+                ("mean", f"{one['mean']:.6g}, of {_MEANS[kind]} over the readings so far"),
             ]
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))

@@ -223,6 +223,7 @@ def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):
     assert rate == pytest.approx(scale * min(longer / seen, mean), rel=1e-4)
     code, out, err = lit("explain", *arguments, "--lipschitz.bound", "smooth")
     assert code == 0, err
+    assert re.search(r"^rule .*: rate = lasting scale / \(\(1 - beta\) L\)\.$", out, re.M)
     scale, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "rate"))
     constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
     assert rate == pytest.approx(scale / ((1 - beta) * constant), rel=1e-4)
