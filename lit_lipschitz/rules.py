@@ -381,7 +381,7 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     O = \|G\|_F \|A\|_F, A being the head's inputs: by the inequality of Cauchy and Schwarz still a bound of the
     gradient G'A in the head's weights, at the weights that there are. scale / O has \|g\| / (\|G\|_F \|A\|_F) in it:
     how much of the examples' gradients does not cancel, and how much the other layers have. So the rate does not fall
-    with the loss or with activations that grow, as that of :func:`grafted` does.
+    with the loss, as that of :func:`grafted` does, and falls less with activations that grow.
 
     c = min((1 - b) sqrt(n), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
     momentum does to the length of SGD's steps where gradients are independent. The first one has, as :func:`noise`,
