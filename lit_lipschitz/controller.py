@@ -1,7 +1,7 @@
 """Controls the rate of one optimizer: measure, reduce, decide, write."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -204,8 +204,8 @@ class Controller:
         running = self.options.measure == "running"
         readings = self._readings if self._readings and self._readings.sloped and self._readings.due else None
         reading = self._read(loss) if running or readings else None
-        if readings and reading is not None and self._is_own(loss):
-            readings.watch(reading, self._loss.reduction, self._by_example(reading.dim))
+        if readings and reading is not None and (edges := self._own_edges(loss)):
+            readings.watch(reading, edges, self._loss.reduction, self._by_example)
         if not running:
             return
         self._open = False
@@ -216,7 +216,7 @@ class Controller:
         if self._loss.needs_outputs(self.policy.bound):
             outputs = tuple(inspection.output_rows(chosen.head, part, self._outputs) for part in reading.outputs)
         measured = chosen.statistic.rows
-        count: int | Tensor | None = reading.count
+        count = reading.count
         weight: Any = self._weight(trainer, reading)
         if self._pooled:
             # Every place is a row; of the examples that are ignored all are.
@@ -234,27 +234,22 @@ class Controller:
             weight = weight * reading.stretch
         chosen.statistic.finish(count, outputs, reading.calls, weight)
 
-    def _is_own(self, loss: Tensor) -> bool:
-        """Whether a loss of the kind is taken of the same affine map as the one that was found, as far as is known."""
+    def _own_edges(self, loss: Tensor) -> list[graph.Edge]:
+        """Where the gradients of a loss of the kind go, if it is of the affine map that was found, as far as known."""
         assert self._loss is not None
+        edges = graph.find_edges(loss, self._loss.name, among_terms=self.options.loss != "auto")
         if self.probes.chosen is None or hasattr(self.probes.chosen.weight, "full_tensor"):
-            return True  # of a sharded head the graph has another tensor each time
-        heads = graph.term_heads(loss, self._loss.name, among_terms=self.options.loss != "auto")
-        return any(graph.same_weight(head, self._head_weight) for head in heads)
+            return edges  # of a sharded head the graph has another tensor each time
+        return [edge for edge in edges if graph.same_weight(edge.head_weight, self._head_weight)]
 
-    def _by_example(self, dim: int | None) -> Callable[[Tensor], Tensor]:
-        """Brings outputs to the shape (examples, outputs), by the dimension of the classes where there is one."""
-        head, outputs = self.head, self._outputs
-        assert head is not None
-
-        def rows(values: Tensor) -> Tensor:
-            # Where they were moved, the only dimension of that size tells.
-            fitting = [i for i, size in enumerate(values.shape) if size == outputs] if dim is None else [dim]
-            if len(fitting) != 1:
-                return inspection.output_rows(head, values, outputs)
-            return values.movedim(fitting[0], -1).reshape(-1, values.shape[fitting[0]])
-
-        return rows
+    def _by_example(self, values: Tensor, dim: int | None) -> Tensor:
+        """Outputs in the shape (examples, outputs), by the dimension of the classes where there is one."""
+        assert self.head is not None
+        # Where they were moved, the only dimension of that size tells.
+        fitting = [i for i, size in enumerate(values.shape) if size == self._outputs] if dim is None else [dim]
+        if len(fitting) != 1:
+            return inspection.output_rows(self.head, values, self._outputs)
+        return values.movedim(fitting[0], -1).reshape(-1, values.shape[fitting[0]])
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
         """The factor by which a batch's loss is more than a mean, as far as the batch's norm goes."""

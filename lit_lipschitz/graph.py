@@ -66,8 +66,6 @@ class Reading:
         outputs: The head's outputs and the targets, where their sizes matter; else empty.
         calls: Calls of the head whose outputs were put together.
         stretch: The factor of the head's outputs, as of a temperature.
-        edges: Where the gradients in the head's outputs enter the graph below: a node and the place among its outputs.
-        dim: The dimension of the classes in what a cross-entropy is taken of, from 0; None for the other losses.
     """
 
     count: int | Tensor
@@ -77,8 +75,23 @@ class Reading:
     outputs: tuple[Tensor, ...] = ()
     calls: int = 1
     stretch: float | Tensor = 1.0
-    edges: tuple[tuple[Any, int], ...] = ()
-    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where the gradient in the outputs that a loss is taken of enters the graph below.
+
+    Attributes:
+        node: The node that made the outputs.
+        place: Which of its results they are.
+        dim: The dimension of the classes in what a cross-entropy is taken of, from 0; None for the other losses.
+        head_weight: The weight of the affine map behind them, None where the graph does not tell.
+    """
+
+    node: Any
+    place: int
+    dim: int | None
+    head_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -129,13 +142,14 @@ class _Match:
         return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
 
     @property
-    def edge(self) -> tuple[Any, int]:
-        """The node that made the outputs, and which of its results they are."""
-        node = self.log_softmax or self.node
+    def edge(self) -> Edge:
+        """Where the gradient in the outputs goes."""
+        node, weight = self.log_softmax or self.node, _affine(self.below, self.name).weight
+        dim = None if self.log_softmax is None else _dim(self.log_softmax, self.log_softmax._saved_result.ndim)
         while True:
             for below, place in node.next_functions:
                 if below is self.below:
-                    return below, place
+                    return Edge(below, place, dim, weight)
             node = _next(node)[0]
 
     def reading(self, num_outputs: int, scale: float | Tensor, joined: bool) -> Reading:
@@ -146,14 +160,13 @@ class _Match:
             outputs: tuple[Tensor, ...] = ()
             if self.name == "mean_squared_error":
                 outputs = (self.node._saved_self.detach(), self.node._saved_target.detach())
-            return Reading(rows, self.elements, scale, rows, outputs, maker.calls, stretch, (self.edge,))
+            return Reading(rows, self.elements, scale, rows, outputs, maker.calls, stretch)
         count: int | Tensor = self.elements
         if not self.each and self.probabilities is None:
             count = self.node._saved_total_weight
             if self.node._saved_weight is not None:
                 count = (self.node._saved_target != self.node._saved_ignore_index).sum()
-        dim = _dim(self.log_softmax, self.log_softmax._saved_result.ndim)
-        return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch, edges=(self.edge,), dim=dim)
+        return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch)
 
 
 def find_loss(loss: Tensor) -> FoundLoss:
@@ -249,8 +262,8 @@ def read_loss(
     return _together(readings) if len(readings) > 1 else next(iter(readings), None)
 
 
-def term_heads(loss: Tensor, name: LossName, *, among_terms: bool = False) -> list[Tensor | None]:
-    """The weights of the affine maps that the terms of a loss are taken of, None where the graph does not tell.
+def find_edges(loss: Tensor, name: LossName, *, among_terms: bool = False) -> list[Edge]:
+    """Where the gradients in the outputs that the terms of a loss are taken of go, each once.
 
     Args:
         loss: As for :func:`find_loss`.
@@ -258,7 +271,8 @@ def term_heads(loss: Tensor, name: LossName, *, among_terms: bool = False) -> li
         among_terms: As for :func:`read_loss`.
     """
     terms = _terms(loss.grad_fn, name if among_terms else None) if loss.grad_fn is not None else []
-    return [_affine(match.below, match.name).weight for _, match in terms if match.name == name]
+    edges = [match.edge for _, match in terms if match.name == name]
+    return list({(edge.node, edge.place): edge for edge in edges}.values())
 
 
 def _of_head(terms: "list[_Term]", head: Tensor | None) -> "list[_Term]":
@@ -282,8 +296,7 @@ def _together(readings: list[Reading]) -> Reading:
         if [part.shape for part in reading.outputs] == [part.shape for part in outputs]:
             pairs = zip(outputs, reading.outputs, strict=True)
             outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
-    edges = tuple(dict.fromkeys(edge for reading in readings for edge in reading.edges))
-    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, edges=edges)
+    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs)
 
 
 def _least(one: int | Tensor, other: int | Tensor) -> int | Tensor:

@@ -1,7 +1,7 @@
 """Readings, now and then, of how long an optimizer's step is that rescales the gradient, and how steep the loss is."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from lit_lipschitz import directions
 from lit_lipschitz.constants import Reduction
-from lit_lipschitz.graph import Reading
+from lit_lipschitz.graph import Edge, Reading
 from lit_lipschitz.rules import StepScale
-from lit_lipschitz.slopes import Slopes, slopes_of_all
+from lit_lipschitz.slopes import Rows, Slopes, slopes_of_all
 
 READ_EVERY = 16
 """Optimizer steps between readings, once the first 16 are over."""
@@ -56,10 +56,10 @@ class StepReadings:
         step = self._steps + 1
         return step % READ_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._again
 
-    def watch(self, reading: Reading, reduction: Reduction, rows: Callable[[Tensor], Tensor]) -> None:
+    def watch(self, reading: Reading, edges: Sequence[Edge], reduction: Reduction, rows: Rows) -> None:
         """Has the backward that is about to begin tell the slopes of a loss; see :meth:`Slopes.watch`."""
         if self._slopes is not None:
-            self._slopes.watch(reading, reduction, rows)
+            self._slopes.watch(reading, edges, reduction, rows)
 
     def begin_step(self) -> bool:
         """Counts a step that is about to be made, and forgets readings of other parameters than those that train now.

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.constants import Reduction
-from lit_lipschitz.graph import Reading
+from lit_lipschitz.graph import Edge, Reading
+
+Rows = Callable[[Tensor, int | None], Tensor]
+"""From outputs, and the dimension of the classes where there is one, to the shape (examples, outputs)."""
 
 
 class Slopes:
@@ -22,11 +25,12 @@ class Slopes:
     def __init__(self) -> None:
         self._batches: list[tuple[list[Tensor], Any, Any]] = []
 
-    def watch(self, reading: Reading, reduction: Reduction, rows: Callable[[Tensor], Tensor]) -> None:
+    def watch(self, reading: Reading, edges: Sequence[Edge], reduction: Reduction, rows: Rows) -> None:
         """Has the backward of a loss, which is about to begin, add its slopes.
 
         Args:
             reading: What the loss is taken of.
+            edges: Where its gradients go.
             reduction: Whether it is a mean or a sum over the examples.
             rows: Brings what is shaped like the outputs that the loss is taken of to the shape (examples, outputs).
         """
@@ -34,8 +38,8 @@ class Slopes:
         summed: Any = reading.elements if reduction == "sum" else 1
         factor: Any = abs(reading.scale) * summed
         self._batches.append((norms, factor, reading.count))
-        for node, place in reading.edges:
-            node.register_prehook(_keeper(norms, place, rows))
+        for edge in edges:
+            edge.node.register_prehook(_keeper(norms, edge, rows))
 
     def slots(self, rank: int, world_size: int, device: torch.device) -> Tensor:
         """This rank's slopes since the last call, which are forgotten, among zeros for the others.
@@ -76,11 +80,9 @@ def slopes_of_all(slots: Sequence[float]) -> tuple[float, float]:
     return math.sqrt(sum(squares) / len(seen)), sum(means) / len(seen)
 
 
-def _keeper(
-    norms: list[Tensor], place: int, rows: Callable[[Tensor], Tensor]
-) -> Callable[[tuple[Tensor | None, ...]], None]:
+def _keeper(norms: list[Tensor], edge: Edge, rows: Rows) -> Callable[[tuple[Tensor | None, ...]], None]:
     """A hook of a node that keeps, of one of the gradients that come in, its norm and the sum of its rows' norms."""
-    seen = False
+    seen, place, dim = False, edge.place, edge.dim  # a node that its own hook holds would not be freed
 
     def keep(grads: tuple[Tensor | None, ...]) -> None:
         nonlocal seen
@@ -92,7 +94,7 @@ def _keeper(
         if hasattr(grad, "full_tensor"):  # of outputs that are sharded, put together by all ranks
             grad = grad.full_tensor()
         grad = grad.float() if grad.dtype == torch.float64 else grad
-        lengths: Tensor = torch.linalg.vector_norm(rows(grad), dim=1, dtype=torch.float32)
+        lengths: Tensor = torch.linalg.vector_norm(rows(grad, dim), dim=1, dtype=torch.float32)
         norms.append(torch.stack([torch.linalg.vector_norm(lengths), lengths.sum()]))
 
     return keep

@@ -76,6 +76,17 @@ class Steps(L.Callback):
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
 
 
+def adamws_scale(optimizer: Any, gradients: list[Tensor]) -> float:
+    """Length of the gradient over that of AdamW's update at a rate of 1, from torch's own state after the step."""
+    updates = []
+    for parameter in optimizer.param_groups[0]["params"]:
+        state = optimizer.state[parameter]
+        t = state["step"].item()
+        updates.append((state["exp_avg"] / (1 - 0.9**t)) / ((state["exp_avg_sq"] / (1 - 0.999**t)) ** 0.5 + 1e-8))
+    long, short = (sum((part.double() ** 2).sum().item() for part in parts) ** 0.5 for parts in (gradients, updates))
+    return long / short
+
+
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Each test runs in an empty folder, with a seed, without the caller's data and without Lightning's advice."""

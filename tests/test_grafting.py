@@ -5,7 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import EXAMPLES, Classifier, Steps, examples, loader, trainer
+from conftest import EXAMPLES, Classifier, Steps, adamws_scale, examples, loader, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -68,17 +68,7 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
             self.grads = [p.grad.clone() for p in pl_module.parameters()]
 
         def on_train_batch_end(self, trainer, pl_module, *_):
-            optimizer, updates = trainer.optimizers[0], []
-            for parameter in pl_module.parameters():
-                state = optimizer.state[parameter]
-                t = state["step"].item()
-                updates.append(
-                    (state["exp_avg"] / (1 - 0.9**t)) / ((state["exp_avg_sq"] / (1 - 0.999**t)) ** 0.5 + 1e-8)
-                )
-            length = [
-                math.sqrt(sum((part.double() ** 2).sum().item() for part in parts)) for parts in (self.grads, updates)
-            ]
-            ratios.append((length[0] / length[1], callback.constant))
+            ratios.append((adamws_scale(trainer.optimizers[0], self.grads), callback.constant))
 
     rates = fit(callback, Classifier(lambda p: torch.optim.AdamW(p, lr=1.0)), Look(), max_epochs=8)
     recent, history, expected = None, [], []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
-from conftest import CLASSES, WIDTH, Classifier, Steps, loader, trainer
+from conftest import CLASSES, WIDTH, Classifier, Steps, adamws_scale, loader, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -484,19 +484,9 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
             self.gradients = [p.grad.clone() for p in pl_module.parameters()]
 
         def on_train_batch_end(self, trainer, pl_module, *_):
-            optimizer, updates = trainer.optimizers[0], []
-            for parameter in pl_module.parameters():
-                state = optimizer.state[parameter]
-                t = state["step"].item()
-                updates.append(
-                    (state["exp_avg"] / (1 - 0.9**t)) / ((state["exp_avg_sq"] / (1 - 0.999**t)) ** 0.5 + 1e-8)
-                )
-            long, short = (
-                math.sqrt(sum((part.double() ** 2).sum().item() for part in parts))
-                for parts in (self.gradients, updates)
-            )
-            self.read.append((long / short, *self.slopes, callback.constant))
-            self.rates.append(optimizer.param_groups[0]["lr"])
+            scale = adamws_scale(trainer.optimizers[0], self.gradients)
+            self.read.append((scale, *self.slopes, callback.constant))
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     callback = LipschitzLR(schedule="none")
     trainer(callback, look := Look(), max_epochs=8).fit(Classifier(adamw), loader())
