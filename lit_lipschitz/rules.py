@@ -34,7 +34,7 @@ References:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,6 @@ class RuleState:
         return replace(self, square=square, square_weight=weight, largest=max(self.largest, square))
 
 
-Scale = TypeVar("Scale", bound="StepScale")
-
-
 @dataclass(frozen=True)
 class StepScale:
     """Length of the gradient over that of the optimizer's step at a rate of 1, from readings now and then.
@@ -113,7 +110,7 @@ class StepScale:
     slope: float = 0.0
     mean_slope: float = 0.0
 
-    def seen(self: Scale, gradient: float, step: float, slope: float = 0.0, mean_slope: float = 0.0) -> Scale:
+    def seen(self, gradient: float, step: float, slope: float = 0.0, mean_slope: float = 0.0) -> "StepScale":
         """The state with a reading taken in; what is not a positive finite number is left out.
 
         Args:
