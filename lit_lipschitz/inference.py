@@ -1,14 +1,22 @@
-"""The papers' way to measure: a pass in inference mode over the training set, before every epoch."""
+"""The training set read once more: for the papers' way to measure, and for BatchNorm of averaged weights."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lit_lipschitz.errors import ConfigurationError
+
+NORM_BATCHES = 50
+"""Batches that BatchNorm's statistics are taken from, as Schedule-Free's authors do."""
 
 
 def inference_pass(trainer: Trainer, module: LightningModule) -> None:
@@ -29,18 +37,64 @@ def inference_pass(trainer: Trainer, module: LightningModule) -> None:
             forward takes other arguments.
     """
     batches = _batches(trainer, module)
+    if batches is None:
+        raise ConfigurationError(
+            "LipschitzLR(measure='pass') reads the training set once more before every epoch, and "
+            f"{_unreadable(trainer)}, or use measure='running'"
+        )
+    with _aside(trainer, module):
+        module.eval()
+        for inputs in islice(_inputs(trainer, batches), int(trainer.num_training_batches)):
+            _call(module, inputs)
+
+
+def refresh_norms(trainer: Trainer, module: LightningModule) -> None:
+    """Gives BatchNorm the statistics of the weights as they are, in the place of those that it had moved with.
+
+    For weights that are an average of those that were trained. The statistics are the means over the first
+    :data:`NORM_BATCHES` batches of the training set, read as :func:`inference_pass` does, and over all ranks. Where the
+    training set can't be read without disturbing the training, they are left as they are, with a warning.
+
+    Args:
+        trainer: A trainer that is fitting the module.
+        module: The module, which may have no BatchNorm.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    if not norms:
+        return
+    batches = _batches(trainer, module)
+    if batches is None:
+        warnings.warn(
+            "BatchNorm's statistics are those of the weights that were trained, not of their average, which is what is "
+            f"evaluated and saved: they are measured over the training set, and {_unreadable(trainer)}",
+            stacklevel=2,
+        )
+        return
+    with _aside(trainer, module):
+        update_bn(islice(_inputs(trainer, batches), min(NORM_BATCHES, int(trainer.num_training_batches))), module)
+    for norm in norms:
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
+
+
+@contextmanager
+def _aside(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Records no gradients, and leaves the modes of a module's parts and the random numbers as they were."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
         with torch.no_grad(), isolate_rng(), trainer.precision_plugin.forward_context():
-            for number, batch in enumerate(batches):
-                if number >= trainer.num_training_batches:
-                    break
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                _call(module, batch[0] if isinstance(batch, (tuple, list)) else batch)
+            yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _inputs(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """What the module is called with, where it is."""
+    for batch in batches:
+        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _call(module: LightningModule, inputs: Any) -> None:
@@ -54,20 +108,25 @@ def _call(module: LightningModule, inputs: Any) -> None:
         ) from error
 
 
-def _batches(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+def _batches(trainer: Trainer, module: LightningModule) -> Iterable[Any] | None:
+    """Batches of the training set, apart from those of the training; None where there is no way to have them."""
     for source in (trainer.datamodule, module):  # type: ignore[attr-defined]
         if callable(make := getattr(source, "lipschitz_dataloader", None)):
             return make()
     loader: Any = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise ConfigurationError(
-            "LipschitzLR(measure='pass') reads the training set once more before every epoch, and a "
-            f"{type(loader).__name__} can't be read without disturbing the training: give the datamodule or the module "
-            "a method lipschitz_dataloader() that returns batches of it, or use measure='running'"
-        )
+        return None
     # Training's own loader has workers, samplers and generators under way.
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     data = loader.dataset
     if trainer.world_size > 1:
         data = Subset(data, range(trainer.global_rank, len(data), trainer.world_size))  # type: ignore[arg-type]
     return DataLoader(data, batch_size=size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+
+
+def _unreadable(trainer: Trainer) -> str:
+    """Why there is none, and what to do."""
+    return (
+        f"a {type(trainer.train_dataloader).__name__} can't be read without disturbing the training: give the "
+        "datamodule or the module a method lipschitz_dataloader() that returns batches of it"
+    )

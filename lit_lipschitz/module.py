@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.inference import refresh_norms
 
 Batch = tuple[Tensor, Tensor]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -58,7 +59,8 @@ class ImageClassifier(L.LightningModule):
 
     Logs train_loss, train_acc, val_loss, val_acc, test_loss and test_acc once an epoch, the same on all ranks. Random
     numbers in the network (dropout) depend on the seed, the epoch, the batch and the rank, so that a resumed run draws
-    those of the run that was not interrupted.
+    those of the run that was not interrupted. With an optimizer that averages the weights, schedulefree's, it is the
+    averaged ones that are evaluated and saved, with BatchNorm's statistics measured anew for them.
 
     Args:
         network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes).
@@ -116,6 +118,7 @@ class ImageClassifier(L.LightningModule):
         self._seed: int | None = None
         self._means: dict[str, dict[str, EpochMean]] = {}
         self._logged: int | None = None  # the epoch whose training means Lightning knows of
+        self._refreshed: int | None = None  # the step whose weights BatchNorm's statistics are of
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the one that Lightning sets 50 times a step goes past the checks of nn.Module."""
@@ -217,7 +220,7 @@ class ImageClassifier(L.LightningModule):
     def on_fit_start(self) -> None:
         """Takes the run's seed, unless a checkpoint has brought it."""
         self._seed = torch.initial_seed() % 2**32 if self._seed is None else self._seed
-        self._logged = None
+        self._logged = self._refreshed = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the seed."""
@@ -233,7 +236,7 @@ class ImageClassifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Has such an optimizer put the averaged weights in, which are the ones to evaluate."""
-        self._turn("eval")
+        self._average()
 
     def on_validation_end(self) -> None:
         """Has it train on."""
@@ -241,12 +244,20 @@ class ImageClassifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """The averaged weights are what a checkpoint of the epoch, and of the run, holds."""
-        self._turn("eval")
+        self._average()
 
-    def _turn(self, way: Literal["train", "eval"]) -> None:
-        for optimizer in self.trainer.optimizers:
-            if hasattr(optimizer, way):  # Schedule-Free's
-                getattr(optimizer, way)()
+    def _average(self) -> None:
+        """Puts the averaged weights in, and the statistics of BatchNorm that belong to them, once a step."""
+        if self._turn("eval") and not self.trainer.sanity_checking and self.global_step != self._refreshed:
+            refresh_norms(self.trainer, self)
+            self._refreshed = self.global_step
+
+    def _turn(self, way: Literal["train", "eval"]) -> bool:
+        """Turns the optimizers that average the weights, Schedule-Free's; whether there is one."""
+        averaging = [optimizer for optimizer in self.trainer.optimizers if hasattr(optimizer, way)]
+        for optimizer in averaging:
+            getattr(optimizer, way)()
+        return bool(averaging)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is random in this batch."""

@@ -19,6 +19,7 @@ from conftest import Classifier, Steps, examples, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from schedulefree import AdamWScheduleFree
+from torch import nn
 from torch.nn import functional as F
 
 from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR
@@ -503,3 +504,27 @@ def test_epoch_means_are_those_of_all_ranks():
             logits = module(images)
         assert first[f"{stage}_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
         assert first[f"{stage}_acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), rel=1e-5)
+
+
+class KeepsNorms(L.Callback):
+    """Leaves each rank's weights and statistics in a file."""
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save({name: value.clone() for name, value in pl_module.state_dict().items()}, f"{trainer.global_rank}.pt")
+
+
+def test_batchnorm_of_averaged_weights_is_that_of_all_ranks():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    module = ImageClassifier(network, optimizer=AdamWScheduleFree)
+    data = DigitsDataModule(batch_size=32)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer(LipschitzLR(), KeepsNorms(), devices=2, strategy=strategy, max_epochs=2).fit(module, datamodule=data)
+    first, second = (torch.load(f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    data.setup("fit")
+    data.batch_size = 64  # the global batch
+    images = torch.cat([images for images, _ in data.lipschitz_dataloader()])[: 64 * len(data.train_dataloader())]
+    expected = (images.flatten(1) @ first["network.1.weight"].T).mean(dim=0)
+    torch.testing.assert_close(first["network.2.running_mean"], expected, rtol=1e-4, atol=1e-4)
