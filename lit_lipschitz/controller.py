@@ -15,6 +15,7 @@ from lit_lipschitz import directions, graph, inspection, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.losses import Loss, LossName
+from lit_lipschitz.makers import same_weight
 from lit_lipschitz.probing import Probe, Probes
 from lit_lipschitz.readings import StepReadings
 from lit_lipschitz.schedules import linear_warmup, linear_warmup_decay
@@ -240,7 +241,7 @@ class Controller:
         edges = graph.find_edges(loss, self._loss.name, among_terms=self.options.loss != "auto")
         if self.probes.chosen is None or hasattr(self.probes.chosen.weight, "full_tensor"):
             return edges  # of a sharded head the graph has another tensor each time
-        return [edge for edge in edges if graph.same_weight(edge.head_weight, self._head_weight)]
+        return [edge for edge in edges if same_weight(edge.head_weight, self._head_weight)]
 
     def _by_example(self, values: Tensor, dim: int | None) -> Tensor:
         """Outputs in the shape (examples, outputs), by the dimension of the classes where there is one."""

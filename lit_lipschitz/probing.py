@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_lipschitz import inspection
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.graph import same_weight
+from lit_lipschitz.makers import same_weight
 from lit_lipschitz.statistics import RunningMaximum
 
 Mode = Literal["off", "training", "inference", "watching"]

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from lit_lipschitz import graph
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.losses import Loss
+from lit_lipschitz.makers import same_weight
 
 HEAD = nn.Linear(4, 3)
 INPUTS, TARGETS = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
@@ -299,7 +300,7 @@ def test_a_frozen_head_is_known_by_its_memory_and_a_compiled_one_by_its_width():
     frozen = nn.Linear(4, 3).requires_grad_(False)
     inputs = INPUTS.clone().requires_grad_()
     found = graph.find_loss(F.cross_entropy(frozen(inputs), TARGETS))
-    assert graph.same_weight(found.head_weight, frozen.weight)
+    assert same_weight(found.head_weight, frozen.weight)
     assert found.chain == ()
     compiled = torch.compile(HEAD, backend="aot_eager")
     found = graph.find_loss(F.cross_entropy(compiled(INPUTS), TARGETS))
