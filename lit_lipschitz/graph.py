@@ -27,6 +27,8 @@ from lit_lipschitz.nodes import (
     take_factors,
 )
 
+_Term = tuple[Factors, Match]
+
 
 @dataclass(frozen=True)
 class FoundLoss:
@@ -239,7 +241,7 @@ def _reading(match: Match, num_outputs: int, scale: float | Tensor, joined: bool
     return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch)
 
 
-def _of_head(terms: "list[_Term]", head: Tensor | None) -> "list[_Term]":
+def _of_head(terms: list[_Term], head: Tensor | None) -> list[_Term]:
     """The terms that are taken of a head; where the graph shows none to be, those of which it does not tell."""
     if head is None:
         return terms
@@ -292,7 +294,7 @@ def first_heads(loss: Tensor) -> list[Tensor]:
     return weights
 
 
-def _found(factors: "Factors", match: Match, named: bool = False) -> FoundLoss:
+def _found(factors: Factors, match: Match, named: bool = False) -> FoundLoss:
     maker = find_maker(match.below, match.name)
     width = match.width or maker.outputs
     top = "LogSoftmax" if match.name == "cross_entropy" else short_name(match.node)
@@ -353,9 +355,6 @@ def _loss(match: Match, named: bool) -> Loss:
         return Loss(name, reduction, pos_weight=1.0 if positive is None else float(positive.max()))
     threshold = getattr(node, "_saved_delta", None) or getattr(node, "_saved_beta", None) or 1.0
     return Loss(name, reduction, threshold=float(threshold))
-
-
-_Term = tuple[Factors, Match]
 
 
 def _same_gradient(node: Any) -> Any:
