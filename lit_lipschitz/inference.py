@@ -1,7 +1,8 @@
 """The training set read once more: for the papers' way to measure, and for BatchNorm of averaged weights."""
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lit_lipschitz.errors import ConfigurationError
@@ -44,25 +44,28 @@ def inference_pass(trainer: Trainer, module: LightningModule) -> None:
         )
     with _aside(trainer, module):
         module.eval()
-        for inputs in islice(_inputs(trainer, batches), int(trainer.num_training_batches)):
+        most = trainer.num_training_batches
+        for inputs in islice(_inputs(trainer, batches), None if math.isinf(most) else int(most)):
             _call(module, inputs)
 
 
-def refresh_norms(trainer: Trainer, module: LightningModule) -> None:
+def refresh_norms(trainer: Trainer, module: LightningModule, norms: Sequence[_BatchNorm]) -> None:
     """Gives BatchNorm the statistics of the weights as they are, in the place of those that it had moved with.
 
-    For weights that are an average of those that were trained. The statistics are the means over the first
-    :data:`NORM_BATCHES` batches of the training set, read as :func:`inference_pass` does, and over all ranks. Where the
-    training set can't be read without disturbing the training, they are left as they are, with a warning.
+    For weights that are an average of those that were trained. The statistics are the means over
+    :data:`NORM_BATCHES` batches of the training set and over all ranks, all else being in inference mode. The batches
+    are the first ones of ``lipschitz_dataloader()``, as for :func:`inference_pass`, or else drawn from the data set of
+    the training DataLoader. Where the training set can't be read without disturbing the training, the statistics are
+    left as they are, with a warning.
 
     Args:
         trainer: A trainer that is fitting the module.
-        module: The module, which may have no BatchNorm.
+        module: The module.
+        norms: Those of its parts that are to have new statistics, all of which keep some.
     """
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     if not norms:
         return
-    batches = _batches(trainer, module)
+    batches = _batches(trainer, module, drawn=True)
     if batches is None:
         warnings.warn(
             "BatchNorm's statistics are those of the weights that were trained, not of their average, which is what is "
@@ -70,8 +73,18 @@ def refresh_norms(trainer: Trainer, module: LightningModule) -> None:
             stacklevel=2,
         )
         return
-    with _aside(trainer, module):
-        update_bn(islice(_inputs(trainer, batches), min(NORM_BATCHES, int(trainer.num_training_batches))), module)
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with _aside(trainer, module):
+            module.eval()
+            for norm in norms:
+                norm.train().reset_running_stats()
+                norm.momentum = None  # type: ignore[assignment]  # the mean over all batches
+            for inputs in islice(_inputs(trainer, batches), int(min(NORM_BATCHES, trainer.num_training_batches))):
+                module(inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             assert statistic is not None
@@ -108,20 +121,37 @@ def _call(module: LightningModule, inputs: Any) -> None:
         ) from error
 
 
-def _batches(trainer: Trainer, module: LightningModule) -> Iterable[Any] | None:
-    """Batches of the training set, apart from those of the training; None where there is no way to have them."""
+def _batches(trainer: Trainer, module: LightningModule, drawn: bool = False) -> Iterable[Any] | None:
+    """Batches of the training set, apart from those of the training; None where there is no way to have them.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        drawn: Of a DataLoader's data set, whether to draw them, each rank as many, and no rest of one row, in place of
+            all in their order.
+    """
     for source in (trainer.datamodule, module):  # type: ignore[attr-defined]
         if callable(make := getattr(source, "lipschitz_dataloader", None)):
             return make()
     loader: Any = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    # Training's own loader has workers, samplers and generators under way.
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    data = loader.dataset
-    if trainer.world_size > 1:
-        data = Subset(data, range(trainer.global_rank, len(data), trainer.world_size))  # type: ignore[arg-type]
-    return DataLoader(data, batch_size=size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    if size is None:
+        return None
+    # Training's own loader has workers, samplers and generators under way.
+    indices = torch.as_tensor(getattr(loader.sampler, "indices", range(len(loader.dataset))))  # type: ignore[arg-type]
+    if drawn:
+        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+        indices = indices[: max(len(indices) // trainer.world_size, 1) * trainer.world_size]
+    share = indices[trainer.global_rank :: trainer.world_size].tolist()
+    return DataLoader(
+        Subset(loader.dataset, share),
+        batch_size=size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        drop_last=drawn and len(share) >= size,
+    )
 
 
 def _unreadable(trainer: Trainer) -> str:

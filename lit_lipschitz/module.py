@@ -10,11 +10,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lit_lipschitz import averaging
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.inference import refresh_norms
@@ -60,7 +63,8 @@ class ImageClassifier(L.LightningModule):
     Logs train_loss, train_acc, val_loss, val_acc, test_loss and test_acc once an epoch, the same on all ranks. Random
     numbers in the network (dropout) depend on the seed, the epoch, the batch and the rank, so that a resumed run draws
     those of the run that was not interrupted. With an optimizer that averages the weights, schedulefree's, it is the
-    averaged ones that are evaluated and saved, with BatchNorm's statistics measured anew for them.
+    averaged ones that are evaluated, with BatchNorm's statistics measured anew for them, and that the run ends with. A
+    checkpoint that was saved in between is resumed with those that were trained, and evaluated with the averaged ones.
 
     Args:
         network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes).
@@ -118,7 +122,8 @@ class ImageClassifier(L.LightningModule):
         self._seed: int | None = None
         self._means: dict[str, dict[str, EpochMean]] = {}
         self._logged: int | None = None  # the epoch whose training means Lightning knows of
-        self._refreshed: int | None = None  # the step whose weights BatchNorm's statistics are of
+        self._norms: list[_BatchNorm] = []  # that train
+        self._moved = False  # whether their statistics are of other weights than the averaged ones
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the one that Lightning sets 50 times a step goes past the checks of nn.Module."""
@@ -220,19 +225,30 @@ class ImageClassifier(L.LightningModule):
     def on_fit_start(self) -> None:
         """Takes the run's seed, unless a checkpoint has brought it."""
         self._seed = torch.initial_seed() % 2**32 if self._seed is None else self._seed
-        self._logged = self._refreshed = None
+        self._logged, self._moved = None, False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the seed."""
+        """Keeps the seed, and what tells the averaged weights from those that are trained."""
         checkpoint["seed"] = self._seed
+        averaging.note(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the seed."""
+        """Takes the seed, and the averaged weights unless they are to be trained on."""
         self._seed = checkpoint.get("seed")
+        if not self._fitting:
+            averaging.average(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Has an optimizer that averages the weights train at its own; a run resumed in mid-epoch begins here."""
+        # Those of a checkpoint between two evaluations, BatchNorm's statistics with them.
+        self._moved = averaging.are_training(self.trainer.optimizers)
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Has an optimizer that averages the weights train at its own."""
-        self._turn("train")
+        """Has such an optimizer train, and remembers which BatchNorm does."""
+        if averaging.turn(self.trainer.optimizers, "train"):
+            parts = (part for part in self.modules() if isinstance(part, _BatchNorm))
+            self._norms = [part for part in parts if part.training and part.track_running_stats]
 
     def on_validation_start(self) -> None:
         """Has such an optimizer put the averaged weights in, which are the ones to evaluate."""
@@ -240,29 +256,32 @@ class ImageClassifier(L.LightningModule):
 
     def on_validation_end(self) -> None:
         """Has it train on."""
-        self._turn("train")
+        if self._fitting:
+            averaging.turn(self.trainer.optimizers, "train")
 
     def on_train_epoch_end(self) -> None:
-        """The averaged weights are what a checkpoint of the epoch, and of the run, holds."""
+        """The averaged weights are what a checkpoint of the epoch holds."""
         self._average()
 
-    def _average(self) -> None:
-        """Puts the averaged weights in, and the statistics of BatchNorm that belong to them, once a step."""
-        if self._turn("eval") and not self.trainer.sanity_checking and self.global_step != self._refreshed:
-            refresh_norms(self.trainer, self)
-            self._refreshed = self.global_step
+    def on_train_end(self) -> None:
+        """The averaged weights are what the run ends with."""
+        self._average()
 
-    def _turn(self, way: Literal["train", "eval"]) -> bool:
-        """Turns the optimizers that average the weights, Schedule-Free's; whether there is one."""
-        averaging = [optimizer for optimizer in self.trainer.optimizers if hasattr(optimizer, way)]
-        for optimizer in averaging:
-            getattr(optimizer, way)()
-        return bool(averaging)
+    @property
+    def _fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    def _average(self) -> None:
+        """Puts the averaged weights in, and the statistics of BatchNorm that belong to them."""
+        if self._fitting and averaging.turn(self.trainer.optimizers, "eval") and self._moved:
+            refresh_norms(self.trainer, self, self._norms)
+            self._moved = False
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is random in this batch."""
         assert self._seed is not None
         seed_device(fold(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
+        self._moved = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR
 from lit_lipschitz.data import DeviceLoader
@@ -528,3 +529,16 @@ def test_batchnorm_of_averaged_weights_is_that_of_all_ranks():
     images = torch.cat([images for images, _ in data.lipschitz_dataloader()])[: 64 * len(data.train_dataloader())]
     expected = (images.flatten(1) @ first["network.1.weight"].T).mean(dim=0)
     torch.testing.assert_close(first["network.2.running_mean"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batchnorm_of_averaged_weights_has_as_many_batches_on_each_rank():
+    """35 rows on 2 ranks in batches of 4: a rank's own share would leave one row, of which there is no variance."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 10))
+    module = ImageClassifier(network, optimizer=AdamWScheduleFree)
+    rows = DataLoader(TensorDataset(torch.randn(35, 8), torch.arange(35) % 10), batch_size=4)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer(LipschitzLR(), KeepsNorms(), devices=2, strategy=strategy, max_epochs=1).fit(module, rows)
+    first, second = (torch.load(f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["network.0.running_mean"].any()

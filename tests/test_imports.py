@@ -13,7 +13,7 @@ ROOT = Path(lit_lipschitz.__file__).parent
 # Lower ones know nothing of higher ones.
 LAYERS = [
     {"errors"},
-    {"constants", "rules", "schedules", "optimizers", "directions", "spikes"},
+    {"constants", "rules", "schedules", "optimizers", "directions", "spikes", "averaging"},
     {"losses"},
     {"decision", "statistics"},
     {"regression", "inspection", "nodes", "writing"},

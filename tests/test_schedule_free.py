@@ -2,19 +2,15 @@
 
 import math
 from dataclasses import replace
-from itertools import islice
 
 import lightning as L
 import pytest
 import torch
 from conftest import CLASSES, Classifier, Steps, loader, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
 
-from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR, LitLipschitzError, rules
+from lit_lipschitz import LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.directions import lengths
 
 
@@ -213,119 +209,3 @@ def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
     module = Classifier(RAdamScheduleFree)
     with pytest.raises(LitLipschitzError, match="RAdamScheduleFree; known: .*AdamWScheduleFree"):
         trainer(LipschitzLR(), Steps()).fit(module, loader(16))
-
-
-def test_image_classifiers_evaluate_and_keep_the_averaged_weights_and_train_on_at_their_own(tmp_path):
-    pytest.importorskip("sklearn")
-    torch.manual_seed(0)
-    data = DigitsDataModule(batch_size=64, augment=False)
-    module = ImageClassifier(MLP(hidden=(16,)), optimizer=AdamWScheduleFree)
-    keep = ModelCheckpoint(tmp_path, save_last=True)
-    run = trainer(LipschitzLR(), keep, max_epochs=2, enable_checkpointing=True)
-    run.fit(module, datamodule=data)
-    logged = run.callback_metrics["val_loss"].item()
-    optimizer = run.optimizers[0]
-    averaged = [p.detach().clone() for p in module.parameters()]
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(saved[name], p) for name, p in module.named_parameters())
-    optimizer.train()
-    z = [optimizer.state[p]["z"] for p in module.parameters()]
-    for weight, average, sequence in zip(module.parameters(), averaged, z, strict=True):
-        torch.testing.assert_close(weight.detach(), 0.9 * average + 0.1 * sequence)
-    optimizer.eval()
-    (found,) = trainer(max_epochs=1).validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
-    assert found["val_loss"] == pytest.approx(logged, rel=1e-5)
-
-
-class Norms(nn.Module):
-    """BatchNorm that is slow to follow, and dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Linear(64, 16, bias=False), nn.BatchNorm1d(16, momentum=0.001)
-        self.last = nn.Sequential(nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
-
-    def forward(self, images):
-        return self.last(self.norm(self.first(images.flatten(1))))
-
-
-class Seen(L.Callback):
-    """BatchNorm's statistics and what they stand for, whenever the network has been evaluated."""
-
-    def __init__(self):
-        self.statistics, self.expected = [], []
-
-    def on_validation_end(self, trainer, pl_module):
-        if trainer.sanity_checking:
-            return
-        network = pl_module.network
-        self.statistics.append((network.norm.running_mean.clone(), network.norm.running_var.clone()))
-        with torch.no_grad():
-            inputs = islice(trainer.datamodule.lipschitz_dataloader(), trainer.num_training_batches)
-            batches = [network.first(images.flatten(1)) for images, _ in inputs]
-        means, variances = zip(*map(moments, batches), strict=True)
-        self.expected.append((torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0)))
-
-
-def moments(batch):
-    return batch.mean(dim=0), batch.var(dim=0)
-
-
-def classifier_with_norms(optimizer=AdamWScheduleFree):
-    torch.manual_seed(0)
-    return ImageClassifier(Norms(), optimizer=optimizer)
-
-
-def test_batchnorm_has_the_statistics_of_the_averaged_weights_where_they_are_evaluated_and_kept(tmp_path):
-    pytest.importorskip("sklearn")
-    module, seen = classifier_with_norms(), Seen()
-    keep = ModelCheckpoint(tmp_path, save_last=True)
-    data = DigitsDataModule(batch_size=64)
-    run = trainer(LipschitzLR(), seen, keep, max_epochs=3, enable_checkpointing=True)
-    run.fit(module, datamodule=data)
-    assert len(seen.statistics) == 3
-    for found, expected in zip(seen.statistics, seen.expected, strict=True):
-        torch.testing.assert_close(found, expected)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    torch.testing.assert_close(saved["network.norm.running_mean"], seen.expected[-1][0])
-    (after,) = trainer(max_epochs=1).validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
-    assert after["val_loss"] == pytest.approx(run.callback_metrics["val_loss"].item(), rel=1e-5)
-    assert module.network.norm.momentum == 0.001
-
-
-def test_a_run_without_validation_keeps_the_statistics_of_the_averaged_weights_too():
-    pytest.importorskip("sklearn")
-    module, seen = classifier_with_norms(), Seen()
-    run = trainer(LipschitzLR(), max_epochs=2, limit_val_batches=0)
-    run.fit(module, datamodule=DigitsDataModule(batch_size=64))
-    seen.on_validation_end(run, module)
-    torch.testing.assert_close(seen.statistics, seen.expected)
-
-
-def test_batchnorm_is_measured_anew_for_averaged_weights_alone():
-    pytest.importorskip("sklearn")
-    module, seen = classifier_with_norms(torch.optim.AdamW), Seen()
-    trainer(LipschitzLR(), seen, max_epochs=1).fit(module, datamodule=DigitsDataModule(batch_size=64))
-    assert (seen.statistics[-1][1] - seen.expected[-1][1]).abs().max() > 0.1
-
-
-def test_measuring_batchnorm_leaves_the_training_as_it_is():
-    pytest.importorskip("sklearn")
-    weights = []
-    for often in (1, 3):
-        module = classifier_with_norms()
-        run = trainer(LipschitzLR(), max_epochs=3, check_val_every_n_epoch=often)
-        run.fit(module, datamodule=DigitsDataModule(batch_size=64))
-        weights.append([p.detach().clone() for p in module.parameters()])
-    # Turning the optimizer rounds.
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-
-
-def test_batchnorm_is_left_alone_with_a_word_where_the_training_set_cannot_be_read_again():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([(torch.randn(1, 8, 8), i % 10) for i in range(64)])
-
-    module = classifier_with_norms()
-    with pytest.warns(UserWarning, match="BatchNorm's statistics are those of .*lipschitz_dataloader"):
-        trainer(LipschitzLR(), max_epochs=1).fit(module, DataLoader(Stream(), batch_size=16))
