@@ -463,7 +463,7 @@ class Controller:
         if self._pass is not None:
             self._decide(trainer, interval_over=True, read=read)
             self._pass = None
-        elif first and self.options.initial_lr is not None:
+        elif first and self.options.initial_lr is not None and self._measured is None:
             self._decision = self._decision or Decision(self.options.initial_lr)
         elif running and (self._decision is None or (first and self._steps & (self._steps - 1) == 0)):
             self._decide(trainer, interval_over=False, read=read)
@@ -489,7 +489,7 @@ class Controller:
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         grad_scale = scaler.get_scale() if scaled else 1.0
-        read = self._readings.measure(grad_scale, self.writer.rates(1.0), trainer.global_rank, trainer.world_size)
+        read = self._readings.measure(grad_scale, self.writer.ratios, trainer.global_rank, trainer.world_size)
         reduced: Any = trainer.strategy.reduce(read.to(trainer.strategy.root_device), reduce_op="max")
         self._readings.take(reduced)
         return True
@@ -586,10 +586,10 @@ class Controller:
             last=self._decision,
         )
         self._report(measured, usable=outcome is not None)
-        if outcome is None:
-            return
-        if self._readings is not None and not keep:
+        if self._readings is not None and (not keep if outcome is not None else not measured.scale):
             self._measured = measured  # for the next reading, with which the rate changes
+            return
+        if outcome is None:
             return
         decision, rule_state = outcome
         if decision.cap and (self._decision is None or self._decision.cap != decision.cap):

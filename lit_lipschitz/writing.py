@@ -69,6 +69,14 @@ class RateWriter:
         """The configured rate of every group."""
         return list(self._references)
 
+    @property
+    def ratios(self) -> list[float]:
+        """Every group's rate over the first one's, now, or as they are configured where that is 0."""
+        rates = self.rates(1.0)
+        if not rates[0]:
+            rates = self._references
+        return [rate / rates[0] for rate in rates]
+
     def write(self, rate: float | None) -> list[float]:
         """Sets the rate for the step that is under way or comes next.
 

@@ -1,6 +1,8 @@
 """Adam and its like: their direction, in steps as long as SGD's at 1/L; and the schedule of runs that bring none."""
 
 import math
+import warnings
+from functools import partial
 
 import lightning as L
 import pytest
@@ -286,3 +288,42 @@ def test_a_batch_that_makes_no_gradient_for_some_parameters_counts_the_others():
     module.net[0].requires_grad_(False)
     rates = fit(LipschitzLR(schedule="none"), module, max_steps=2)
     assert all(0 < rate < math.inf for rate in rates)
+
+
+def warmed(parameters):
+    """AdamW under the usual linear warm-up, whose factor is 0 at first."""
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 4, 1))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("measure", ["running", "pass"])
+def test_a_scheduler_that_begins_at_0_is_no_reason_to_read_nothing(measure):
+    torch.manual_seed(0)
+    steps = Steps()
+    callback = LipschitzLR(measure=measure, on_nonfinite="raise")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="LipschitzLR")
+        trainer(callback, steps, max_epochs=2).fit(Classifier(warmed), loader(16))
+    assert steps.rates[0] == [0.0]
+    assert 0 < max(rate for (rate,) in steps.rates) < 0.1  # the configured rate is 1
+
+
+@pytest.mark.parametrize("bound", ["strict", "smooth"])
+def test_a_pass_whose_first_gradients_overflow_has_a_rate_as_soon_as_one_does_not(bound):
+    torch.manual_seed(0)
+    steps, scaler = Steps(), torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    callback = LipschitzLR(measure="pass", bound=bound, schedule="none")
+    run = trainer(callback, steps, max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    run.fit(Classifier(partial(torch.optim.AdamW, lr=1.0)), loader(16))
+    assert 0 < len(steps.rates) < 18  # the scaler has left some out
+    assert all(0 < rate < 0.2 for (rate,) in steps.rates)
+
+
+def test_a_rate_by_hand_before_the_first_pass_ends_with_it():
+    torch.manual_seed(0)
+    steps = Steps()
+    callback = LipschitzLR(measure="pass", initial_lr=0.5, schedule="none")
+    trainer(callback, steps, max_epochs=6).fit(Classifier(partial(torch.optim.AdamW, lr=1.0)), loader(16))
+    assert [rate for (rate,) in steps.rates[:6]] == [0.5] * 6
+    assert all(rate < 0.1 for (rate,) in steps.rates[12:])
