@@ -138,11 +138,15 @@ def table(rows: Rows) -> str:
                 runs.setdefault(row["policy"], []).append(row)
         for ours, rates in GRIDS.items():
             grid = [rate for rate in rates if rate in runs and not any(row["diverged"] for row in runs[rate])]
+            most = max((len(runs[rate]) for rate in grid), default=0)
+            grid = [rate for rate in grid if len(runs[rate]) == most]  # those that are measured on all seeds
             if ours not in runs or not grid:
                 continue
             tuned = min(grid, key=lambda policy: _cost(TASKS[task], [row["val"] for row in runs[policy]]))
             own, other = ({row["seed"]: row["test"] for row in runs[name]} for name in (ours, tuned))
             seeds = sorted(own.keys() & other.keys())
+            if not seeds:
+                continue
             if TASKS[task].metric == "accuracy":
                 beside = f"{_mean_and_error([own[seed] - other[seed] for seed in seeds])} (points)"
             else:

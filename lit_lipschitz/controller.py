@@ -293,7 +293,7 @@ class Controller:
         except ConfigurationError as error:
             if automatic:
                 raise
-            self._unknown = error
+            self._unknown = error.with_traceback(None)  # whose frames would keep the batch
             return
         reading = self._read(loss) if self.options.measure == "pass" else None
         if reading is not None:

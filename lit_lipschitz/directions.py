@@ -101,6 +101,7 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
         KeyError: The optimizer is none of them.
     """
     direction = DIRECTIONS[type(optimizer).__name__]
+    counters = _counters(optimizer)
     squares: list[Tensor] = []
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
@@ -110,6 +111,7 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
             # The moments of a complex parameter are those of its parts.
             grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
+            state.update(counters.get(parameter, {}))
             grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
@@ -118,6 +120,23 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
         return torch.zeros(2)
     pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)
     return pairs.sum(dim=0).sqrt()
+
+
+def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
+    """The numbers of each parameter's state, which fused optimizers keep on the device, read from it at once."""
+    found = [
+        (parameter, name, value)
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.numel() == 1 and name in ("step", "mu_product")
+    ]
+    counters: dict[Tensor, dict[str, float]] = {}
+    if found:
+        device = found[0][2].device
+        read = torch.stack([value.reshape(()).double().to(device) for *_, value in found]).tolist()
+        for (parameter, name, _), number in zip(found, read, strict=True):
+            counters.setdefault(parameter, {})[name] = number
+    return counters
 
 
 def _real(value: Any) -> Any:

@@ -42,7 +42,7 @@ class Slopes:
             edge.node.register_prehook(_keeper(norms, edge, rows))
 
     def slots(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """This rank's slopes since the last call, which are forgotten, among zeros for the others.
+        """This rank's slopes since the last call, which are forgotten, beside -1 for the others.
 
         Args:
             rank: This rank.
@@ -51,7 +51,7 @@ class Slopes:
 
         Returns:
             The squares' mean and the mean of the slopes, of batches that count alike; shape (2, world_size), float32.
-            Zeros where no backward was seen.
+            -1 where no backward was seen.
         """
         batches, self._batches = self._batches, []
         found: list[Tensor] = []
@@ -60,7 +60,7 @@ class Slopes:
                 # Gradients of several losses of the same outputs add up to no more than their norms do.
                 root, total = torch.stack(norms).sum(dim=0) / factor
                 found.append(torch.stack([root * root * count, total]).to(device))
-        slots = torch.zeros(2, world_size, device=device)
+        slots = torch.full((2, world_size), -1.0, device=device)
         if found:
             slots[:, rank] = torch.stack(found).mean(dim=0)
         return slots
@@ -73,7 +73,7 @@ def slopes_of_all(slots: Sequence[float]) -> tuple[float, float]:
         slots: The MAX over the ranks of :meth:`Slopes.slots`, flattened.
     """
     count = len(slots) // 2
-    seen = [pair for pair in zip(slots[:count], slots[count:], strict=True) if pair[0] > 0]
+    seen = [pair for pair in zip(slots[:count], slots[count:], strict=True) if pair[0] >= 0]
     if not seen:
         return 0.0, 0.0
     squares, means = zip(*seen, strict=True)

@@ -53,3 +53,18 @@ def test_an_optimizer_that_is_not_known_is_no_guess():
     assert "SGD" not in DIRECTIONS
     with pytest.raises(KeyError):
         lengths(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
+def test_counters_are_read_from_the_device_at_once(kind, monkeypatch):
+    parameters = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+    optimizer = kind(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.randn(3)
+    optimizer.step()
+    reads = []
+    for name in ("__float__", "item", "tolist"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, own=own: reads.append(self) or own(self))
+    lengths(optimizer)
+    assert len(reads) == 1

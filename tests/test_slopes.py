@@ -1,6 +1,8 @@
 """The slope that a loss is seen to have, beside autograd's, and the rule that has it in the place of the steepest."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import lightning as L
@@ -13,7 +15,9 @@ from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, rules
 from lit_lipschitz.decision import Measurement, Policy
+from lit_lipschitz.graph import find_edges, read_loss
 from lit_lipschitz.losses import Loss
+from lit_lipschitz.slopes import Slopes, slopes_of_all
 
 
 def adamw(parameters):
@@ -602,3 +606,52 @@ def test_what_is_logged_has_the_constant_that_was_seen():
     assert controller.metrics()["observed_constant"] == controller.decision.observed > 0
     trainer(callback := LipschitzLR(schedule="none"), max_steps=1).fit(Classifier(), loader())
     assert "observed_constant" not in callback.controllers[0].metrics()
+
+
+def test_a_rank_whose_examples_are_learned_counts_in_the_mean():
+    one, other = Slopes(), Slopes()
+    for slopes, logits in ((one, [[200.0, 0.0, 0.0]]), (other, [[0.0, 0.0, 0.0]])):
+        outputs = torch.tensor(logits, requires_grad=True) * 1.0
+        loss = F.cross_entropy(outputs, torch.tensor([0]))
+        (edge,) = find_edges(loss, "cross_entropy")
+        slopes.watch(read_loss(loss, "cross_entropy", 3), [edge], "mean", lambda rows, _: rows)
+        loss.backward()
+    slots = [slopes.slots(rank, 3, torch.device("cpu")) for rank, slopes in enumerate((one, other))]
+    slots.append(Slopes().slots(2, 3, torch.device("cpu")))  # has seen none
+    root, mean = slopes_of_all(torch.stack(slots).amax(dim=0).flatten().tolist())
+    steep = math.sqrt(4 / 9 + 1 / 9 + 1 / 9)  # of the other one, by hand: (1/3 - 1, 1/3, 1/3)
+    assert root == pytest.approx(steep / math.sqrt(2))
+    assert mean == pytest.approx(steep / 2)
+
+
+def test_a_loss_that_is_not_recognised_keeps_no_batch():
+    class Second(L.LightningModule):
+        """Two optimizers, the first one's loss of a kind that is not known."""
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.parts, self.outputs = nn.ModuleList([nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 1)]), []
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            outputs = self.parts[1](batch[0])
+            self.outputs.append(weakref.ref(outputs))
+            self.manual_backward(outputs.pow(3).mean())
+            second.step()
+            second.zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[0](batch[0]), batch[1]))
+            first.step()
+            first.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in self.parts]
+
+    class Alive(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            gc.collect()
+            self.outputs = [reference() for reference in pl_module.outputs]
+
+    alive = Alive()
+    trainer(LipschitzLR(optimizers=0), alive, max_epochs=1).fit(Second(), loader(16))
+    assert alive.outputs == [None] * 6
