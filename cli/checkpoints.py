@@ -84,6 +84,7 @@ class CheckpointOnSignal(L.Callback):
 
     def __init__(self) -> None:
         self._received = 0
+        self._first = 0  # the step that the run began after
         self._asked = 0  # the step after which the ranks have last told each other
         self._pending = 0  # the signal that all ranks know of
         self._waited = 0  # steps since then
@@ -92,6 +93,7 @@ class CheckpointOnSignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals from Lightning, which ends a run without a checkpoint."""
         self._received, self._asked = (signal.SIGTERM if trainer.received_sigterm else 0), trainer.global_step
+        self._first = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -135,9 +137,13 @@ class CheckpointOnSignal(L.Callback):
                 self._end(trainer, self._pending)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends a run whose last step is over; gives the signals back."""
+        """Ends a run whose last step is over, and saves it where ``last.ckpt`` is older; gives the signals back."""
         if number := self._agreed(trainer):
             self._end(trainer, number)
+        callback = _checkpoints(trainer)
+        saved = callback is None or not callback.save_last or callback._last_global_step_saved == trainer.global_step
+        if not saved and trainer.global_step > self._first:
+            save_last(trainer)
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -169,7 +175,7 @@ def save_last(trainer: L.Trainer) -> str | None:
     Returns:
         Its path, or None for a run without checkpoints.
     """
-    callback = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None)
+    callback = _checkpoints(trainer)
     if callback is None or callback.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -186,6 +192,11 @@ def save_last(trainer: L.Trainer) -> str | None:
     callback.last_model_path = path = trainer.strategy.broadcast(path)
     trainer.save_checkpoint(path)
     return path
+
+
+def _checkpoints(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The callback that makes the run's checkpoints."""
+    return next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)), None)
 
 
 def _steps_after(trainer: L.Trainer, batch_idx: int) -> bool:

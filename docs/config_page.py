@@ -34,7 +34,11 @@ TOP = """
 ## The run
 """
 TOP_KEYS = {
-    "seed_everything": ("bool or int", "True", "Seed of all random numbers; true draws one and prints it."),
+    "seed_everything": (
+        "bool or int",
+        "True",
+        "Seed of all random numbers; true is the environment variable `PL_GLOBAL_SEED`, or 0.",
+    ),
     "ckpt_path": (
         "str or null",
         "null",

@@ -55,9 +55,13 @@ def note(checkpoint: dict[str, Any], module: nn.Module, optimizers: list[Optimiz
         del checkpoint[KEY]
 
 
-def average(checkpoint: Mapping[str, Any]) -> None:
-    """Puts the averages in the place of the weights that a checkpoint holds, to be evaluated rather than trained on."""
-    weights = checkpoint["state_dict"]
+def average(checkpoint: Mapping[str, Any]) -> bool:
+    """Puts the averages in the place of the weights that a checkpoint holds, to be evaluated rather than trained on.
+
+    Returns:
+        Whether there were any to put in; what else the checkpoint holds, as BatchNorm's statistics, is of the others.
+    """
+    weights, changed = checkpoint["state_dict"], False
     for names, saved in zip(checkpoint.get(KEY, ()), checkpoint.get("optimizer_states", ()), strict=False):
         for group in saved["param_groups"]:
             if not group.get("train_mode", False):
@@ -67,3 +71,5 @@ def average(checkpoint: Mapping[str, Any]) -> None:
                 z: Tensor | None = saved["state"].get(i, {}).get("z")
                 if z is not None and names[i] in weights:
                     weights[names[i]] = weights[names[i]].lerp(z.to(weights[names[i]]), 1 - 1 / beta)
+                    changed = True
+    return changed

@@ -341,6 +341,8 @@ class LipschitzLR(Callback):
                 changed = controller.step(trainer, pl_module)
                 if changed or (trainer.global_step + 1) % _logging_interval(trainer) == 0:
                     self._log(pl_module, position)
+            else:
+                controller.pass_turn()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -375,6 +375,7 @@ class Controller:
                 f"LipschitzLR: no constant for the {loss.name} of the head {chosen.name!r}: {error}"
             ) from None
         self._loss, self._outputs = loss, width
+        self._look_at_ratio(chosen)
         if found is None:
             return
         self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)
@@ -386,6 +387,18 @@ class Controller:
                 f"LipschitzLR measured {measured} rows at the head {chosen.name!r} in a batch and found {found.rows} "
                 f"targets in the {loss.name}; let the head see what the loss is taken of, or pass head={chosen.name!r} "
                 "to count the others as well"
+            )
+
+    def _look_at_ratio(self, chosen: Probe) -> None:
+        """Says so where the head's steps are longer than the rate, which is the first parameter group's."""
+        groups = self.optimizer.param_groups
+        own = [i for i, group in enumerate(groups) if any(p is chosen.weight for p in group["params"])]
+        ratio = self.writer.references[own[0]] / self.writer.reference if own else 1.0
+        if ratio > 1:
+            rank_zero_warn(
+                f"LipschitzLR: the head {chosen.name!r} is in parameter group {own[0]}, whose configured rate is "
+                f"{ratio:g} times that of the first group, which has the computed rate: the head has {ratio:g} times "
+                "it. Put its group first in the optimizer to have the others follow by their ratios to it"
             )
 
     def _check_inputs(self, chosen: Probe, inputs: Tensor | None) -> None:
@@ -476,6 +489,11 @@ class Controller:
             rates = self.writer.rates(rate)
         self._applied = (self._decision or Decision(rates[0]), rates)
         return self._steps == 1 or self._decision is not before
+
+    def pass_turn(self) -> None:
+        """Another optimizer is about to step."""
+        if self._readings is not None:
+            self._readings.pass_turn()
 
     def _read_step(self, trainer: Trainer) -> bool:
         """Reads the step, where the rule asks for it and it is due; one reduction."""

@@ -4,6 +4,7 @@ import fnmatch
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -235,8 +236,16 @@ class ImageClassifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the seed, and the averaged weights unless they are to be trained on."""
         self._seed = checkpoint.get("seed")
-        if not self._fitting:
-            averaging.average(checkpoint)
+        if (
+            not self._fitting
+            and averaging.average(checkpoint)
+            and any(isinstance(p, _BatchNorm) for p in self.modules())
+        ):
+            warnings.warn(
+                "the checkpoint is from between two evaluations: the averaged weights are evaluated, with BatchNorm's "
+                "statistics of those that were trained; take one from an epoch's end for both",
+                stacklevel=2,
+            )
 
     def on_train_start(self) -> None:
         """Has an optimizer that averages the weights train at its own; a run resumed in mid-epoch begins here."""

@@ -61,6 +61,11 @@ class StepReadings:
         if self._slopes is not None:
             self._slopes.watch(reading, edges, reduction, rows)
 
+    def pass_turn(self) -> None:
+        """Another optimizer steps; see :meth:`Slopes.pass_turn`."""
+        if self._slopes is not None:
+            self._slopes.pass_turn()
+
     def begin_step(self) -> bool:
         """Counts a step that is about to be made, and forgets readings of other parameters than those that train now.
 

@@ -24,6 +24,14 @@ class Slopes:
 
     def __init__(self) -> None:
         self._batches: list[tuple[list[Tensor], Any, Any]] = []
+        self._before = 0  # how many of them were there when another optimizer stepped
+
+    def pass_turn(self) -> None:
+        """Another optimizer steps: what was watched so far is its loss, if more comes before the own step.
+
+        The generator's loss goes through the discriminator's head, and is none of the discriminator's.
+        """
+        self._before = len(self._batches)
 
     def watch(self, reading: Reading, edges: Sequence[Edge], reduction: Reduction, rows: Rows) -> None:
         """Has the backward of a loss, which is about to begin, add its slopes.
@@ -53,7 +61,8 @@ class Slopes:
             The squares' mean and the mean of the slopes, of batches that count alike; shape (2, world_size), float32.
             -1 where no backward was seen.
         """
-        batches, self._batches = self._batches, []
+        batches = self._batches[self._before :] or self._batches
+        self._batches, self._before = [], 0
         found: list[Tensor] = []
         for norms, factor, count in batches:
             if norms:

@@ -3,6 +3,7 @@ import csv
 import itertools
 import math
 import sys
+import warnings
 
 import lightning as L
 import pytest
@@ -451,7 +452,7 @@ class Reads:
     def _counting(self, method):
         def counted(tensor, *args, **kwargs):
             frame = sys._getframe(1)
-            if frame.f_code.co_name == "_product":  # of numbers of the host, as the loss's factors are
+            if frame.f_code.co_name == "product_of":  # of numbers of the host, as the loss's factors are
                 return method(tensor, *args, **kwargs)
             while frame is not None:
                 if "lit_lipschitz" in frame.f_code.co_filename and "test_" not in frame.f_code.co_filename:
@@ -777,3 +778,20 @@ def test_what_can_not_be_found_out_is_asked_for(module, callbacks, message):
         module.automatic_optimization = False
     with pytest.raises(ConfigurationError, match=message):
         fit(callbacks[0], module, more=callbacks[1:])
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_head_that_steps_by_more_than_the_rate_is_told_of(head_first):
+    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    groups = [{"params": net[0].parameters(), "lr": 1e-5}, {"params": net[2].parameters(), "lr": 1e-3}]
+    module = Classifier(lambda _: torch.optim.SGD(groups[::-1] if head_first else groups, momentum=0.9), net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(LipschitzLR(), max_epochs=1).fit(module, loader(16))
+    found = [str(one.message) for one in told if "parameter group" in str(one.message)]
+    if head_first:
+        assert not found
+    else:
+        (message,) = found
+        assert "'net.2' is in parameter group 1" in message
+        assert "100 times" in message

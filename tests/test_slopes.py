@@ -655,3 +655,75 @@ def test_a_loss_that_is_not_recognised_keeps_no_batch():
     alive = Alive()
     trainer(LipschitzLR(optimizers=0), alive, max_epochs=1).fit(Second(), loader(16))
     assert alive.outputs == [None] * 6
+
+
+class Adversaries(L.LightningModule):
+    """A generator that does not move, and a discriminator, so that the latter's training is the same without its steps.
+
+    Args:
+        generates: Whether the generator makes its steps.
+        first: Whether it makes them before the discriminator's.
+    """
+
+    def __init__(self, generates, first=False):
+        super().__init__()
+        self.automatic_optimization, self.generates, self.first = False, generates, first
+        torch.manual_seed(0)
+        self.generator = nn.Linear(WIDTH, WIDTH)
+        self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        generator, discriminator = self.optimizers()
+        if self.generates and self.first:
+            self.generate(generator, batch[0])
+        outputs = self.discriminator(torch.cat([batch[0] + 1, self.generator(batch[0]).detach()]))
+        targets = torch.cat([torch.ones(len(batch[0]), 1), torch.zeros(len(batch[0]), 1)])
+        discriminator.zero_grad()
+        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, targets))
+        discriminator.step()
+        if self.generates and not self.first:
+            self.generate(generator, batch[0])
+
+    def generate(self, optimizer, rows):
+        outputs = self.discriminator(self.generator(rows))
+        optimizer.zero_grad()
+        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, torch.ones(len(rows), 1)))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.generator.parameters(), lr=0.0), adamw(self.discriminator.parameters())]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_optimizers_loss_through_the_head_is_none_of_its_own(first):
+    slopes = []
+    for generates in (False, True):
+        callback = LipschitzLR(optimizers=1, dry_run=True)
+        trainer(callback, max_epochs=4).fit(Adversaries(generates, first), loader(16))
+        slopes.append(callback.controllers[1].measurement.slope)
+    assert slopes[0] > 0
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+
+
+def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
+    class Both(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization = False
+            self.body, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
+
+        def training_step(self, batch, batch_idx):
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.head(self.body(batch[0]).relu()), batch[1]))
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.body.parameters(), lr=0.01), adamw(self.head.parameters())]
+
+    callback = LipschitzLR(optimizers=1)
+    trainer(callback, max_epochs=1).fit(Both(), loader(16))
+    assert callback.controllers[1].measurement.slope > 0

@@ -1,6 +1,7 @@
 """Runs that are ended, and what they leave: whole checkpoints, one line, the right exit code."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -248,3 +249,20 @@ def test_a_folder_that_can_not_be_written_is_one_line(lit):  # noqa: F811
     code, _, err = lit(*FIT, "--checkpoint.dirpath", "taken/checkpoints")
     assert code == 1
     assert "taken" in error_line(err)
+
+
+@pytest.mark.parametrize("length", [("--trainer.max_epochs", "3"), ("--trainer.max_steps", "50")], ids=str)
+def test_the_last_checkpoint_is_of_the_last_step(lit, length):  # noqa: F811
+    """Of a run whose checkpoints are between others, and of one that ends in mid-epoch."""
+    more = ("--checkpoint.every_n_train_steps", "16") if "epochs" in length[0] else ()
+    code, out, _ = lit(*FIT, *more, *length, "--test_after_fit", "true")
+    assert code == 0
+    (last,) = Path("lightning_logs").rglob("last.ckpt")
+    made = torch.load(last, weights_only=True)
+    assert made["global_step"] == (50 if "steps" in length[0] else 3 * 40)
+    tested = out.splitlines()[-1]
+    assert tested.startswith("test_loss")
+    code, out, _ = lit("test", *FIT[1:-2], "--ckpt_path", str(last))
+    assert code == 0
+    (value,) = re.findall(r"test_loss *│ *([0-9.]+)", out)
+    assert f"{float(value):.4f}" == tested.split()[1]
