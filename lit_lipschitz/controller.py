@@ -103,6 +103,8 @@ class Controller:
         self._joined = False  # whether outputs of several calls were put together
         self._unclear = False  # whether the graph does not tell what comes between the head and the loss
         self._unknown: ConfigurationError | None = None  # why the last loss was not taken
+        self._refused = False  # whether it was of the head, after another optimizer had stepped
+        self._passed_turn = False  # whether another one has
         self._whose = f" of optimizer {position}" if several else ""
         device = trainer.strategy.root_device
         self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
@@ -273,6 +275,7 @@ class Controller:
 
     def _find(self, trainer: Trainer, loss: Tensor, automatic: bool) -> None:
         """Takes a loss that belongs to this optimizer; of others, remembers why not."""
+        own = False
         try:
             found = self._search(loss)
             weight = found.head_weight if found is not None else None
@@ -280,6 +283,7 @@ class Controller:
                 weight = self._first_head(loss)
             if not self._alone and weight is not None and not self.probes.owns(weight):
                 return
+            own = weight is not None and self.probes.owns(weight)
             if found is not None:
                 self._check(trainer, found, automatic)
             if not self._alone and weight is None and self.options.head == "auto":
@@ -294,7 +298,9 @@ class Controller:
             if automatic:
                 raise
             self._unknown = error.with_traceback(None)  # whose frames would keep the batch
+            self._refused = own and self._passed_turn
             return
+        self._refused = False
         reading = self._read(loss) if self.options.measure == "pass" else None
         if reading is not None:
             self._factor = float(self._weight(trainer, reading))
@@ -458,6 +464,8 @@ class Controller:
                     "of the optimizer that trains the head, or pass loss= with the loss's name"
                 )
             self._choose(None, None)
+        if self._refused and self._applied is None and self._unknown is not None:
+            raise self._unknown  # the loss of this step; what was taken before was of another optimizer's
         assert self.probes.chosen is not None
         if not module.automatic_optimization and self._open:
             self.probes.chosen.statistic.finish()
@@ -492,6 +500,7 @@ class Controller:
 
     def pass_turn(self) -> None:
         """Another optimizer is about to step."""
+        self._passed_turn = True
         if self._readings is not None:
             self._readings.pass_turn()
 

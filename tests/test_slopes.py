@@ -727,3 +727,31 @@ def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
     callback = LipschitzLR(optimizers=1)
     trainer(callback, max_epochs=1).fit(Both(), loader(16))
     assert callback.controllers[1].measurement.slope > 0
+
+
+class Weighted(Adversaries):
+    """The discriminator's loss has a factor, which is refused under manual optimization."""
+
+    def manual_backward(self, loss, *arguments, **settings):
+        own = not self.trainer.optimizers[0].param_groups[0]["params"][0].requires_grad
+        super().manual_backward(100 * loss if own else loss, *arguments, **settings)
+
+    def training_step(self, batch, batch_idx):
+        generator, discriminator = self.optimizers()
+        if self.first:
+            self.generate(generator, batch[0])
+        self.toggle_optimizer(discriminator)
+        outputs = self.discriminator(torch.cat([batch[0] + 1, self.generator(batch[0]).detach()]))
+        targets = torch.cat([torch.ones(len(batch[0]), 1), torch.zeros(len(batch[0]), 1)])
+        discriminator.zero_grad()
+        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, targets))
+        discriminator.step()
+        self.untoggle_optimizer(discriminator)
+        if not self.first:
+            self.generate(generator, batch[0])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_loss_is_refused_whether_or_not_anothers_went_through_the_head_before(first):
+    with pytest.raises(ConfigurationError, match="weighted by 100"):
+        trainer(LipschitzLR(optimizers=1), max_epochs=1).fit(Weighted(True, first), loader(16))
