@@ -303,6 +303,16 @@ def machine() -> dict[str, str]:
 Rows = list[dict[str, Any]]
 
 
+def comparable(grid: dict[str, Rows]) -> dict[str, Rows]:
+    """The runs of those rates of a grid that never diverged, and were measured with as many seeds as any of them.
+
+    A rate that was tried on fewer seeds had lost on those by more than the noise.
+    """
+    grid = {name: found for name, found in grid.items() if not any(row["diverged"] for row in found)}
+    most = max((len(found) for found in grid.values()), default=0)
+    return {name: found for name, found in grid.items() if len(found) == most}
+
+
 def summary(rows: Rows) -> dict[str, dict[str, Rows]]:
     """The runs of each task and policy; of each tuned policy the ones at the best rate by validation.
 
@@ -315,11 +325,7 @@ def summary(rows: Rows) -> dict[str, dict[str, Rows]]:
     for task, policies in runs.items():
         chosen[task] = {name: found for name, found in policies.items() if ":" not in name}
         for kind, title in TUNED.items():
-            grid = {name: found for name, found in policies.items() if name.partition(":")[0] == kind}
-            grid = {name: found for name, found in grid.items() if not any(row["diverged"] for row in found)}
-            most = max((len(found) for found in grid.values()), default=0)
-            # A rate that was tried on fewer seeds had lost on those by more than the noise.
-            grid = {name: found for name, found in grid.items() if len(found) == most}
+            grid = comparable({name: found for name, found in policies.items() if name.partition(":")[0] == kind})
             if grid:
                 best = min(grid, key=lambda name: _cost(TASKS[task], [row["val"] for row in grid[name]]))
                 chosen[task][f"{title}, best of grid"] = grid[best]

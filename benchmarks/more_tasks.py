@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import _cost, _mean_and_error, _quiet, run
+from compare import _cost, _mean_and_error, _quiet, comparable, run
 from rows import add_row, read_rows
 from tasks import TASKS as SHORT
 from tasks import Data, Task, _keep, _shift_and_flip, images, split
@@ -120,7 +120,7 @@ TASKS = {**REGRESSIONS, **LONGER, **ALL_IMAGES}
 
 
 def policies(task: str) -> list[str]:
-    """The defaults and their grids; the longer runs are not made at the ends of these, which lose by far."""
+    """The defaults and their grids; the longer runs are not made at the ends of these, which lost in short ones."""
     named = [name for ours, grid in GRIDS.items() for name in (ours, *grid)]
     left_out = [] if task in REGRESSIONS else [*ENDS]
     if task in LONGER:
@@ -137,9 +137,7 @@ def table(rows: Rows) -> str:
             if row["task"] == task:
                 runs.setdefault(row["policy"], []).append(row)
         for ours, rates in GRIDS.items():
-            grid = [rate for rate in rates if rate in runs and not any(row["diverged"] for row in runs[rate])]
-            most = max((len(runs[rate]) for rate in grid), default=0)
-            grid = [rate for rate in grid if len(runs[rate]) == most]  # those that are measured on all seeds
+            grid = comparable({rate: runs[rate] for rate in rates if rate in runs})
             if ours not in runs or not grid:
                 continue
             tuned = min(grid, key=lambda policy: _cost(TASKS[task], [row["val"] for row in runs[policy]]))

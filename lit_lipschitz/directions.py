@@ -133,7 +133,7 @@ def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
     counters: dict[Tensor, dict[str, float]] = {}
     if found:
         device = found[0][2].device
-        read = torch.stack([value.reshape(()).double().to(device) for *_, value in found]).tolist()
+        read = torch.stack([value.reshape(()).float().to(device) for *_, value in found]).tolist()
         for (parameter, name, _), number in zip(found, read, strict=True):
             counters.setdefault(parameter, {})[name] = number
     return counters

@@ -663,11 +663,12 @@ class Adversaries(L.LightningModule):
     Args:
         generates: Whether the generator makes its steps.
         first: Whether it makes them before the discriminator's.
+        factor: Of the discriminator's loss.
     """
 
-    def __init__(self, generates, first=False):
+    def __init__(self, generates, first=False, factor=1):
         super().__init__()
-        self.automatic_optimization, self.generates, self.first = False, generates, first
+        self.automatic_optimization, self.generates, self.first, self.factor = False, generates, first, factor
         torch.manual_seed(0)
         self.generator = nn.Linear(WIDTH, WIDTH)
         self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -679,7 +680,7 @@ class Adversaries(L.LightningModule):
         outputs = self.discriminator(torch.cat([batch[0] + 1, self.generator(batch[0]).detach()]))
         targets = torch.cat([torch.ones(len(batch[0]), 1), torch.zeros(len(batch[0]), 1)])
         discriminator.zero_grad()
-        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, targets))
+        self.manual_backward(self.factor * F.binary_cross_entropy_with_logits(outputs, targets))
         discriminator.step()
         if self.generates and not self.first:
             self.generate(generator, batch[0])
@@ -729,29 +730,7 @@ def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
     assert callback.controllers[1].measurement.slope > 0
 
 
-class Weighted(Adversaries):
-    """The discriminator's loss has a factor, which is refused under manual optimization."""
-
-    def manual_backward(self, loss, *arguments, **settings):
-        own = not self.trainer.optimizers[0].param_groups[0]["params"][0].requires_grad
-        super().manual_backward(100 * loss if own else loss, *arguments, **settings)
-
-    def training_step(self, batch, batch_idx):
-        generator, discriminator = self.optimizers()
-        if self.first:
-            self.generate(generator, batch[0])
-        self.toggle_optimizer(discriminator)
-        outputs = self.discriminator(torch.cat([batch[0] + 1, self.generator(batch[0]).detach()]))
-        targets = torch.cat([torch.ones(len(batch[0]), 1), torch.zeros(len(batch[0]), 1)])
-        discriminator.zero_grad()
-        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, targets))
-        discriminator.step()
-        self.untoggle_optimizer(discriminator)
-        if not self.first:
-            self.generate(generator, batch[0])
-
-
 @pytest.mark.parametrize("first", [False, True])
 def test_a_loss_is_refused_whether_or_not_anothers_went_through_the_head_before(first):
     with pytest.raises(ConfigurationError, match="weighted by 100"):
-        trainer(LipschitzLR(optimizers=1), max_epochs=1).fit(Weighted(True, first), loader(16))
+        trainer(LipschitzLR(optimizers=1), max_epochs=1).fit(Adversaries(True, first, factor=100), loader(16))
