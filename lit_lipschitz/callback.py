@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz import constants, graph, inspection
-from lit_lipschitz.controller import Controller, Options
+from lit_lipschitz.controller import Controller
 from lit_lipschitz.decision import Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.inference import inference_pass
 from lit_lipschitz.losses import LOSSES
+from lit_lipschitz.options import Options
 
 
 class LipschitzLR(Callback):
@@ -234,7 +235,7 @@ class LipschitzLR(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
-        if self.options.measure == "pass" and not is_overridden("forward", pl_module):
+        if not self.options.running and not is_overridden("forward", pl_module):
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass') calls the module, and {type(pl_module).__name__} has no forward; define "
                 "one, or use measure='running'"
@@ -288,12 +289,12 @@ class LipschitzLR(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measures from here to the batch's end."""
-        if self.options.measure == "pass":
+        if not self.options.running:
             # Not in on_train_epoch_start, which Lightning leaves out where it resumes at the end of an epoch.
             self._measure_by_pass(trainer, pl_module)
         for controller in self._controllers.values():
             controller.begin_batch(pl_module)
-            controller.probes.arm("training" if self.options.measure == "running" else "watching")
+            controller.probes.arm("training" if self.options.running else "watching")
 
     def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The pass of an epoch, for the controllers that need one."""

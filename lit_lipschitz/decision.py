@@ -123,6 +123,11 @@ class Policy:
         return max((float(group.get("weight_decay", 0.0)) for group in coupled), default=0.0)
 
     @property
+    def of_batch(self) -> bool:
+        """Whether the norm is one of the whole batch matrix, which grows with the number of rows."""
+        return self.norm in ("frobenius", "spectral")
+
+    @property
     def limited(self) -> bool:
         """Whether there is a limit that could bind."""
         return self.min_lr > 0 or self.max_lr is not None or self.max_growth is not None
