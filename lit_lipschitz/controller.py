@@ -86,8 +86,13 @@ class Controller:
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
         self.found = HeadAndLoss(policy, options, trainer, module, position, state.get("measured"))
-        wanted = options.schedule == "auto" and policy.bound != "paper" and not self.writer.scheduled
-        self._schedule = OwnSchedule(optimizer, wanted)
+        wanted = options.schedule == "auto" and policy.bound != "paper"
+        if wanted and keep and not schedulers:
+            rank_zero_info(
+                "LipschitzLR: StochasticWeightAveraging brings rates of its own, so there is no warm-up and no decay "
+                "but for these; bring a scheduler to have one before (schedule='none' says that none is wanted)"
+            )
+        self._schedule = OwnSchedule(optimizer, wanted and not self.writer.scheduled)
 
     @property
     def probes(self) -> Probes:

@@ -222,10 +222,12 @@ def test_averaged_weights_do_not_disturb(make):
 
 
 @pytest.mark.parametrize("interval", [None, "epoch"])
-def test_stochastic_weight_averagings_rates_are_relative_to_the_configured_one(interval):
+def test_stochastic_weight_averagings_rates_are_relative_to_the_configured_one(interval, caplog):
     module = Classifier() if interval is None else Scheduled(SCHEDULERS["ConstantLR"][0], interval)
     averaging = StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2, annealing_epochs=2)
-    _, rates, own = fit(module, averaging, max_epochs=5)
+    with caplog.at_level("INFO"):
+        _, rates, own = fit(module, averaging, lipschitz=LipschitzLR(), max_epochs=5)
+    assert ("StochasticWeightAveraging brings rates of its own" in caplog.text) == (interval is None)
     factors = [rate / base for rate, base in zip(rates, own, strict=True)]
     before = [1.0 if interval is None else 0.3] * 6
     assert factors[:6] == pytest.approx(before)
