@@ -45,6 +45,7 @@ class OneLineParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # the beginning of an option may be a typing error
         self.made.append(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -30,6 +30,9 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     bad_class = re.search(r"Problem with given class_path '([^']+)': (.+?)(?: - Expected| Given value|$)", text)
     if bad_class:
         return f"{path}: {bad_class[1]} can't be used: {bad_class[2]}"
+    not_there = re.search(r"expects a function or a callable class: (.+)\. Got value: (\S+)", text)
+    if not_there:
+        return f"{path}: expected the import path of a class or a function, found {not_there[2]!r}: {not_there[1]}"
     one = re.search(r"Expected an? ([^-]+?)\. Got value: (.+?)(?: - | Given value|$)", text)
     if one:
         return f"{path}: expected {_readable(one[1])}, found {one[2]!r}"

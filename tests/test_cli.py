@@ -272,6 +272,12 @@ def test_every_bundled_config_is_whole(lit, name):
         ),
         (["--ckpt_path", "nothing.ckpt"], 2, "--ckpt_path nothing.ckpt: no such file"),
         (["--ckpt_path", "last"], 2, "has left a checkpoint; pass a path"),
+        (["--trainer.max_epoch", "1"], 2, "trainer.max_epoch: no such option; closest: trainer.max_epochs"),
+        (
+            ["--model.optimizer", "torch.optim.AdamX"],
+            2,
+            "error: model.optimizer: expected the import path of a class or a function, found 'torch.optim.AdamX'",
+        ),
         (["--config", "extra.yaml"], 2, "trainer.max_epoch: no such option; closest: trainer.max_epochs"),
         (["--ckpt_path", "truncated.ckpt"], 1, "not a checkpoint, or only a part of one"),
         (["--ckpt_path", "foreign.ckpt"], 1, "the checkpoint is of another network: Missing key(s)"),

@@ -177,7 +177,11 @@ def test_the_readmes_python_runs(monkeypatch):
     for block in blocks(ROOT / "README.md"):
         if block.kind == "python":
             exec(compile(block.text, str(block), "exec"), names)
-    names["trainer"].fit(Classifier(), loader())
+    trainer = names["trainer"]
+    trainer.fit(Classifier(), loader())
+    ours = next(callback for callback in trainer.callbacks if type(callback).__name__ == "LipschitzLR")
+    assert ours.constant > 0
+    assert trainer.global_step == len(loader())
 
 
 @pytest.mark.slow
