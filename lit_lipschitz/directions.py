@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_lipschitz.invariance import ScaleInvariance
+
 Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 """From a gradient, the parameter's state before the step (empty at first) and its group to the update at rate 1."""
 
@@ -83,7 +85,12 @@ DECOUPLED = ("AdamW", "AdamWScheduleFree")
 
 
 @torch.no_grad()
-def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
+def lengths(
+    optimizer: Optimizer,
+    grad_scale: float | Tensor = 1.0,
+    ratios: Sequence[float] = (),
+    invariance: ScaleInvariance | None = None,
+) -> Tensor:
     """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
 
     Weight decay that is added to the gradient counts in both, weight decay that is not in neither.
@@ -92,6 +99,8 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
         optimizer: One of :data:`DIRECTIONS`, about to step.
         grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
         ratios: Each parameter group's rate over the first one's; groups beyond the list have 1.
+        invariance: Tells of which weights only the direction matters. These are measured as if they had the length of
+            He's initial ones: as much longer as they are, their gradient counts as longer and their step as shorter.
 
     Returns:
         The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
@@ -103,11 +112,14 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
     direction = DIRECTIONS[type(optimizer).__name__]
     counters = _counters(optimizer)
     squares: list[Tensor] = []
+    place = -1
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
+            place += 1
             grad = parameter.grad
             if grad is None:
                 continue
+            longer = invariance.length(parameter, grad, place) if invariance else 1.0
             # The moments of a complex parameter are those of its parts.
             grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
@@ -115,7 +127,8 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
             grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
-            squares += [ratio**2 * _square(part) for part in (grad, direction(grad, state, group))]
+            update = direction(grad, state, group)
+            squares += [ratio**2 * longer**2 * _square(grad), ratio**2 / longer**2 * _square(update)]
     if not squares:
         return torch.zeros(2)
     pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lit_lipschitz import directions
 from lit_lipschitz.constants import Reduction
 from lit_lipschitz.graph import Edge, Reading
+from lit_lipschitz.invariance import ScaleInvariance
 from lit_lipschitz.rules import StepScale
 from lit_lipschitz.slopes import Rows, Slopes, slopes_of_all
 
@@ -36,6 +37,7 @@ class StepReadings:
         self.scale = scale
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
+        self._invariance = ScaleInvariance()
         self.anew = False
         self._trained = 0  # parameters that the readings are of
         self._steps = 0  # of the run
@@ -95,7 +97,7 @@ class StepReadings:
             Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (2,), and with
             slopes (2 + 2 * world_size,).
         """
-        read = directions.lengths(self._optimizer, grad_scale, ratios)
+        read = directions.lengths(self._optimizer, grad_scale, ratios, self._invariance)
         if self._slopes is not None:
             read = torch.cat([read, self._slopes.slots(rank, world_size, read.device).flatten()])
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
@@ -108,9 +110,17 @@ class StepReadings:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
-        return {"scale": asdict(self.scale), "trained": self._trained, "steps": self._steps, "again": self._again}
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return {
+            "scale": asdict(self.scale),
+            "trained": self._trained,
+            "steps": self._steps,
+            "again": self._again,
+            "orthogonal": self._invariance.state_dict(parameters),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
         self.scale = type(self.scale)(**state["scale"])
         self._trained, self._steps, self._again = state["trained"], state["steps"], state["again"]
+        self._invariance.load_state_dict(state.get("orthogonal", ()))  # later than the rest of the state

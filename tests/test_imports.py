@@ -13,7 +13,8 @@ ROOT = Path(lit_lipschitz.__file__).parent
 # Lower ones know nothing of higher ones.
 LAYERS = [
     {"errors"},
-    {"constants", "rules", "schedules", "optimizers", "directions", "spikes", "averaging"},
+    {"constants", "rules", "schedules", "optimizers", "invariance", "spikes", "averaging"},
+    {"directions"},
     {"losses"},
     {"decision", "statistics"},
     {"regression", "inspection", "nodes", "writing"},
