@@ -158,6 +158,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
         + [f"LipschitzLR's own {controller.schedule}"] * (controller.schedule is not None),
         "scale": controller.measurement.scale if rule in rules.SCALED and controller.measurement else None,
+        "direction_only": controller.direction_only,
         "observed": decision.observed if rule in rules.SLOPED and decision.observed else None,
         "effective": decision.effective if rule in rules.SLOPED and decision.observed else None,
         "lengthening": _lengthening(controller, rule),

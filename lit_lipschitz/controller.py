@@ -135,6 +135,11 @@ class Controller:
         return self._rule_state
 
     @property
+    def direction_only(self) -> int | None:
+        """How many weights were taken for such of which only the direction matters; None where no steps are read."""
+        return self._readings.direction_only if self._readings is not None else None
+
+    @property
     def accumulated(self) -> int:
         """Most batches that made one step in the interval that goes on, as far as is known."""
         return self._accumulated

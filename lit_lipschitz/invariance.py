@@ -34,6 +34,12 @@ class ScaleInvariance:
         # The largest cosine so far, over that of random directions; parameters that were never read are not there.
         self._largest: dict[Tensor, Tensor] = {}
         self._stored: list[float] = []
+        self._free: dict[Tensor, Tensor] = {}  # whether they were taken for one in the last reading
+
+    @property
+    def count(self) -> int:
+        """How many weights the last reading has taken for such; this waits for the device."""
+        return sum(bool(free) for free in self._free.values())
 
     @torch.no_grad()
     def length(self, weight: Tensor, grad: Tensor, place: int) -> Tensor | float:
@@ -63,7 +69,7 @@ class ScaleInvariance:
         # A NaN, as of a gradient that is 0 or has overflowed, tells nothing.
         largest = self._largest[weight] = torch.fmax(before, cosine)
         limit = torch.where(before < 0, ALMOST_ORTHOGONAL / 10, ALMOST_ORTHOGONAL)
-        free = (largest >= 0) & (largest <= limit) & (norm > 0)
+        free = self._free[weight] = (largest >= 0) & (largest <= limit) & (norm > 0)
         return torch.where(free, norm / (2 * weight.shape[0]) ** 0.5, 1.0)
 
     def state_dict(self, parameters: Iterable[Tensor]) -> list[float]:

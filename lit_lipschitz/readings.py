@@ -49,6 +49,11 @@ class StepReadings:
         return self._slopes is not None
 
     @property
+    def direction_only(self) -> int:
+        """How many weights were taken for such of which only the direction matters; this waits for the device."""
+        return self._invariance.count
+
+    @property
     def due(self) -> bool:
         """Whether the optimizer step that comes, before :meth:`begin_step`, is to be read, as all ranks know alike.
 

@@ -194,6 +194,24 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
     assert longer * scale / seen != pytest.approx(mean, rel=1e-3)
 
 
+def test_weights_of_which_only_the_direction_matters_are_counted(lit, monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("normalised.py").write_text(
+        "from torch import nn\n"
+        "class Network(nn.Sequential):\n"
+        "    def __init__(self, num_classes: int = 10) -> None:\n"
+        "        super().__init__(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),\n"
+        "                         nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, num_classes))\n"
+    )
+    arguments = ("explain", "--config", "digits", "--model.optimizer", "AdamW")
+    normalised = (*arguments, "--model.network", "normalised.Network")
+    code, out, err = lit(*normalised)
+    assert code == 0, err
+    assert re.search(r"^free +2 parameters of which only the direction matters", out, re.M)
+    assert json.loads(lit(*normalised, "--json")[1])["optimizers"][0]["direction_only"] == 2
+    assert "only the direction" not in lit(*arguments)[1]
+
+
 def test_the_steps_of_adam_with_the_smooth_family_multiply_out(lit):
     arguments = [*DIGITS, "--model.optimizer", "torch.optim.Adam", "--model.scheduler", "null", "--lipschitz.bound"]
     code, out, err = lit("explain", *arguments, "smooth")

@@ -14,6 +14,8 @@ TEXTS = [
 ]  # fmt: skip
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {
+    "https://arxiv.org/abs/1502.01852",
+    "https://arxiv.org/abs/1812.03981",
     "https://arxiv.org/abs/1902.07399",
     "https://arxiv.org/abs/2002.11803",
     "https://arxiv.org/abs/2404.00498",
@@ -32,6 +34,7 @@ PAPERS = {
     "2404.00498": "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
     "2405.15682": "The Road Less Scheduled",
     "1502.01852": "Delving Deep into Rectifiers",
+    "1812.03981": "Theoretical Analysis of Auto Rate-Tuning by Batch Normalization",
     "1412.6980": "Adam",
     "1608.06993": "Densely Connected Convolutional Networks",
     "1603.05027": "Identity Mappings in Deep Residual Networks",
