@@ -1,13 +1,12 @@
-"""Whether what compare.py finds holds on other tasks: seven regressions, two other starts, runs 5 to 19 times as long.
+"""Whether what compare.py finds holds on other tasks: seven regressions, and runs 5 to 19 times as long.
 
     python benchmarks/more_tasks.py [--seeds 0,1,2,3,4] [--tasks "Friedman 1;Friedman 3"]  # measures what is not there
     python benchmarks/more_tasks.py --print                                                # the table
 
 Each default beside the best of a grid of fixed rates with the same schedule, chosen by validation, as in compare.py.
 The regressions are scikit-learn's: Friedman's functions and a linear one with noise, and the Digits, as one-hot
-targets, as a number, and as their own targets. ResNet-20 starts with convolutions that are three times as long, and a
-third as long, as He's, of which BatchNorm makes the same network; without SGD. The longer runs are those of compare.py:
-two with five times the epochs, without SGD, and two with ten epochs of all the images, less 5,000 to validate.
+targets, as a number, and as their own targets. The longer runs are those of compare.py: two with five times the epochs,
+without SGD, and two with ten epochs of all the images, less 5,000 to validate.
 """
 
 import argparse
@@ -107,23 +106,6 @@ REGRESSIONS: dict[str, Task] = {
     "Digits, the number, by a CNN": _task(Numbers, partial(_digits, "number")),
     "Digits, themselves": _task(partial(MLP, (64,), (64, 16, 64), 64), partial(_digits, "themselves")),
 }
-
-
-def rescaled(make: Callable[[], nn.Module], factor: float) -> nn.Module:
-    """A network whose convolutions start so many times as long."""
-    network = make()
-    for part in network.modules():
-        if isinstance(part, nn.Conv2d):
-            part.weight.data.mul_(factor)
-    return network
-
-
-STARTS: dict[str, Task] = {
-    f"cifar10_resnet20, convolutions x {name}": replace(
-        SHORT["cifar10_resnet20"], network=partial(rescaled, SHORT["cifar10_resnet20"].network, factor)
-    )
-    for name, factor in (("3", 3.0), ("1/3", 1 / 3))
-}
 LONGER: dict[str, Task] = {
     "cifar10_vit, 20 epochs": replace(SHORT["cifar10_vit"], epochs=20),
     "text_transformer, 10 epochs": replace(SHORT["text_transformer"], epochs=10),
@@ -134,14 +116,14 @@ ALL_IMAGES: dict[str, Task] = {
     )
     for name in ("cifar10_resnet20", "cifar10_vit")
 }
-TASKS = {**REGRESSIONS, **STARTS, **LONGER, **ALL_IMAGES}
+TASKS = {**REGRESSIONS, **LONGER, **ALL_IMAGES}
 
 
 def policies(task: str) -> list[str]:
     """The defaults and their grids; the longer runs are not made at the ends of these, which lost in short ones."""
     named = [name for ours, grid in GRIDS.items() for name in (ours, *grid)]
-    left_out = [] if task in REGRESSIONS or task in STARTS else [*ENDS]
-    if task in STARTS or task in LONGER:
+    left_out = [] if task in REGRESSIONS else [*ENDS]
+    if task in LONGER:
         left_out += ["lipschitz", *GRIDS["lipschitz"]]
     return [name for name in named if name not in left_out]
 

@@ -98,7 +98,7 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
         if one["direction_only"]:
             many = f"{one['direction_only']} parameters of which only the direction matters"
-            rows.append(("free", f"{many}, as in front of a normalisation: measured as if they had He's length"))
+            rows.append(("free", f"{many}, as in front of a normalisation: scale does not fall as they grow"))
         if one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))

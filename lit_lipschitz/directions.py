@@ -99,8 +99,8 @@ def lengths(
         optimizer: One of :data:`DIRECTIONS`, about to step.
         grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
         ratios: Each parameter group's rate over the first one's; groups beyond the list have 1.
-        invariance: Tells of which weights only the direction matters. These are measured as if they had the length of
-            He's initial ones: as much longer as they are, their gradient counts as longer and their step as shorter.
+        invariance: Tells of which weights only the direction matters. Their gradients count as many times as long as
+            the weights have grown, by which they have become shorter.
 
     Returns:
         The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
@@ -119,7 +119,7 @@ def lengths(
             grad = parameter.grad
             if grad is None:
                 continue
-            longer = invariance.length(parameter, grad, place) if invariance else 1.0
+            growth = invariance.growth(parameter, grad, place) if invariance else 1.0
             # The moments of a complex parameter are those of its parts.
             grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
@@ -128,7 +128,7 @@ def lengths(
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
             update = direction(grad, state, group)
-            squares += [ratio**2 * longer**2 * _square(grad), ratio**2 / longer**2 * _square(update)]
+            squares += [ratio**2 * growth**2 * _square(grad), ratio**2 * _square(update)]
     if not squares:
         return torch.zeros(2)
     pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)

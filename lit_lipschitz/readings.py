@@ -37,7 +37,7 @@ class StepReadings:
         self.scale = scale
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
-        self._invariance = ScaleInvariance()
+        self._invariance = ScaleInvariance() if sloped else None
         self.anew = False
         self._trained = 0  # parameters that the readings are of
         self._steps = 0  # of the run
@@ -51,7 +51,7 @@ class StepReadings:
     @property
     def direction_only(self) -> int:
         """How many weights were taken for such of which only the direction matters; this waits for the device."""
-        return self._invariance.count
+        return self._invariance.count if self._invariance is not None else 0
 
     @property
     def due(self) -> bool:
@@ -121,11 +121,12 @@ class StepReadings:
             "trained": self._trained,
             "steps": self._steps,
             "again": self._again,
-            "orthogonal": self._invariance.state_dict(parameters),
+            "orthogonal": self._invariance.state_dict(parameters) if self._invariance is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
         self.scale = type(self.scale)(**state["scale"])
         self._trained, self._steps, self._again = state["trained"], state["steps"], state["again"]
-        self._invariance.load_state_dict(state.get("orthogonal", ()))  # later than the rest of the state
+        if self._invariance is not None:
+            self._invariance.load_state_dict(state.get("orthogonal", ()))  # later than the rest of the state
