@@ -45,7 +45,8 @@ class Observation:
         constant: Lipschitz constant L, positive.
         squared: An estimate of its square, positive (:func:`lit_lipschitz.constants.squared`).
         activation_norm: Size of the head's inputs, K_z, positive.
-        scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive.
+        scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive; both as
+            :func:`lit_lipschitz.directions.lengths` has them.
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
         observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
             steepest one, O, at most L; 0 where no slope was seen.
