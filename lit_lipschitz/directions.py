@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lipschitz.invariance import ScaleInvariance
+from lit_lipschitz.invariance import ScaleInvariance, norm
 
 Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 """From a gradient, the parameter's state before the step (empty at first) and its group to the update at rate 1."""
@@ -175,7 +175,4 @@ def _moments(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
 
 
 def _square(values: Tensor) -> Tensor:
-    norm: Any = torch.linalg.vector_norm(values.double() if values.dtype == torch.float64 else values.float())
-    if hasattr(norm, "full_tensor"):  # of a sharded parameter, put together by all ranks
-        norm = norm.full_tensor()
-    return norm.to(torch.float32) ** 2
+    return norm(values).to(torch.float32) ** 2
