@@ -23,7 +23,8 @@ from tasks import TASKS
 from torch import Tensor
 
 from lit_lipschitz import LipschitzLR
-from lit_lipschitz.directions import lengths
+from lit_lipschitz.directions import lengths, scale_of_weights
+from lit_lipschitz.invariance import ScaleInvariance
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
 ROOT = math.sqrt(10)  # 1 / sqrt(1 - 0.9)
@@ -101,9 +102,14 @@ class Grafted(Variant):
     def rate(self, inverse: float, optimizer: Any) -> float:
         """The rate after the last reading."""
         if self.steps % self.every == 0 or self.steps & (self.steps - 1) == 0:
-            gradient, step = lengths(optimizer).tolist()
+            gradient, step = self.lengths(optimizer)
             self.memory["rate"] = self.read(self.scale(optimizer, gradient, step), inverse)
         return self.number * ROOT * self.memory["rate"] * self.again(inverse)
+
+    def lengths(self, optimizer: Any) -> tuple[float, float]:
+        """Of the gradient and of the step at a rate of 1, over all parameters together."""
+        gradient, step = lengths(optimizer).tolist()
+        return gradient, step
 
     def scale(self, optimizer: Any, gradient: float, step: float) -> float:
         """Length of SGD's step, without momentum, over that of Adam's, at rates of 1."""
@@ -228,7 +234,7 @@ class Seen(Capped):
         """The first step is at the plain rate, within the warm-up."""
         beta = optimizer.param_groups[0]["betas"][0]
         if not self.hooked:
-            gradient, step = lengths(optimizer).tolist()
+            gradient, step = self.lengths(optimizer)
             return self.number * gradient / step * inverse
         noise = min((1 - beta) * math.sqrt(self.examples / 2), 1.0)
         return super().rate(inverse, optimizer) / ROOT * noise / math.sqrt(1 - beta**2)
@@ -301,7 +307,7 @@ class LastingEffective(Effective):
     def rate(self, inverse: float, optimizer: Any) -> float:
         """The first step is within the warm-up."""
         if not self.hooked:
-            gradient, step = lengths(optimizer).tolist()
+            gradient, step = self.lengths(optimizer)
             return 5 * gradient / step * inverse
         return Grafted.rate(self, inverse, optimizer) / ROOT
 
@@ -354,6 +360,44 @@ class FallingEffective(LastingEffective):
         return Capped.read(self, scale, inverse)
 
 
+class EachWeight(Effective):
+    """The same, with the mean over the weights of how long the gradient is beside the step."""
+
+    def __init__(self, ours: LipschitzLR, number: float = 1.0, least: float = 0.01, half: float = 1.0) -> None:
+        super().__init__(ours, number, least, half)
+        self.invariance = ScaleInvariance()
+
+    def lengths(self, optimizer: Any) -> tuple[float, float]:
+        """Their ratio, and 1."""
+        return float(scale_of_weights(optimizer, invariance=self.invariance)), 1.0
+
+
+class LinearEachWeight(EachWeight):
+    """The same, linear in the examples that count."""
+
+    def scale(self, optimizer: Any, gradient: float, step: float) -> float:
+        """With the square of what is below 1 in the place of it."""
+        beta = optimizer.param_groups[0]["betas"][0]
+        noise = min((1 - beta) ** 2 * self.examples * self.even, 1.0)
+        return Share.scale(self, optimizer, gradient, step) * noise
+
+
+class FreeEachWeight(LinearEffective):
+    """Schedule-Free: the same mean, a tenth of the examples that count, and a limit."""
+
+    def __init__(self, ours: LipschitzLR, limit: float) -> None:
+        super().__init__(ours, 1.0, 0.01)
+        self.limit, self.invariance = limit, ScaleInvariance()
+
+    def lengths(self, optimizer: Any) -> tuple[float, float]:
+        """Their ratio, and 1."""
+        return float(scale_of_weights(optimizer, invariance=self.invariance)), 1.0
+
+    def noise(self) -> float:
+        """A tenth of them, up to the limit."""
+        return min(self.examples * self.even / 10, self.limit)
+
+
 KINDS: dict[str, Any] = {
     "sgd: 0.5 / L": lambda ours: Times(ours, 0.5),
     "sgd: 1 / L": lambda ours: Times(ours, 1.0),
@@ -384,7 +428,11 @@ KINDS: dict[str, Any] = {
     "adamw: of the slope as seen, at least 0.2, with the noise": lambda ours: Share(ours, 1.0, 0.2),
     "adamw: of the slope as seen, at least 0.3, with the noise": lambda ours: Share(ours, 1.0, 0.3),
     "adamw: of slope and half of the examples that count": lambda ours: Effective(ours, 1.0, 0.1, 2.0),
-    "adamw: of slope and examples that count (as the default)": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
+    "adamw: of slope and examples that count": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
+    "adamw: the same, mean over the weights": EachWeight,
+    "adamw: the same, mean over the weights, times 0.75": lambda ours: EachWeight(ours, 0.75),
+    "adamw: the same, mean over the weights, linear": LinearEachWeight,
+    "adamw: the same, mean over the weights, half of the examples (default)": lambda ours: EachWeight(ours, half=2.0),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),
@@ -392,7 +440,12 @@ KINDS: dict[str, Any] = {
     "schedulefree: mean of the first readings, times 0.5": lambda ours: First(ours, 5 / ROOT),
     "schedulefree: of slope and examples that count, falling": lambda ours: FallingEffective(ours, 1.0, 0.01),
     "schedulefree: of slope and root of the examples that count": lambda ours: LastingEffective(ours, 1.0, 0.01),
-    "schedulefree: of slope and examples that count (as the default)": lambda ours: LinearEffective(ours, 1.0, 0.01),
+    "schedulefree: of slope and an eighth of the examples that count": lambda ours: LinearEffective(ours, 1.0, 0.01),
+    "schedulefree: a tenth, mean over the weights, at most 5": lambda ours: FreeEachWeight(ours, 5.0),
+    "schedulefree: a tenth, mean over the weights, at most 10": lambda ours: FreeEachWeight(ours, 10.0),
+    "schedulefree: a tenth, mean over the weights, at most 7.1 (default)": lambda ours: FreeEachWeight(
+        ours, math.sqrt(50)
+    ),
 }
 MAKERS: dict[str, Any] = {
     "sgd": _sgd("linear", 1.0),

@@ -150,7 +150,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         **_constant(trainer, controller),
         "L": decision.constant or None,
         "rule": rule,
-        "rule_says": _rule_says(rule, sloped=bool(decision.observed)),
+        "rule_says": (rules.RULES[rule].__doc__ or "").partition("\n")[0],
         "rate": decision.lr,
         "limit": decision.cap or None,
         "by_hand": options.initial_lr if not decision.constant else None,
@@ -171,21 +171,13 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     }
 
 
-def _rule_says(rule: str, sloped: bool) -> str:
-    """The rule in a sentence; two have another one where no slope was seen."""
-    if rule == "schedule_free" and not sloped:
-        return "Schedule-Free AdamW, beta the first of its betas: rate = lasting scale / ((1 - beta) L)."
-    rule = "grafted" if rule == "observed" and not sloped else rule
-    return (rules.RULES[rule].__doc__ or "").partition("\n")[0]
-
-
 def _lengthening(controller: Controller, rule: str) -> float | None:
-    """The c of the rules that have one; without a slope ``observed`` is ``grafted``, and ``schedule_free`` has none."""
-    settings, decision = controller.optimizer.param_groups[0], controller.decision
-    if rule in rules.SLOPED and decision is not None and decision.observed:
+    """The c of the rules that have one; without a slope all examples count in it."""
+    settings, decision, measured = controller.optimizer.param_groups[0], controller.decision, controller.measurement
+    if rule in rules.SLOPED and decision is not None and measured is not None:
         lengthening = rules.noise_lengthening if rule == "observed" else rules.schedule_free_lengthening
-        return lengthening(settings, decision.effective)
-    return rules.lengthening(settings) if rule in ("grafted", "observed") else None
+        return lengthening(settings, decision.effective or measured.batch_size)
+    return rules.lengthening(settings) if rule == "grafted" else None
 
 
 def _head(controller: Controller) -> dict[str, Any] | None:

@@ -95,18 +95,22 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["momentum"] is not None:
             rows.append(("b", f"{one['momentum']:g}, the optimizer's momentum"))
         if one["scale"] is not None:
-            rows.append(("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1"))
+            of = "" if one["rule"] == "grafted" else ", the mean over the weights"
+            rows.append(
+                ("scale", f"{one['scale']:.6g}, length of the gradient over that of the step at a rate of 1{of}")
+            )
         if one["direction_only"]:
             many = f"{one['direction_only']} parameters of which only the direction matters"
             rows.append(("free", f"{many}, as in front of a normalisation: scale does not fall as they grow"))
         if one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
+        elif one["lengthening"] is not None and one["rule"] != "grafted":
+            rows.append(("O, n", "L and m: no slope of the loss was seen"))
         if one["lengthening"] is not None:
-            kind = one["rule"] if one["observed"] is not None else "grafted"
             rows += [
-                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[kind]}"),
-                ("mean", f"{one['mean']:.6g}, of {_MEANS[kind]} over the readings so far"),
+                ("c", f"{one['lengthening']:.6g}, {_LENGTHENING[one['rule']]}"),
+                ("mean", f"{one['mean']:.6g}, of {_MEANS[one['rule']]} over the readings so far"),
             ]
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))

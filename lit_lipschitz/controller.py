@@ -61,7 +61,7 @@ class Controller:
         self._rule = rule
         sloped = rule in rules.SLOPED and policy.bound == "strict"
         scale = rules.SCALED.get(rule)
-        self._readings = StepReadings(optimizer, scale(), sloped) if scale else None
+        self._readings = StepReadings(optimizer, scale(), sloped, each=rule in rules.SLOPED) if scale else None
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._rule_state = rules.initial_state(policy.rule, options.initial_lr)

@@ -1,6 +1,8 @@
 """How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
@@ -85,12 +87,7 @@ DECOUPLED = ("AdamW", "AdamWScheduleFree")
 
 
 @torch.no_grad()
-def lengths(
-    optimizer: Optimizer,
-    grad_scale: float | Tensor = 1.0,
-    ratios: Sequence[float] = (),
-    invariance: ScaleInvariance | None = None,
-) -> Tensor:
+def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
     """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
 
     Weight decay that is added to the gradient counts in both, weight decay that is not in neither.
@@ -99,8 +96,6 @@ def lengths(
         optimizer: One of :data:`DIRECTIONS`, about to step.
         grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
         ratios: Each parameter group's rate over the first one's; groups beyond the list have 1.
-        invariance: Tells of which weights only the direction matters. Their gradients count as many times as long as
-            the weights have grown, by which they have become shorter.
 
     Returns:
         The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
@@ -109,9 +104,80 @@ def lengths(
     Raises:
         KeyError: The optimizer is none of them.
     """
+    squares: list[Tensor] = []
+    for step in _steps(optimizer, grad_scale, ratios):
+        squares += [step.ratio**2 * _square(step.grad), step.ratio**2 * _square(step.update)]
+    return _summed(squares).sqrt()
+
+
+@torch.no_grad()
+def scale_of_weights(
+    optimizer: Optimizer,
+    grad_scale: float | Tensor = 1.0,
+    ratios: Sequence[float] = (),
+    invariance: ScaleInvariance | None = None,
+) -> Tensor:
+    r"""Mean over the weights of how long the gradient is beside the step that the optimizer makes of it at a rate of 1.
+
+    Weights are matrices, embeddings and kernels. Biases, and the scales of a normalisation or a layer, are none: they
+    take part in the steps, and have no say in how long these are. A large weight counts no more than a small one, and
+    a group's rate makes no difference.
+
+    Args:
+        optimizer: One of :data:`DIRECTIONS`, about to step.
+        grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
+        ratios: Each parameter group's rate over the first one's; what is in groups of 0 does not count.
+        invariance: Tells of which weights only the direction matters. Their gradients count as many times as long as
+            the weights have grown, by which they have become shorter.
+
+    Returns:
+        The mean of :math:`\|g\| / \|u\|` over the weights that are about to move, with Euclidean norms; where there
+        are none, as in an optimizer of vectors or of a flat part of a sharded network, the same of all parameters
+        together. A scalar, float32, on the gradients' device; NaN where nothing moves.
+
+    Raises:
+        KeyError: The optimizer is none of them.
+    """
+    found: list[Tensor] = []
+    squares: list[Tensor] = []
+    for step in _steps(optimizer, grad_scale, ratios):
+        growth = invariance.growth(step.parameter, step.parameter.grad, step.place) if invariance else 1.0
+        pair = [growth**2 * _square(step.grad), _square(step.update)]
+        squares += pair
+        if step.ratio and is_weight(step.parameter):
+            found += pair
+    squared, updates = (found or squares)[::2], (found or squares)[1::2]
+    if not squared:
+        return torch.tensor(math.nan)
+    device = squared[0].device
+    if not found:
+        gradient, update = _summed(squares)
+        return (gradient / update).sqrt()
+    gradients, moves = (torch.stack([one.to(device) for one in part]).sqrt() for part in (squared, updates))
+    moving = moves > 0
+    return torch.where(moving, gradients / moves, 0.0).sum() / moving.sum()
+
+
+def is_weight(parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix or a kernel: one of two dimensions, or with two that are longer than 1."""
+    return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What an optimizer is about to do with one parameter: real tensors, the update at a rate of 1."""
+
+    parameter: Tensor
+    place: int  # among all parameters of the optimizer
+    ratio: float  # of its group's rate to the first one's
+    grad: Tensor
+    update: Tensor
+
+
+def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Iterator[_Step]:
+    """The steps of all parameters that have a gradient."""
     direction = DIRECTIONS[type(optimizer).__name__]
     counters = _counters(optimizer)
-    squares: list[Tensor] = []
     place = -1
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
@@ -119,7 +185,6 @@ def lengths(
             grad = parameter.grad
             if grad is None:
                 continue
-            growth = invariance.growth(parameter, grad, place) if invariance else 1.0
             # The moments of a complex parameter are those of its parts.
             grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
@@ -127,12 +192,14 @@ def lengths(
             grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
-            update = direction(grad, state, group)
-            squares += [ratio**2 * growth**2 * _square(grad), ratio**2 * _square(update)]
+            yield _Step(parameter, place, ratio, grad, direction(grad, state, group))
+
+
+def _summed(squares: Sequence[Tensor]) -> Tensor:
+    """The sums of every other value, which may be on several devices; shape (2,)."""
     if not squares:
         return torch.zeros(2)
-    pairs = torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2)
-    return pairs.sum(dim=0).sqrt()
+    return torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2).sum(dim=0)
 
 
 def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:

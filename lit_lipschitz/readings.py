@@ -27,14 +27,16 @@ class StepReadings:
         optimizer: One of :data:`lit_lipschitz.directions.DIRECTIONS`.
         scale: What is made of the lengths, before the first reading.
         sloped: Whether to look at the slopes of the loss too.
+        each: Whether each weight has a say in the scale, or all parameters are taken together.
 
     Attributes:
         scale: What is made of the lengths and slopes so far.
         anew: Whether the readings began anew with the last step.
     """
 
-    def __init__(self, optimizer: Optimizer, scale: StepScale, sloped: bool) -> None:
+    def __init__(self, optimizer: Optimizer, scale: StepScale, sloped: bool, each: bool) -> None:
         self.scale = scale
+        self._each = each
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
         self._invariance = ScaleInvariance() if sloped else None
@@ -99,10 +101,14 @@ class StepReadings:
             world_size: How many there are.
 
         Returns:
-            Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (2,), and with
-            slopes (2 + 2 * world_size,).
+            Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (1,), and with
+            slopes (1 + 2 * world_size,).
         """
-        read = directions.lengths(self._optimizer, grad_scale, ratios, self._invariance)
+        if self._each:
+            read = directions.scale_of_weights(self._optimizer, grad_scale, ratios, self._invariance).reshape(1)
+        else:
+            gradient, step = directions.lengths(self._optimizer, grad_scale, ratios)
+            read = (gradient / step).reshape(1)
         if self._slopes is not None:
             read = torch.cat([read, self._slopes.slots(rank, world_size, read.device).flatten()])
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
@@ -110,8 +116,8 @@ class StepReadings:
 
     def take(self, agreed: Tensor) -> None:
         """Takes in what all ranks have measured; this waits for the device."""
-        gradient, step, *slopes = agreed.tolist()
-        self.scale = self.scale.seen(gradient, step, *slopes_of_all(slopes))
+        reading, *slopes = agreed.tolist()
+        self.scale = self.scale.seen(reading, *slopes_of_all(slopes))
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""

@@ -45,8 +45,9 @@ class Observation:
         constant: Lipschitz constant L, positive.
         squared: An estimate of its square, positive (:func:`lit_lipschitz.constants.squared`).
         activation_norm: Size of the head's inputs, K_z, positive.
-        scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive; both as
-            :func:`lit_lipschitz.directions.lengths` has them.
+        scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive; for the rules of
+            :data:`SLOPED` as :func:`lit_lipschitz.directions.scale_of_weights` has it, for ``grafted`` as
+            :func:`lit_lipschitz.directions.lengths`.
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
         observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
             steepest one, O, at most L; 0 where no slope was seen.
@@ -111,16 +112,14 @@ class StepScale:
     slope: float = 0.0
     mean_slope: float = 0.0
 
-    def seen(self, gradient: float, step: float, slope: float = 0.0, mean_slope: float = 0.0) -> "StepScale":
+    def seen(self, reading: float, slope: float = 0.0, mean_slope: float = 0.0) -> "StepScale":
         """The state with a reading taken in; what is not a positive finite number is left out.
 
         Args:
-            gradient: Length of the gradient.
-            step: Length of the step at a rate of 1.
+            reading: Length of the gradient over that of the step at a rate of 1.
             slope: Root mean square slope of the examples' losses in the head's outputs; 0 where it was not seen.
             mean_slope: Their mean slope.
         """
-        reading = gradient / step if step > 0 else 0.0
         if not _usable(reading):
             return self
         if not (_usable(slope) and _usable(mean_slope)):
@@ -384,15 +383,18 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     how much of the examples' gradients does not cancel, and how much the other layers have. So the rate does not fall
     with the loss, as that of :func:`grafted` does, and falls less with activations that grow.
 
-    c = min((1 - b) sqrt(n), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
-    momentum does to the length of SGD's steps where gradients are independent. The first one has, as :func:`noise`,
-    what momentum does in the long run and the noise: if examples are independent, the gradient of a batch is
-    within L / sqrt(m) of its expectation, by the root mean square. n is the number of examples that count, which is
+    The scale is the mean over the weights, of which each has a say, and not that of all parameters together, in which
+    the largest one has: for its head a network wants a larger rate than for a wide layer, and Adam's steps in both are
+    as long as the root of their sizes.
+
+    c = min((1 - b) sqrt(n / 2), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
+    momentum does to the length of SGD's steps where gradients are independent. The first one is that of :func:`noise`:
+    what momentum does in the long run, and the noise of n examples. n is the number of examples that count, which is
     m while all slopes are alike, and falls to the number of those that are not learned yet. So a few examples that the
     network has left, whose gradients agree, do not raise the rate.
 
-    The mean is over all updates so far, and a limit as with :func:`grafted`. Where no slope was seen, the rule is
-    :func:`grafted`.
+    The mean is over all updates so far, and a limit as with :func:`grafted`. Where no slope was seen, the steepest
+    stands for it, L for O, and all examples count, m for n.
 
     Args:
         seen: The constant that was seen, the scale, and the examples that count.
@@ -408,18 +410,22 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     References:
         Not in the papers; chosen by validation among the variants of ``docs/evidence.md``.
     """
-    if not seen.observed:
-        return grafted(seen, state, settings)
     state = _next(seen, state)
-    rate = noise_lengthening(settings, seen.effective) * seen.scale / seen.observed
+    constant, examples = _noise_of(seen)
+    rate = noise_lengthening(settings, examples) * seen.scale / constant
     state = _with_mean(state, rate)
     return min(rate, state.average), state
+
+
+def _noise_of(seen: Observation) -> tuple[float, float]:
+    """The constant that was seen and the examples that count; the steepest slope and all of them where none was."""
+    return (seen.observed, seen.effective) if seen.observed else (seen.constant, seen.batch_size)
 
 
 def noise_lengthening(settings: Settings, examples: float) -> float:
     """What :func:`observed` takes momentum and the noise of so many examples to do to the length of steps: its c."""
     momentum = _first_moment(settings)
-    return min((1 - momentum) * math.sqrt(examples), 1.0) / math.sqrt(1 - momentum**2)
+    return min((1 - momentum) * math.sqrt(examples / 2), 1.0) / math.sqrt(1 - momentum**2)
 
 
 def _first_moment(settings: Settings) -> float:
@@ -433,13 +439,13 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
     Schedule-Free moves a sequence z by Adam's direction without a first moment, and takes gradients at
     y = (1 - beta) z + beta x, with x the average of z. So a gradient moves y, the weights that are trained, by 1 - beta
     of z's step at once, and by the rest as the average takes it in. The step of y is what is made as long as SGD's:
-    scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1, and c = min(n / 8, 1 / (1 - beta));
-    O and n are those of :func:`observed`. Where no slope was seen, the rate is the lasting scale over (1 - beta) L.
+    scale = \|g\| / \|u\|, with g the gradient and u the update of z at a rate of 1, the mean over the weights, and
+    c = min((1 - beta) n, sqrt(1/2) / (1 - beta)); O and n are those of :func:`observed`, without a slope too.
 
     The average stands for a decay. So the scale is at least that of the first steps (:class:`LastingScale`): a rate
     that fell with the gradients, as that of :func:`grafted` does, would decay once more. What may fall is c / O, with
-    the root of the share of the examples that are not learned: n has that share for a factor, and O its root. The
-    8 has no other reason than that it did well.
+    the root of the share of the examples that are not learned: n has that share for a factor, and O its root. That c
+    is in step with n, and its limit, have no other reason than that they did well.
 
     Args:
         seen: The constant that was seen, the scale, and the examples that count.
@@ -457,17 +463,16 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
         and was chosen by validation among the variants of ``docs/evidence.md``.
     """
     state = _next(seen, state)
-    share = 1 - _first_moment(settings)
-    if not seen.observed:
-        return seen.scale / (share * seen.constant), state
-    ratio = schedule_free_lengthening(settings, seen.effective) / seen.observed
+    constant, examples = _noise_of(seen)
+    ratio = schedule_free_lengthening(settings, examples) / constant
     state = _with_mean(state, ratio)
     return seen.scale * min(ratio, state.average), state
 
 
 def schedule_free_lengthening(settings: Settings, examples: float) -> float:
     """What :func:`schedule_free` makes of so many examples and of beta: its c."""
-    return min(examples / 8, 1 / (1 - _first_moment(settings)))
+    share = 1 - _first_moment(settings)
+    return min(share * examples, math.sqrt(0.5) / share)
 
 
 RULES: dict[str, Rule] = {

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,28 @@ class Steps(L.Callback):
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
 
 
-def adamws_scale(optimizer: Any, gradients: list[Tensor]) -> float:
-    """Length of the gradient over that of AdamW's update at a rate of 1, from torch's own state after the step."""
+def length(parts: Iterable[Tensor]) -> float:
+    """Euclidean norm of several tensors together."""
+    return sum((part.double() ** 2).sum().item() for part in parts) ** 0.5
+
+
+def adamws_scale(optimizer: Any, gradients: list[Tensor]) -> tuple[float, float]:
+    """Length of the gradient over that of AdamW's update at a rate of 1, from torch's own state after the step.
+
+    Of all parameters together, and the mean of that of the matrices.
+    """
     updates = []
     for parameter in optimizer.param_groups[0]["params"]:
         state = optimizer.state[parameter]
         t = state["step"].item()
         updates.append((state["exp_avg"] / (1 - 0.9**t)) / ((state["exp_avg_sq"] / (1 - 0.999**t)) ** 0.5 + 1e-8))
-    long, short = (sum((part.double() ** 2).sum().item() for part in parts) ** 0.5 for parts in (gradients, updates))
-    return long / short
+    return length(gradients) / length(updates), mean_of_matrices(gradients, updates)
+
+
+def mean_of_matrices(gradients: list[Tensor], updates: list[Tensor]) -> float:
+    """Mean over the matrices of how long the gradient is beside the update."""
+    ratios = [length([g]) / length([u]) for g, u in zip(gradients, updates, strict=True) if g.dim() == 2]
+    return sum(ratios) / len(ratios)
 
 
 @pytest.fixture(autouse=True)
