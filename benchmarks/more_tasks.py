@@ -1,9 +1,10 @@
-"""Whether what compare.py finds holds on other tasks: seven regressions, and runs 5 to 19 times as long.
+"""Whether what compare.py finds holds on other test rows and tasks, and in runs 5 to 19 times as long.
 
     python benchmarks/more_tasks.py [--seeds 0,1,2,3,4] [--tasks "Friedman 1;Friedman 3"]  # measures what is not there
     python benchmarks/more_tasks.py --print                                                # the table
 
 Each default beside the best of a grid of fixed rates with the same schedule, chosen by validation, as in compare.py.
+Two tables of compare.py have their test rows drawn by the seed here, so that the errors know of the test part's noise.
 The regressions are scikit-learn's: Friedman's functions and a linear one with noise, and the Digits, as one-hot
 targets, as a number, and as their own targets. The longer runs are those of compare.py: two with five times the epochs,
 without SGD, and two with ten epochs of all the images, less 5,000 to validate.
@@ -22,6 +23,7 @@ from compare import _cost, _mean_and_error, _quiet, comparable, run
 from rows import add_row, read_rows
 from tasks import TASKS as SHORT
 from tasks import Data, Task, _keep, _shift_and_flip, images, split
+from tasks import table as real_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,13 +118,17 @@ ALL_IMAGES: dict[str, Task] = {
     )
     for name in ("cifar10_resnet20", "cifar10_vit")
 }
-TASKS = {**REGRESSIONS, **LONGER, **ALL_IMAGES}
+DRAWN: dict[str, Task] = {
+    f"{name}_mlp, test rows drawn": replace(SHORT[f"{name}_mlp"], data=partial(real_table, name, True, drawn=True))
+    for name in ("breast_cancer", "diabetes")
+}
+TASKS = {**DRAWN, **REGRESSIONS, **LONGER, **ALL_IMAGES}
 
 
 def policies(task: str) -> list[str]:
     """The defaults and their grids; the longer runs are not made at the ends of these, which lost in short ones."""
     named = [name for ours, grid in GRIDS.items() for name in (ours, *grid)]
-    left_out = [] if task in REGRESSIONS else [*ENDS]
+    left_out = [] if task in REGRESSIONS or task in DRAWN else [*ENDS]
     if task in LONGER:
         left_out += ["lipschitz", *GRIDS["lipschitz"]]
     return [name for name in named if name not in left_out]

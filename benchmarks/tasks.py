@@ -71,12 +71,12 @@ def split(inputs: Tensor, targets: Tensor, sizes: tuple[int, int], seed: int) ->
 
 
 @cache
-def _table(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _table(name: str, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, random_state=0)
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, random_state=draw)
     mean, std = train_x.mean(axis=0), train_x.std(axis=0)
     std[std == 0] = 1.0
     if name == "diabetes":
@@ -87,9 +87,12 @@ def _table(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_inputs, torch.tensor(train_y), test_inputs, torch.tensor(test_y)
 
 
-def table(name: str, floating: bool, seed: int) -> Data:
-    """A table of scikit-learn's, columns standardised, 30 % of the rows for test and 20 % of the rest to validate."""
-    train_x, train_y, test_x, test_y = _table(name)
+def table(name: str, floating: bool, seed: int, drawn: bool = False) -> Data:
+    """A table of scikit-learn's, columns standardised, 30 % of the rows for test and 20 % of the rest to validate.
+
+    The test rows are the same for all seeds, unless they are to be drawn by the seed as well.
+    """
+    train_x, train_y, test_x, test_y = _table(name, seed if drawn else 0)
     if floating:
         train_y, test_y = train_y.float().unsqueeze(1), test_y.float().unsqueeze(1)
     held_out = len(train_x) // 5

@@ -23,7 +23,8 @@ from tasks import TASKS
 from torch import Tensor
 
 from lit_lipschitz import LipschitzLR
-from lit_lipschitz.directions import lengths, scale_of_weights
+from lit_lipschitz.directions import lengths, lengths_of_weights
+from lit_lipschitz.inspection import weights_of
 from lit_lipschitz.invariance import ScaleInvariance
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
@@ -360,16 +361,25 @@ class FallingEffective(LastingEffective):
         return Capped.read(self, scale, inverse)
 
 
-class EachWeight(Effective):
-    """The same, with the mean over the weights of how long the gradient is beside the step."""
+class Each(Grafted):
+    """Has the mean over the weights of how long the gradient is beside the step, in place of all together."""
 
-    def __init__(self, ours: LipschitzLR, number: float = 1.0, least: float = 0.01, half: float = 1.0) -> None:
-        super().__init__(ours, number, least, half)
-        self.invariance = ScaleInvariance()
+    module: L.LightningModule
+    invariance: ScaleInvariance | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remembers whose weights they are."""
+        self.module, self.invariance = pl_module, ScaleInvariance()
 
     def lengths(self, optimizer: Any) -> tuple[float, float]:
-        """Their ratio, and 1."""
-        return float(scale_of_weights(optimizer, invariance=self.invariance)), 1.0
+        """The mean, and 1."""
+        is_weight = weights_of(self.module)
+        mean, one = lengths_of_weights(optimizer, invariance=self.invariance, is_weight=is_weight).tolist()
+        return mean, one
+
+
+class EachWeight(Each, Effective):
+    """AdamW's."""
 
 
 class LinearEachWeight(EachWeight):
@@ -382,19 +392,15 @@ class LinearEachWeight(EachWeight):
         return Share.scale(self, optimizer, gradient, step) * noise
 
 
-class FreeEachWeight(LinearEffective):
-    """Schedule-Free: the same mean, a tenth of the examples that count, and a limit."""
+class FreeEachWeight(Each, LinearEffective):
+    """Schedule-Free's: a tenth of the examples that count, up to a limit."""
 
     def __init__(self, ours: LipschitzLR, limit: float) -> None:
         super().__init__(ours, 1.0, 0.01)
-        self.limit, self.invariance = limit, ScaleInvariance()
-
-    def lengths(self, optimizer: Any) -> tuple[float, float]:
-        """Their ratio, and 1."""
-        return float(scale_of_weights(optimizer, invariance=self.invariance)), 1.0
+        self.limit = limit
 
     def noise(self) -> float:
-        """A tenth of them, up to the limit."""
+        """As many."""
         return min(self.examples * self.even / 10, self.limit)
 
 
@@ -429,10 +435,10 @@ KINDS: dict[str, Any] = {
     "adamw: of the slope as seen, at least 0.3, with the noise": lambda ours: Share(ours, 1.0, 0.3),
     "adamw: of slope and half of the examples that count": lambda ours: Effective(ours, 1.0, 0.1, 2.0),
     "adamw: of slope and examples that count": lambda ours: Effective(ours, 1.0, 0.01, 1.0),
-    "adamw: the same, mean over the weights": EachWeight,
-    "adamw: the same, mean over the weights, times 0.75": lambda ours: EachWeight(ours, 0.75),
-    "adamw: the same, mean over the weights, linear": LinearEachWeight,
-    "adamw: the same, mean over the weights, half of the examples (default)": lambda ours: EachWeight(ours, half=2.0),
+    "adamw: the same, mean over the weights": lambda ours: EachWeight(ours, 1.0, 0.01),
+    "adamw: the same, mean over the weights, times 0.75": lambda ours: EachWeight(ours, 0.75, 0.01),
+    "adamw: the same, mean over the weights, linear": lambda ours: LinearEachWeight(ours, 1.0, 0.01),
+    "adamw: the same, mean over the weights, half (default)": lambda ours: EachWeight(ours, 1.0, 0.01, 2.0),
     "schedulefree: smoothed, at most their mean": lambda ours: Capped(ours, 10 / ROOT),
     "schedulefree: mean of readings": lambda ours: MeanOfReadings(ours, 10 / ROOT),
     "schedulefree: mean of the first readings": lambda ours: First(ours, 10 / ROOT),

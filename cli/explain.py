@@ -162,13 +162,20 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "observed": decision.observed if rule in rules.SLOPED and decision.observed else None,
         "effective": decision.effective if rule in rules.SLOPED and decision.observed else None,
         "lengthening": _lengthening(controller, rule),
-        "mean": controller.rule_state.average if rule in ("grafted", *rules.SLOPED) else None,
+        "mean": _mean(controller.rule_state, rule),
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
         "beta": optimizer.param_groups[0]["betas"][0] if rule == "schedule_free" else None,
         "lr": rates[0],
         "lr_of_groups": rates,
         "dry_run": options.dry_run,
     }
+
+
+def _mean(state: rules.RuleState, rule: str) -> float | None:
+    """The mean that limits the rate, of the rules that have one."""
+    if rule in rules.SLOPED:
+        return rules.mean_of(state)
+    return state.average if rule == "grafted" else None
 
 
 def _lengthening(controller: Controller, rule: str) -> float | None:

@@ -61,7 +61,8 @@ class Controller:
         self._rule = rule
         sloped = rule in rules.SLOPED and policy.bound == "strict"
         scale = rules.SCALED.get(rule)
-        self._readings = StepReadings(optimizer, scale(), sloped, each=rule in rules.SLOPED) if scale else None
+        is_weight = inspection.weights_of(module) if rule in rules.SLOPED else None
+        self._readings = StepReadings(optimizer, scale(), sloped, is_weight) if scale else None
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
@@ -489,6 +490,8 @@ class Controller:
             )
         if self._readings is not None:
             self._readings.load_state_dict(state["readings"])
+            if not self._readings.knows(state["readings"]):
+                self._rule_state = rules.RuleState()
         self._steps = state["steps"]
         self._intervals = state["intervals"]
         self._epoch = state["epoch"]

@@ -1,6 +1,5 @@
 """How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -86,6 +85,11 @@ DECOUPLED = ("AdamW", "AdamWScheduleFree")
 """Optimizers whose weight decay is never a part of the loss."""
 
 
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a parameter has two dimensions that are longer than 1."""
+    return sum(size > 1 for size in parameter.shape) > 1
+
+
 @torch.no_grad()
 def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
     """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
@@ -111,17 +115,17 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
 
 
 @torch.no_grad()
-def scale_of_weights(
+def lengths_of_weights(
     optimizer: Optimizer,
     grad_scale: float | Tensor = 1.0,
     ratios: Sequence[float] = (),
     invariance: ScaleInvariance | None = None,
+    is_weight: Callable[[Tensor], bool] = is_matrix,
 ) -> Tensor:
     r"""Mean over the weights of how long the gradient is beside the step that the optimizer makes of it at a rate of 1.
 
-    Weights are matrices, embeddings and kernels. Biases, and the scales of a normalisation or a layer, are none: they
-    take part in the steps, and have no say in how long these are. A large weight counts no more than a small one, and
-    a group's rate makes no difference.
+    A large weight counts no more than a small one, and a group's rate makes no difference. Other parameters, as biases,
+    take part in the steps and have no say in how long these are.
 
     Args:
         optimizer: One of :data:`DIRECTIONS`, about to step.
@@ -129,38 +133,35 @@ def scale_of_weights(
         ratios: Each parameter group's rate over the first one's; what is in groups of 0 does not count.
         invariance: Tells of which weights only the direction matters. Their gradients count as many times as long as
             the weights have grown, by which they have become shorter.
+        is_weight: Tells a weight from other parameters.
 
     Returns:
-        The mean of :math:`\|g\| / \|u\|` over the weights that are about to move, with Euclidean norms; where there
-        are none, as in an optimizer of vectors or of a flat part of a sharded network, the same of all parameters
-        together. A scalar, float32, on the gradients' device; NaN where nothing moves.
+        The mean of :math:`\|g\| / \|u\|` over the weights that have a gradient and are about to move, with Euclidean
+        norms, and 1. Where there are none, as in an optimizer of biases or of a flat part of a sharded network, the two
+        lengths of all parameters together. Not finite where one of the gradients is not. Shape (2,), float32, on the
+        gradients' device.
 
     Raises:
         KeyError: The optimizer is none of them.
     """
-    found: list[Tensor] = []
+    weights: list[Tensor] = []
     squares: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios):
-        growth = invariance.growth(step.parameter, step.parameter.grad, step.place) if invariance else 1.0
+        if not step.ratio:
+            continue
+        growth = invariance.growth(step.parameter, step.slopes, step.place) if invariance else 1.0
         pair = [growth**2 * _square(step.grad), _square(step.update)]
         squares += pair
-        if step.ratio and is_weight(step.parameter):
-            found += pair
-    squared, updates = (found or squares)[::2], (found or squares)[1::2]
-    if not squared:
-        return torch.tensor(math.nan)
-    device = squared[0].device
-    if not found:
-        gradient, update = _summed(squares)
-        return (gradient / update).sqrt()
-    gradients, moves = (torch.stack([one.to(device) for one in part]).sqrt() for part in (squared, updates))
-    moving = moves > 0
-    return torch.where(moving, gradients / moves, 0.0).sum() / moving.sum()
-
-
-def is_weight(parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix or a kernel: one of two dimensions, or with two that are longer than 1."""
-    return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
+        if is_weight(step.parameter):
+            weights += pair
+    together = _summed(squares).sqrt()
+    if not weights:
+        return together
+    gradients, moves = torch.stack([square.to(together.device) for square in weights]).sqrt().reshape(-1, 2).T
+    counted = (gradients > 0) & (moves > 0)
+    mean = torch.where(counted, gradients / moves, 0.0).sum() / counted.sum()
+    known = torch.isfinite(together).all() & counted.any()
+    return torch.where(known, torch.stack([mean, torch.ones_like(mean)]), together)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ class _Step:
     parameter: Tensor
     place: int  # among all parameters of the optimizer
     ratio: float  # of its group's rate to the first one's
-    grad: Tensor
+    slopes: Tensor  # as the backward has left them
+    grad: Tensor  # as the optimizer takes it
     update: Tensor
 
 
@@ -182,17 +184,19 @@ def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[fl
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
             place += 1
-            grad = parameter.grad
-            if grad is None:
+            slopes = parameter.grad
+            if slopes is None:
                 continue
             # The moments of a complex parameter are those of its parts.
-            grad, weight = (torch.view_as_real(t) if t.is_complex() else t for t in (grad.detach(), parameter.detach()))
+            grad, weight = (
+                torch.view_as_real(t) if t.is_complex() else t for t in (slopes.detach(), parameter.detach())
+            )
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
             state.update(counters.get(parameter, {}))
             grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
             if _coupled(optimizer, group):
                 grad = grad + group["weight_decay"] * weight
-            yield _Step(parameter, place, ratio, grad, direction(grad, state, group))
+            yield _Step(parameter, place, ratio, slopes, grad, direction(grad, state, group))
 
 
 def _summed(squares: Sequence[Tensor]) -> Tensor:

@@ -2,16 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_lipschitz.directions import is_matrix
 from lit_lipschitz.errors import ConfigurationError
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 HEADS = (nn.Linear, *_CONVOLUTIONS)
 """The classes of modules that can be a head."""
 
@@ -61,6 +64,23 @@ def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> T
     if isinstance(head, _CONVOLUTIONS) and outputs.ndim >= -_channels(head):
         outputs = outputs.movedim(_channels(head), -1)
     return outputs.reshape(-1, 1 if outputs.numel() % width else width)
+
+
+def weights_of(module: nn.Module) -> Callable[[Tensor], bool]:
+    """What tells the weights of a network from its other parameters.
+
+    Weights are those of linear maps, convolutions and embeddings, by the class of the module that has them, however
+    small; of modules that are none of these what has two dimensions longer than 1. Those of a normalisation are none,
+    nor is a single number.
+    """
+    known: dict[Tensor, bool] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(part, _NORMALISATIONS):
+                known[parameter] = False
+            elif isinstance(part, _LAYERS) and name in ("weight", "bias"):
+                known[parameter] = name == "weight"
+    return lambda parameter: parameter.numel() > 1 and known.get(parameter, is_matrix(parameter))
 
 
 def head_candidates(

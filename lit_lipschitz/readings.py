@@ -1,7 +1,7 @@
 """Readings, now and then, of how long an optimizer's step is that rescales the gradient, and how steep the loss is."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,16 +27,19 @@ class StepReadings:
         optimizer: One of :data:`lit_lipschitz.directions.DIRECTIONS`.
         scale: What is made of the lengths, before the first reading.
         sloped: Whether to look at the slopes of the loss too.
-        each: Whether each weight has a say in the scale, or all parameters are taken together.
+        is_weight: Tells a weight from other parameters, where each weight has a say in the scale; None where all
+            parameters are taken together.
 
     Attributes:
         scale: What is made of the lengths and slopes so far.
         anew: Whether the readings began anew with the last step.
     """
 
-    def __init__(self, optimizer: Optimizer, scale: StepScale, sloped: bool, each: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, scale: StepScale, sloped: bool, is_weight: Callable[[Tensor], bool] | None
+    ) -> None:
         self.scale = scale
-        self._each = each
+        self._is_weight = is_weight
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
         self._invariance = ScaleInvariance() if sloped else None
@@ -101,14 +104,14 @@ class StepReadings:
             world_size: How many there are.
 
         Returns:
-            Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (1,), and with
-            slopes (1 + 2 * world_size,).
+            Numbers of which :meth:`take` wants the MAX over all ranks, on the gradients' device; shape (2,), and with
+            slopes (2 + 2 * world_size,).
         """
-        if self._each:
-            read = directions.scale_of_weights(self._optimizer, grad_scale, ratios, self._invariance).reshape(1)
+        if self._is_weight is None:
+            read = directions.lengths(self._optimizer, grad_scale, ratios)
         else:
-            gradient, step = directions.lengths(self._optimizer, grad_scale, ratios)
-            read = (gradient / step).reshape(1)
+            invariance, is_weight = self._invariance, self._is_weight
+            read = directions.lengths_of_weights(self._optimizer, grad_scale, ratios, invariance, is_weight)
         if self._slopes is not None:
             read = torch.cat([read, self._slopes.slots(rank, world_size, read.device).flatten()])
         # A NaN's fate in a MAX depends on the order of the ranks, and infinity is no reading.
@@ -116,8 +119,8 @@ class StepReadings:
 
     def take(self, agreed: Tensor) -> None:
         """Takes in what all ranks have measured; this waits for the device."""
-        reading, *slopes = agreed.tolist()
-        self.scale = self.scale.seen(reading, *slopes_of_all(slopes))
+        gradient, step, *slopes = agreed.tolist()
+        self.scale = self.scale.seen(gradient / step if step > 0 else 0.0, *slopes_of_all(slopes))
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
@@ -127,12 +130,17 @@ class StepReadings:
             "trained": self._trained,
             "steps": self._steps,
             "again": self._again,
+            "each": self._is_weight is not None,
             "orthogonal": self._invariance.state_dict(parameters) if self._invariance is not None else [],
         }
 
+    def knows(self, state: Mapping[str, Any]) -> bool:
+        """Whether the scale of a state is of the same kind: that each weight has a say is later than the rest of it."""
+        return bool(state.get("each", False)) == (self._is_weight is not None)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
-        self.scale = type(self.scale)(**state["scale"])
+        self.scale = type(self.scale)(**state["scale"]) if self.knows(state) else type(self.scale)()
         self._trained, self._steps, self._again = state["trained"], state["steps"], state["again"]
         if self._invariance is not None:
             self._invariance.load_state_dict(state.get("orthogonal", ()))  # later than the rest of the state

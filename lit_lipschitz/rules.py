@@ -46,7 +46,7 @@ class Observation:
         squared: An estimate of its square, positive (:func:`lit_lipschitz.constants.squared`).
         activation_norm: Size of the head's inputs, K_z, positive.
         scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive; for the rules of
-            :data:`SLOPED` as :func:`lit_lipschitz.directions.scale_of_weights` has it, for ``grafted`` as
+            :data:`SLOPED` as :func:`lit_lipschitz.directions.lengths_of_weights` has it, for ``grafted`` as
             :func:`lit_lipschitz.directions.lengths`.
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
         observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
@@ -73,7 +73,8 @@ class RuleState:
         average: Moving average of the constant, not corrected for its start (for ``grafted`` the mean of the scale, for
             ``observed`` that of the rate, for ``schedule_free`` that of c / O).
         weight: The same average of 1, from 0: what corrects for it (for these two how many are in the mean).
-        square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant).
+        square: Moving average of the squared constant (for ``adamax`` the decaying maximum of the constant, for
+            ``observed`` and ``schedule_free`` the mean of what no slope was seen of).
         square_weight: The same average of 1, from 0.
         largest: Largest :attr:`square` so far, for AMSGrad.
     """
@@ -388,13 +389,13 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     as long as the root of their sizes.
 
     c = min((1 - b) sqrt(n / 2), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
-    momentum does to the length of SGD's steps where gradients are independent. The first one is that of :func:`noise`:
-    what momentum does in the long run, and the noise of n examples. n is the number of examples that count, which is
-    m while all slopes are alike, and falls to the number of those that are not learned yet. So a few examples that the
-    network has left, whose gradients agree, do not raise the rate.
+    momentum does to the length of SGD's steps where gradients are independent. The first one is, but for its limit,
+    that of :func:`noise`: what momentum does in the long run, and the noise of n examples. n is the number of examples
+    that count, which is m while all slopes are alike, and falls to the number of those that are not learned yet. So a
+    few examples that the network has left, whose gradients agree, do not raise the rate.
 
     The mean is over all updates so far, and a limit as with :func:`grafted`. Where no slope was seen, the steepest
-    stands for it, L for O, and all examples count, m for n.
+    stands for it, L for O, and all examples count, m for n; these have a mean of their own.
 
     Args:
         seen: The constant that was seen, the scale, and the examples that count.
@@ -413,8 +414,8 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     state = _next(seen, state)
     constant, examples = _noise_of(seen)
     rate = noise_lengthening(settings, examples) * seen.scale / constant
-    state = _with_mean(state, rate)
-    return min(rate, state.average), state
+    state = _with_mean(state, rate, bool(seen.observed))
+    return min(rate, mean_of(state)), state
 
 
 def _noise_of(seen: Observation) -> tuple[float, float]:
@@ -465,8 +466,8 @@ def schedule_free(seen: Observation, state: RuleState, settings: Settings) -> tu
     state = _next(seen, state)
     constant, examples = _noise_of(seen)
     ratio = schedule_free_lengthening(settings, examples) / constant
-    state = _with_mean(state, ratio)
-    return seen.scale * min(ratio, state.average), state
+    state = _with_mean(state, ratio, bool(seen.observed))
+    return seen.scale * min(ratio, mean_of(state)), state
 
 
 def schedule_free_lengthening(settings: Settings, examples: float) -> float:
@@ -581,10 +582,16 @@ def _next(seen: Observation, state: RuleState) -> RuleState:
     return replace(state, updates=state.updates + 1)
 
 
-def _with_mean(state: RuleState, value: float) -> RuleState:
-    """The state with a value taken into the mean of those that there were."""
-    count = state.weight + 1
-    return replace(state, average=state.average + (value - state.average) / count, weight=count)
+def _with_mean(state: RuleState, value: float, sloped: bool) -> RuleState:
+    """The state with a value taken into the mean of those that there were, with or without a slope."""
+    average, count = (state.average, state.weight) if sloped else (state.square, state.square_weight)
+    mean, count = average + (value - average) / (count + 1), count + 1
+    return replace(state, average=mean, weight=count) if sloped else replace(state, square=mean, square_weight=count)
+
+
+def mean_of(state: RuleState) -> float:
+    """The mean that limits a rate of ``observed`` and ``schedule_free``: of values with a slope, once there are any."""
+    return state.average if state.weight else state.square
 
 
 def _momentum(settings: Settings) -> tuple[float, float]:

@@ -558,10 +558,32 @@ def test_a_rate_falls_at_once_with_the_gradients_and_grows_slowly_with_them():
 
 
 @pytest.mark.parametrize("rule", [rules.observed, rules.schedule_free])
+def test_the_mean_is_of_the_readings_that_have_a_slope(rule):
+    """The first one after parameters have thawed has none, and is far below those that follow."""
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    unseen, seen = rules.Observation(4.0, 16.0, scale=3.0), rules.Observation(4.0, 16.0, 1.0, 3.0, 1.0, 0.04, 1.0)
+    wanted, _ = rule(seen, state, settings)
+    low, state = rule(unseen, state, settings)
+    assert low < 0.02 * wanted
+    for _ in range(3):
+        rate, state = rule(seen, state, settings)
+        assert rate == wanted
+    assert rules.mean_of(state) == state.average
+
+
+def test_without_any_slope_a_rate_grows_slowly_too():
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    for _ in range(9):
+        rate, state = rules.observed(rules.Observation(4.0, 16.0, scale=1.0), state, settings)
+    grown, _ = rules.observed(rules.Observation(4.0, 16.0, scale=100.0), state, settings)
+    assert grown == pytest.approx(10.9 * rate)
+
+
+@pytest.mark.parametrize("rule", [rules.observed, rules.schedule_free])
 def test_without_a_slope_the_steepest_one_counts_and_all_examples(rule):
     settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
     unseen = rules.Observation(4.0, 16.0, scale=3.0, batch_size=16)
-    assert rule(unseen, state, settings) == rule(replace(unseen, observed=4.0, effective=16), state, settings)
+    assert rule(unseen, state, settings)[0] == rule(replace(unseen, observed=4.0, effective=16), state, settings)[0]
 
 
 @pytest.mark.parametrize(("seen", "count"), [(math.nan, 4), (math.inf, 4), (-1.0, 4), (1.0, 0), (1.0, math.nan)])
@@ -603,6 +625,22 @@ def test_a_checkpoint_from_before_there_were_slopes_is_refused_by_name():
     fresh = LipschitzLR(restore=False, schedule="none")
     trainer(fresh, max_epochs=2).fit(Classifier(adamw), loader(), ckpt_path="old.ckpt")
     assert fresh.rate > 0
+
+
+def test_a_checkpoint_from_before_each_weight_had_a_say_begins_its_readings_anew():
+    run = trainer(LipschitzLR(schedule="none"), whole := Steps(), max_epochs=3)
+    run.fit(Classifier(adamw), loader())
+    run.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]
+    del state["readings"]["each"]
+    state["readings"]["scale"]["value"], state["rule_state"]["average"], state["rule_state"]["weight"] = 1e-6, 1e-6, 500
+    torch.save(checkpoint, "old.ckpt")
+    trainer(LipschitzLR(schedule="none"), later := Steps(), max_epochs=4).fit(
+        Classifier(adamw), loader(), ckpt_path="old.ckpt"
+    )
+    (last,), rates = whole.rates[-1], [rate for (rate,) in later.rates]
+    assert all(0.3 * last < rate < 3 * last for rate in rates)
 
 
 def test_what_is_logged_has_the_constant_that_was_seen():
