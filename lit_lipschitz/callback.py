@@ -48,9 +48,9 @@ class LipschitzLR(Callback):
             the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.inference`).
         rule: ``"auto"`` follows the optimizer; a name of :data:`lit_lipschitz.rules.RULES` forces a rule: ``"inverse"``
             is 1/L, ``"noise"`` grows with the square root of the batch, for SGD with momentum, ``"grafted"`` makes
-            Adam's steps as long as those of SGD at 1/L, ``"observed"`` the same with the slope that the loss is seen to
-            have, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"`` is the paper's for momentum,
-            ``"adamo_authors"`` that of its authors' scripts.
+            Adam's steps as long as those of SGD at 1/L, ``"observed"`` the same in the mean over the weights and
+            with the slope that the loss is seen to have, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"``
+            is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
         squared: The estimate of L squared that the rules of RMSprop and Adam use
             (:func:`lit_lipschitz.constants.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
