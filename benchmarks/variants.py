@@ -1,6 +1,6 @@
 """What else the rate could have been: the variants that were tried before the defaults were chosen, by validation.
 
-    python benchmarks/variants.py --variants "adamw: mean of readings" --tasks digits_mlp [--seeds 0,1,2]
+    python benchmarks/variants.py --variants "adamw: mean of readings" --tasks "digits_mlp;mnist_cnn" [--seeds 0,1,2]
     python benchmarks/variants.py                      # the table of results/variants.jsonl
 
 Each is LipschitzLR's own constant (a dry run) times what the variant makes of it, with the same warm-up and decay. The
@@ -497,7 +497,7 @@ def main() -> None:
         _quiet()
         torch.set_num_threads(1)
     for kind in filter(None, arguments.variants.split(";")):
-        for task in arguments.tasks.split(","):
+        for task in arguments.tasks.split(";"):
             for seed in map(int, arguments.seeds.split(",")):
                 done = {(row["policy"], row["task"], row["seed"]) for row in read_rows(arguments.results)}
                 if (kind, task, seed) not in done:
