@@ -1,6 +1,7 @@
 """Finds the modules that can be the head of a network that nobody prepared, and measures its weights."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Container
 from typing import Any, Literal
@@ -81,6 +82,24 @@ def weights_of(module: nn.Module) -> Callable[[Tensor], bool]:
             elif isinstance(part, _LAYERS) and name in ("weight", "bias"):
                 known[parameter] = name == "weight"
     return lambda parameter: parameter.numel() > 1 and known.get(parameter, is_matrix(parameter))
+
+
+def usual_lengths(module: nn.Module) -> dict[Tensor, float]:
+    """The Euclidean norm that He's initialisation gives the weights of linear maps and convolutions.
+
+    An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
+    inputs.
+
+    References:
+        K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
+    """
+    lengths: dict[Tensor, float] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            lengths[part.weight] = math.sqrt(2 * part.out_features)
+        elif isinstance(part, nn.modules.conv._ConvNd):
+            lengths[part.weight] = math.sqrt(2 * part.out_channels)
+    return lengths
 
 
 def head_candidates(

@@ -1,4 +1,4 @@
-r"""Weights whose length the loss does not know, as in front of a normalisation, and how much they have grown.
+r"""Weights whose length the loss does not know, as in front of a normalisation, and how long they are.
 
 Where a loss is the same for w and for s w, the gradient is orthogonal to w (Euler's theorem on homogeneous functions)
 and falls as 1 / \|w\|. Such weights grow as they are trained, since every step is orthogonal to them.
@@ -9,7 +9,7 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,13 @@ class ScaleInvariance:
 
     A matrix or a kernel is one of them if it has been orthogonal to its gradient in all readings, up to what rounding
     makes of it. That of a layer with a ReLU between itself and the normalisation is one as long as its bias is small.
+
+    Args:
+        usual: Norms that weights usually start with, for those of which that is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, usual: Mapping[Tensor, float] | None = None) -> None:
+        self._usual = usual or {}
         # Parameters that were never read are in none of these; all values stay on the parameters' devices.
         self._largest: dict[Tensor, Tensor] = {}  # cosine so far, over that of random directions; -1 before the first
         self._first: dict[Tensor, Tensor] = {}  # norm in the first reading
@@ -52,8 +56,9 @@ class ScaleInvariance:
             place: The parameter's place among all of its optimizer, for what was restored.
 
         Returns:
-            Where only the direction matters, the weight's norm over that in the first reading; 1 elsewhere. A scalar,
-            on the gradient's device.
+            Where only the direction matters, the weight's norm over the one that it usually starts with, or over that
+            in the first reading, where the former is not known or the cosine is above a tenth of the limit, as chance
+            may have it in the first readings. 1 elsewhere. A scalar, on the gradient's device.
         """
         if weight.dim() < 2:
             return 1.0
@@ -70,6 +75,8 @@ class ScaleInvariance:
         cosine = torch.where(tells, cosine, math.nan)
         most = self._largest[weight] = torch.fmax(self._largest[weight], cosine)
         start = self._first[weight]
+        if weight in self._usual:
+            start = torch.where(most <= ALMOST_ORTHOGONAL / 10, self._usual[weight], start)
         free = (most >= 0) & (most <= ALMOST_ORTHOGONAL) & (length > 0) & (start > 0)
         return torch.where(free, length / start, 1.0)
 

@@ -29,6 +29,7 @@ class StepReadings:
         sloped: Whether to look at the slopes of the loss too.
         is_weight: Tells a weight from other parameters, where each weight has a say in the scale; None where all
             parameters are taken together.
+        usual: Norms that weights usually start with.
 
     Attributes:
         scale: What is made of the lengths and slopes so far.
@@ -36,13 +37,18 @@ class StepReadings:
     """
 
     def __init__(
-        self, optimizer: Optimizer, scale: StepScale, sloped: bool, is_weight: Callable[[Tensor], bool] | None
+        self,
+        optimizer: Optimizer,
+        scale: StepScale,
+        sloped: bool,
+        is_weight: Callable[[Tensor], bool] | None,
+        usual: Mapping[Tensor, float] | None = None,
     ) -> None:
         self.scale = scale
         self._is_weight = is_weight
         self._optimizer = optimizer
         self._slopes = Slopes() if sloped else None
-        self._invariance = ScaleInvariance() if sloped else None
+        self._invariance = ScaleInvariance(usual) if sloped else None
         self.anew = False
         self._trained = 0  # parameters that the readings are of
         self._steps = 0  # of the run

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import CLASSES, WIDTH, Classifier, Steps, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.directions import lengths_of_weights
+from lit_lipschitz.inspection import usual_lengths
 from lit_lipschitz.invariance import ScaleInvariance
 
 
@@ -81,6 +83,49 @@ def test_a_weight_in_front_of_a_normalisation_is_told_from_a_head(name, dtype):
     assert found[0] > 1.9
     if dtype != torch.bfloat16:
         assert seen.count == 1
+
+
+def test_a_weight_of_a_known_layer_is_as_long_as_it_is_beside_hes_length():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, **CONV, bias=False), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten())
+    network.append(nn.Linear(8 * 36, CLASSES))
+    seen = ScaleInvariance(usual_lengths(network))
+    for factor in (1.0, 3.0):
+        nn.init.kaiming_normal_(network[0].weight, nonlinearity="relu")
+        with torch.no_grad():
+            network[0].weight.mul_(factor)
+        with_gradients(network, IMAGES)
+        found = [growth(seen, p, p.grad, i) for i, p in enumerate(network.parameters())]
+        assert found[0] == pytest.approx(factor, rel=0.15)
+        assert found[1:] == [1.0] * 4
+
+
+def test_how_long_a_weight_is_that_may_be_one_by_chance_is_told_by_itself_alone():
+    weight = torch.tensor([[3.0, 4.0]])
+    seen = ScaleInvariance({weight: 1.0})
+    nearly = ORTHOGONAL + 0.03 * weight  # a cosine of 0.042, over that of random directions
+    assert growth(seen, weight, nearly) == 1.0
+    weight.mul_(2)
+    assert growth(seen, weight, nearly) == pytest.approx(2.0)
+    certain = ScaleInvariance({weight: 2.5})
+    assert growth(certain, weight, ORTHOGONAL) == pytest.approx(4.0)
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(300, 200),
+    "conv": lambda: nn.Conv2d(30, 40, 5),
+    "grouped": lambda: nn.Conv2d(30, 60, 5, groups=3),
+    "transposed": lambda: nn.ConvTranspose2d(30, 40, 5),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_hes_length_is_that_of_his_initialisation(name):
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    mode = "fan_out" if name == "transposed" else "fan_in"  # torch takes the first dimension for the outputs
+    nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
+    assert usual_lengths(nn.Sequential(layer)) == {layer.weight: pytest.approx(layer.weight.norm().item(), rel=0.03)}
 
 
 def test_what_has_changed_the_loss_once_is_never_taken_for_one():
@@ -176,6 +221,21 @@ def test_weights_that_have_grown_do_not_change_the_scale():
     with_gradients(network, inputs)
     torch.testing.assert_close(lengths_of_weights(optimizer, invariance=seen), before, rtol=1e-3, atol=0)
     assert float(lengths_of_weights(optimizer)[0]) < 0.95 * float(plain[0])
+
+
+@pytest.mark.parametrize("optimizer", [adamw, lambda p: AdamWScheduleFree(p, lr=1.0)])
+def test_how_long_a_normalised_weight_starts_makes_no_difference_to_the_rate(optimizer):
+    rates = []
+    for factor in (1.0, 4.0):
+        torch.manual_seed(0)
+        module = Classifier(optimizer, normalised())
+        with torch.no_grad():
+            module.net[2].weight.mul_(factor)
+        if optimizer is not adamw:
+            module.on_train_epoch_start = lambda module=module: module.trainer.optimizers[0].train()
+        trainer(LipschitzLR(schedule="none"), steps := Steps(), max_steps=1).fit(module, loader())
+        rates.append(steps.rates[0][0])
+    assert rates[1] == pytest.approx(rates[0], rel=1e-3)
 
 
 class Grow(L.Callback):

@@ -14,6 +14,7 @@ TEXTS = [
 ]  # fmt: skip
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {
+    "https://arxiv.org/abs/1502.01852",
     "https://arxiv.org/abs/1812.03981",
     "https://arxiv.org/abs/1902.07399",
     "https://arxiv.org/abs/2002.11803",
