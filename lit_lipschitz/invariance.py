@@ -57,14 +57,15 @@ class ScaleInvariance:
 
         Returns:
             Where only the direction matters, the weight's norm over the one that it usually starts with, or over that
-            in the first reading, where the former is not known or the cosine is above a tenth of the limit, as chance
-            may have it in the first readings. 1 elsewhere. A scalar, on the gradient's device.
+            in the first reading, where the former is not known or the cosine is above a tenth of the limit (in a first
+            reading a hundredth), as chance may have it. 1 elsewhere. A scalar, on the gradient's device.
         """
         if weight.dim() < 2:
             return 1.0
         values, slopes = (_real(part.detach()) for part in (weight, grad))
         length = norm(values)
-        if weight not in self._largest:
+        new = weight not in self._largest
+        if new:
             largest, first = self._stored[place] if place < len(self._stored) else (-1.0, -1.0)
             self._largest[weight] = torch.full_like(length, largest)
             self._first[weight] = length if first < 0 else torch.full_like(length, first)
@@ -76,7 +77,9 @@ class ScaleInvariance:
         most = self._largest[weight] = torch.fmax(self._largest[weight], cosine)
         start = self._first[weight]
         if weight in self._usual:
-            start = torch.where(most <= ALMOST_ORTHOGONAL / 10, self._usual[weight], start)
+            # Chance has one of 400 in the first reading, and one of 1,700 in two.
+            certain = most <= ALMOST_ORTHOGONAL / (100 if new else 10)
+            start = torch.where(certain, self._usual[weight], start)
         free = (most >= 0) & (most <= ALMOST_ORTHOGONAL) & (length > 0) & (start > 0)
         return torch.where(free, length / start, 1.0)
 

@@ -104,11 +104,15 @@ def test_how_long_a_weight_is_that_may_be_one_by_chance_is_told_by_itself_alone(
     weight = torch.tensor([[3.0, 4.0]])
     seen = ScaleInvariance({weight: 1.0})
     nearly = ORTHOGONAL + 0.03 * weight  # a cosine of 0.042, over that of random directions
+    almost = ORTHOGONAL + 0.01 * weight  # of 0.014
     assert growth(seen, weight, nearly) == 1.0
     weight.mul_(2)
     assert growth(seen, weight, nearly) == pytest.approx(2.0)
     certain = ScaleInvariance({weight: 2.5})
     assert growth(certain, weight, ORTHOGONAL) == pytest.approx(4.0)
+    again = ScaleInvariance({weight: 2.5})
+    assert growth(again, weight, almost) == 1.0  # by itself, until a second reading is as orthogonal
+    assert growth(again, weight, almost) == pytest.approx(4.0)
 
 
 LAYERS = {
