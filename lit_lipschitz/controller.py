@@ -62,7 +62,7 @@ class Controller:
         sloped = rule in rules.SLOPED and policy.bound == "strict"
         scale = rules.SCALED.get(rule)
         is_weight = inspection.weights_of(module) if rule in rules.SLOPED else None
-        usual = inspection.usual_lengths(module)
+        usual = inspection.usual_lengths(module) if sloped else None
         self._readings = StepReadings(optimizer, scale(), sloped, is_weight, usual) if scale else None
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None

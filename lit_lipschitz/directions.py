@@ -131,8 +131,8 @@ def lengths_of_weights(
         optimizer: One of :data:`DIRECTIONS`, about to step.
         grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
         ratios: Each parameter group's rate over the first one's; what is in groups of 0 does not count.
-        invariance: Tells of which weights only the direction matters. Their gradients count as many times as long as
-            the weights have grown, by which they have become shorter.
+        invariance: Tells of which weights only the direction matters. Their gradients, which are the shorter the
+            longer the weights are, count as if the weights had the length that they usually start with.
         is_weight: Tells a weight from other parameters.
 
     Returns:

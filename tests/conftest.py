@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 EXAMPLES, WIDTH, CLASSES = 96, 6, 3
 REAL_DATA = os.environ.get("LIT_LIPSCHITZ_DATA")
+# Without it Lightning gives each rank of a test one thread; more would wait for threads that a fork has left behind.
+if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    del os.environ["OMP_NUM_THREADS"]
 
 
 class Classifier(L.LightningModule):
