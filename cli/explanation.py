@@ -102,7 +102,10 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["direction_only"]:
             many = f"{one['direction_only']} parameters of which only the direction matters"
             rows.append(("free", f"{many}, as in front of a normalisation: scale does not ask how long they are"))
-        if one["observed"] is not None:
+        if one["observed"] is not None and one["effective"] is None:
+            instead = "three times the root mean square of the residuals in place of outputs and targets"
+            rows.append(("O", f"{one['observed']:.6g}, L with {instead}"))
+        elif one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
         elif one["lengthening"] is not None and one["rule"] != "grafted":
@@ -114,6 +117,9 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
             ]
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))
+    if one["unexplained"] is not None:
+        rows.append(("u", f"{one['unexplained']:.6g}, the share of the targets' variance that the last epoch left "
+                          f"unexplained: {one['restraint']:.6g} is in the factor for it"))  # fmt: skip
     limit = f", by the limit {one['limit']}" if one["limit"] else ""
     by = f", from {' and '.join(one['schedulers'])}" if one["schedulers"] else ", without a scheduler"
     rows += [

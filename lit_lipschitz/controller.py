@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_lipschitz import directions, inspection, rules
+from lit_lipschitz import directions, inspection, progress, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.head_and_loss import HeadAndLoss
@@ -19,6 +19,7 @@ from lit_lipschitz.losses import Loss
 from lit_lipschitz.options import Options
 from lit_lipschitz.own_schedule import OwnSchedule
 from lit_lipschitz.probing import Probes
+from lit_lipschitz.progress import Progress, Residuals
 from lit_lipschitz.readings import StepReadings
 from lit_lipschitz.spikes import LossWatch, describe
 from lit_lipschitz.writing import RateWriter
@@ -79,6 +80,8 @@ class Controller:
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
         self._whose = f" of optimizer {position}" if several else ""
+        self._progress = Progress()  # of a squared error
+        self._residuals = Residuals()  # of the epoch so far, as all ranks know them
         device = trainer.strategy.root_device
         self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         self._take(state)
@@ -88,6 +91,7 @@ class Controller:
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
         self.found = HeadAndLoss(policy, options, trainer, module, position, state.get("measured"))
+        self._take_residuals(state)
         wanted = options.schedule == "auto" and policy.bound != "paper"
         if wanted and keep and not schedulers:
             rank_zero_info(
@@ -150,6 +154,16 @@ class Controller:
     def schedule(self) -> str | None:
         """What the callback's own schedule is made of, if there is one; known from the first step on."""
         return self._schedule.parts
+
+    @property
+    def unexplained(self) -> float | None:
+        """The share of its targets' variance that a squared error left unexplained in the last epoch, if it is one."""
+        return self._progress.unexplained
+
+    @property
+    def restraint(self) -> float:
+        """What the callback's own schedule multiplies the rate by for that; 1 where there is none of either."""
+        return self._progress.factor if self._schedule.parts else 1.0
 
     def close(self) -> None:
         """Takes all hooks off."""
@@ -236,7 +250,8 @@ class Controller:
         elif read and self._measured is not None:
             self._settle(replace(self._measured, **self._seen()), keep=True)
         self._passed = trainer.current_epoch
-        rate = self._decision.lr * self._schedule.factor(trainer, module) if self._decision else None
+        factor = self._schedule.factor(trainer, module) * self.restraint
+        rate = self._decision.lr * factor if self._decision else None
         rates = self.writer.write(None if self.options.dry_run else rate)
         if self.options.dry_run and rate is not None:
             rates = self.writer.rates(rate)
@@ -280,6 +295,9 @@ class Controller:
         if over and self._steps:
             self._decide(trainer, interval_over=True)
             self.found.chosen.statistic.reset()
+            if self._epoch_over(trainer):
+                self._progress.add(self._residuals, trainer.global_step)
+                self.found.residuals.reset()
             self._steps = 0
             self._accumulated = 1
             self._intervals += 1
@@ -298,7 +316,7 @@ class Controller:
     def _decide(self, trainer: Trainer, interval_over: bool, read: bool = False) -> None:
         """One reduction, then a decision that every rank makes alike."""
         assert self.found.chosen is not None
-        measured = self._measurement(trainer, self._reduce(trainer))
+        measured = self._measurement(trainer, self._reduce(trainer), interval_over)
         if not self.options.running and not measured.batch_size and not measured.dropped:
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass') called {type(trainer.lightning_module).__name__} with the inputs of "
@@ -355,7 +373,9 @@ class Controller:
         if trainer.global_rank > 0:
             direction = torch.full_like(direction, -math.inf)
         slots = self.watch.slots()
-        reduced = trainer.strategy.reduce(torch.cat([weights, values, direction, slots]), reduce_op="max")
+        residuals = self.found.residual_slots(trainer.global_rank, trainer.world_size)
+        together = torch.cat([weights, values, residuals, direction, slots])
+        reduced = trainer.strategy.reduce(together, reduce_op="max")
         assert isinstance(reduced, Tensor)
         reduced, agreed = reduced[: -len(slots)], reduced[-len(slots) :]
         self.watch.take(agreed)
@@ -363,13 +383,15 @@ class Controller:
         shared = reduced[1 : 1 + size]
         for i in (0, 1, 3, 4):  # how many batches were left out stays each rank's own
             statistic.values[i].copy_(shared[i])
-        statistic.direction.copy_(reduced[1 + size :])
-        return reduced[: 1 + size]
+        size += 1 + len(residuals)
+        statistic.direction.copy_(reduced[size:])
+        return reduced[:size]
 
-    def _measurement(self, trainer: Trainer, reduced: Tensor) -> Measurement:
-        """What the ranks agree on, read to the host."""
+    def _measurement(self, trainer: Trainer, reduced: Tensor, interval_over: bool) -> Measurement:
+        """What the ranks agree on, read to the host; a residual of whole intervals alone, as it falls in the first."""
         assert self.found.chosen is not None
-        weight_norm, largest, count, dropped, squares, outputs = (float(value) for value in reduced.tolist())
+        weight_norm, largest, count, dropped, squares, outputs, *residuals = reduced.tolist()
+        self._residuals = progress.of_all(residuals)
         pieces = trainer.world_size * self._accumulated
         batch_size = int(count) * pieces
         if self.found.chosen.statistic.mean:
@@ -385,6 +407,7 @@ class Controller:
             dropped=int(dropped),
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
+            residual=self._residuals.root_mean_square if interval_over else 0.0,
             **self._seen(),
         )
 
@@ -445,8 +468,10 @@ class Controller:
         }
         if self._readings is not None:
             metrics["step_scale"] = self._readings.scale.value
-            if self._readings.sloped:
-                metrics["observed_constant"] = decision.observed
+        if decision.observed or (self._readings is not None and self._readings.sloped):
+            metrics["observed_constant"] = decision.observed
+        if self._residuals.count:
+            metrics["restraint"] = self.restraint
         if self.policy.limited:
             metrics["capped"] = float(bool(decision.cap))
         return metrics
@@ -466,6 +491,8 @@ class Controller:
             "accumulated": self._accumulated,
             "warned": self._warned,
             "losses": self.watch.state_dict(),
+            "progress": self._progress.state_dict(),
+            "residuals": self.found.residuals.state_dict(),
             "measured": self.probes.state_dict(),
             "references": self.writer.references,
         }
@@ -475,6 +502,7 @@ class Controller:
         self._take(state)
         if state.get("measured") is not None:
             self.probes.load_state_dict(state["measured"])
+        self._take_residuals(state)
 
     def _take(self, state: Mapping[str, Any]) -> None:
         if not state:
@@ -501,6 +529,11 @@ class Controller:
         self._warned = state["warned"]
         if state.get("losses"):  # later than the rest of the state
             self.watch.load_state_dict(state["losses"])
+
+    def _take_residuals(self, state: Mapping[str, Any]) -> None:
+        if "progress" in state:  # later than the rest of the state
+            self._progress.load_state_dict(state["progress"])
+            self.found.residuals.load_state_dict(state["residuals"])
 
 
 def _may_be_saved(trainer: Trainer, batch_idx: int) -> bool:

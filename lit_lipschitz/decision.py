@@ -12,6 +12,10 @@ from lit_lipschitz.losses import Loss
 
 LEAST_SLOPE = 0.01
 """What is taken to be there at least of the steepest slope, since a loss of 0 would have a rate without a limit."""
+DEVIATIONS = 3.0
+"""Standard deviations of a squared error's residuals that count as the largest one: 99.7 % of normal ones are less."""
+LEAST_RESIDUAL = 0.1
+"""What is taken to be there at least of the norms of outputs and targets, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Measurement:
         scale: See :class:`lit_lipschitz.rules.Observation`.
         slope: Root mean square slope of the examples' losses in the head's outputs; 0 where none was seen.
         mean_slope: Their mean slope.
+        residual: Root mean square of what a squared error leaves of its targets, each number by itself; 0 where it was
+            not seen.
     """
 
     activation_norm: float
@@ -40,6 +46,7 @@ class Measurement:
     scale: float = 1.0
     slope: float = 0.0
     mean_slope: float = 0.0
+    residual: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,11 @@ class Policy:
         )
         if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
-        observed, effective = self._observed(measured, data, l2)
+        rule = self.rule_for(optimizer, groups)
+        if rule == "noise":
+            observed, effective = self._of_residual(measured, num_outputs, data, l2)
+        else:
+            observed, effective = self._observed(measured, data, l2)
         seen = rules.Observation(
             constant,
             squared,
@@ -216,7 +227,7 @@ class Policy:
             observed=observed,
             effective=effective,
         )
-        rate, state = rules.RULES[self.rule_for(optimizer, groups)](seen, state, groups[0])
+        rate, state = rules.RULES[rule](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
         decision = Decision(
             lr, constant, measured.activation_norm, measured.weight_norm, cap, observed=observed, effective=effective
@@ -237,6 +248,16 @@ class Policy:
         steepest = data / measured.activation_norm * math.sqrt(rows)
         observed = data * min(max(measured.slope / steepest, LEAST_SLOPE), 1.0) + l2
         return observed, measured.batch_size * min(measured.mean_slope / measured.slope, 1.0) ** 2
+
+    def _of_residual(self, measured: Measurement, num_outputs: int, data: float, l2: float) -> tuple[float, float]:
+        """The constant of a squared error whose residual was seen, and m; zeros where none was.
+
+        Three times the root mean square of the residuals stands in it for the norms of outputs and targets.
+        """
+        if not (measured.residual and measured.output_norm) or self.norm != "frobenius":
+            return 0.0, 0.0
+        residual = DEVIATIONS * measured.residual * math.sqrt(measured.batch_size * num_outputs)
+        return data * max(residual / measured.output_norm, LEAST_RESIDUAL) + l2, float(measured.batch_size)
 
     def limit(self, rate: float, last: Decision | None) -> tuple[float, str]:
         """The rate within its limits, and the name of the limit that changed it, or ""."""

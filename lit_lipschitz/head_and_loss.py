@@ -15,6 +15,7 @@ from lit_lipschitz.losses import Loss
 from lit_lipschitz.makers import same_weight
 from lit_lipschitz.options import Options
 from lit_lipschitz.probing import Probe, Probes
+from lit_lipschitz.progress import RunningResiduals
 from lit_lipschitz.readings import StepReadings
 from lit_lipschitz.statistics import RunningMaximum
 
@@ -38,6 +39,7 @@ class HeadAndLoss:
         loss: The loss, once it is known.
         outputs: Outputs of the head that the loss is taken of, or classes; 0 until they are known.
         factor: What the loss is multiplied by, where a pass over the training set does not see it.
+        residuals: What a squared error leaves of its targets; nothing of other losses, and in a pass.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class HeadAndLoss:
         self.loss: Loss | None = None
         self.outputs = 0
         self.factor = 1.0
+        self.residuals = RunningResiduals(trainer.strategy.root_device)
         self._open = False  # whether a batch has begun that has made no loss yet
         self._pooled = False  # whether the head's outputs are averaged over places before the loss
         self._group = 1  # rows of the head that one target is chosen among
@@ -98,6 +101,11 @@ class HeadAndLoss:
             self.probes.drop()
         self._open = self._options.running
 
+    def residual_slots(self, rank: int, world_size: int) -> Tensor:
+        """What the ranks put together of a squared error, of the shape of :meth:`RunningResiduals.slots`; else none."""
+        squared = self.loss is not None and self.loss.name == "mean_squared_error"
+        return self.residuals.slots(rank, world_size) if squared else self.residuals.values[:0]
+
     def close_batch(self) -> None:
         """Ends the measurement of a batch of manual optimization that made a step and showed no loss."""
         if self._open and self.chosen is not None:
@@ -132,9 +140,11 @@ class HeadAndLoss:
             chosen.statistic.finish()
             return
         assert self.loss is not None
-        outputs: tuple[Tensor, ...] = ()
-        if self.loss.needs_outputs(self._policy.bound):
-            outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
+        outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
+        if outputs:
+            self.residuals.add(*outputs)
+        if not self.loss.needs_outputs(self._policy.bound):
+            outputs = ()
         of_batch = self._policy.of_batch
         measured = chosen.statistic.rows
         count = reading.count

@@ -230,7 +230,7 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     momentum, length = _momentum(settings)
     state = _next(seen, state)
     most = length / (1 - momentum) ** 1.5
-    return min(length * math.sqrt(seen.batch_size / 2), most) / seen.constant, state
+    return min(length * math.sqrt(seen.batch_size / 2), most) / (seen.observed or seen.constant), state
 
 
 def adamo(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:

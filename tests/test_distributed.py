@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import Classifier, Steps, examples, trainer
+from conftest import CLASSES, Classifier, Steps, examples, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from schedulefree import AdamWScheduleFree
@@ -200,6 +200,32 @@ def test_a_run_resumed_at_an_epochs_end_has_the_same_rates_and_weights_on_both_r
         assert all(torch.equal(a, b) for a, b in zip(before["weights"], after["weights"], strict=True))
 
 
+class Squares(Classifier):
+    """A squared error, of targets with much noise, which holds the rate back."""
+
+    def training_step(self, batch, batch_idx):
+        targets = F.one_hot(batch[1], CLASSES) + batch[0].sum(dim=1, keepdim=True).mul(1e4).sin()
+        return F.mse_loss(self.net(batch[0]), targets)
+
+
+def squares(optimizer):
+    torch.manual_seed(1)
+    return Squares(OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_ranks_agree_on_what_a_squared_error_explains_and_on_that_of_one_rank(name):
+    one_rank(callback := LipschitzLR(), squares(name), 16, max_epochs=8)
+    assert callback.controllers[0].restraint < 0.7
+    whole = callback.controllers[0].state_dict()["progress"]["curve"]
+    parts = two_ranks(LipschitzLR(), squares(name), 8, Saves(epoch=3), max_epochs=8)
+    assert_alike(*parts)
+    state = torch.load("stopped.ckpt")["callbacks"]["LipschitzLR"]["optimizers"][0]
+    assert state["progress"]["curve"] == [pytest.approx(point, rel=0.05) for point in whole[:4]]
+    resumed = two_ranks(LipschitzLR(), squares(name), 8, ckpt_path="stopped.ckpt", max_epochs=8)
+    assert resumed[1]["rates"] == parts[1]["rates"][24:]
+
+
 class Regular(ModelCheckpoint):
     """Saves every few steps, and keeps all."""
 
@@ -318,6 +344,10 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
     # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; six numbers, and one a rank.
     for rank in range(2):
         reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2]
+        assert len(reductions) == 4 + 2
+    two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
+    for rank in range(2):  # and three more a rank
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2 + 3 * 2]
         assert len(reductions) == 4 + 2
 
 

@@ -13,7 +13,7 @@ ROOT = Path(lit_lipschitz.__file__).parent
 # Lower ones know nothing of higher ones.
 LAYERS = [
     {"errors"},
-    {"constants", "rules", "schedules", "optimizers", "invariance", "spikes", "averaging"},
+    {"constants", "rules", "schedules", "optimizers", "invariance", "spikes", "averaging", "progress"},
     {"directions"},
     {"losses"},
     {"decision", "statistics"},

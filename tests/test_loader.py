@@ -97,6 +97,14 @@ def test_a_state_of_another_epoch_starts_at_the_front():
     assert len(list(source)) == 5
 
 
+def test_a_state_of_the_end_starts_at_the_front():
+    source = loader(shuffle=True)
+    assert len(list(source)) == 5
+    resumed = loader(shuffle=True)
+    resumed.load_state_dict(source.state_dict())
+    assert len(list(resumed)) == 5
+
+
 def test_workers_make_the_same_batches_in_the_same_order():
     alone, helped = (
         [

@@ -73,7 +73,8 @@ class DeviceLoader:
         """Starts the epoch that :attr:`epoch` names, at the batch where a loaded checkpoint left it."""
         epoch, start = self.epoch(), 0
         if self._resume is not None:
-            start = self._resume[1] if self._resume[0] == epoch else 0
+            begun, position = self._resume
+            start = position if begun == epoch and position < len(self) else 0
             self._resume = None
         # One worker each takes every n-th batch, and DataLoader asks them in turn, so the order is the same.
         batches: Any = self._batches(epoch, start)

@@ -1,0 +1,196 @@
+"""How much of a squared error's targets is explained, epoch by epoch, and whether there is more to come."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENOUGH = 3.0
+"""Explained over unexplained variance from which on a rate is not restrained: three quarters are explained."""
+LEAST = 0.1
+"""What a rate is at least multiplied by."""
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a squared error has left of its targets.
+
+    Attributes:
+        count: Numbers that it was taken of.
+        spread: Sum of the targets' squared deviations from their mean, that of each output by itself.
+        left: Sum of the squared differences of outputs and targets.
+    """
+
+    count: float = 0.0
+    spread: float = 0.0
+    left: float = 0.0
+
+    @property
+    def root_mean_square(self) -> float:
+        """Root mean square of the differences; 0 where there are none."""
+        return math.sqrt(self.left / self.count) if self.count else 0.0
+
+    @property
+    def unexplained(self) -> float | None:
+        """The share of the targets' variance that is not explained, 1 - R^2; None where they do not vary."""
+        return self.left / self.spread if self.spread > 0 else None
+
+
+class RunningResiduals:
+    """Residuals of the batches since :meth:`reset`, on the device; nothing is read to the host.
+
+    Args:
+        device: Where the sums live.
+
+    Attributes:
+        values: The numbers of :class:`Residuals`; shape (3,), float32.
+        mean: The targets' mean, of each output; shape (outputs,), float32, and (0,) before the first batch.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.values = torch.zeros(3, dtype=torch.float32, device=device)
+        self.mean = torch.zeros(0, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Takes in a batch, by the formula of Chan, Golub and LeVeque (1979); one that is not finite is left out.
+
+        Args:
+            outputs: Shape (rows, outputs).
+            targets: Of the same shape.
+        """
+        if hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
+            return  # what is sharded would need the other ranks
+        if not self.mean.numel():
+            self.mean = self.mean.new_zeros(targets.shape[1])
+        targets = targets.to(self.mean.device)
+        variance, mean = torch.var_mean(targets.float(), dim=0, correction=0)
+        left = torch.linalg.vector_norm(outputs.to(self.mean.device) - targets, dtype=torch.float32).square()
+        rows, width = targets.shape
+        before = self.values[0] / width
+        share = rows / (before + rows)
+        # Below the precision of the targets there is no variance.
+        variance = torch.where(variance > (1e-6 * mean).square(), variance, 0.0)
+        apart = mean - self.mean
+        spread = rows * variance.sum() + before * share * apart.square().sum()
+        new = torch.stack([torch.full_like(left, rows * width), spread, left])
+        usable = torch.isfinite(new).all()
+        self.values.add_(torch.where(usable, new, 0.0))
+        self.mean.add_(torch.where(usable, apart * share, 0.0))
+
+    def reset(self) -> None:
+        """Forgets the batches."""
+        self.values.zero_()
+        self.mean.zero_()
+
+    def slots(self, rank: int, world_size: int) -> Tensor:
+        """This rank's numbers beside zeros for the others, of which a MAX has those of all.
+
+        Returns:
+            Shape (3 * world_size,), float32.
+        """
+        slots = self.values.new_zeros(world_size, 3)
+        slots[rank] = self.values
+        return slots.flatten()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU."""
+        return {"values": self.values.cpu().clone(), "mean": self.mean.cpu().clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the tensors of :meth:`state_dict`."""
+        self.values.copy_(state["values"])
+        self.mean = state["mean"].to(self.mean)
+
+
+def of_all(slots: Sequence[float]) -> Residuals:
+    """The residuals of all ranks, from the MAX of :meth:`RunningResiduals.slots`.
+
+    How far apart the ranks' means are is left out: each has drawn its examples from the same ones.
+    """
+    return Residuals(*(sum(slots[number::3]) for number in range(3)))
+
+
+class Progress:
+    r"""Whether a regression still learns, from the share of the targets' variance that is unexplained in each epoch.
+
+    Where learning has slowed down and much is still unexplained, what is left is mostly noise, or beyond the network,
+    and large steps do no more than to fit it. That is when a rate is restrained, by
+
+    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}\right)\right)^3
+
+    and at least by a tenth. u is the unexplained share of the last epoch, 1 - R^2, and v the speed of learning: by how
+    much u has fallen since half as many steps were made, v_max being the largest of all epochs. So the rate is left
+    alone while a network learns at its own pace, however little it has learned, as one does whose task is hard; and
+    once three quarters of the variance are explained.
+
+    Attributes:
+        unexplained: u; None before the first epoch is over.
+
+    References:
+        Not in the papers; found by validation on the regressions of ``docs/evidence.md``. That the best time to stop
+        gradient descent grows with the ratio of signal to noise is known of linear regression: Y. Yao, L. Rosasco,
+        A. Caponnetto: On early stopping in gradient descent learning, Constructive Approximation 26, 2007.
+    """
+
+    def __init__(self) -> None:
+        self._curve: list[tuple[float, float]] = []  # the middle of each epoch in steps, and u
+        self._steps = 0
+        self._speed = 0.0
+        self._fastest = 0.0
+
+    @property
+    def unexplained(self) -> float | None:
+        """The unexplained share of the last epoch."""
+        return self._curve[-1][1] if self._curve else None
+
+    @property
+    def factor(self) -> float:
+        """What a rate is multiplied by, from 0.1 to 1; 1 before there is something to compare."""
+        if not self._curve or not self._fastest > 0:
+            return 1.0
+        _, unexplained = self._curve[-1]
+        explained = (1 - unexplained) / unexplained if unexplained > 0 else math.inf
+        return max(LEAST, min(1.0, max(self._speed / self._fastest, explained / ENOUGH)) ** 3)
+
+    def add(self, residuals: Residuals, steps: int) -> None:
+        """Takes in an epoch.
+
+        Args:
+            residuals: Those of its batches, over all ranks.
+            steps: Optimizer steps of the run up to here.
+        """
+        unexplained = residuals.unexplained
+        middle, self._steps = (self._steps + steps) / 2, steps
+        if unexplained is None or not math.isfinite(unexplained):
+            return
+        unexplained = min(unexplained, 1.0)
+        self._curve.append((middle, unexplained))
+        self._speed = self._at(middle / 2) - unexplained
+        self._fastest = max(self._fastest, self._speed)
+
+    def _at(self, steps: float) -> float:
+        """The unexplained share after so many steps, between those of the epochs; all of it before the first step."""
+        before, share = 0.0, 1.0
+        for middle, later in self._curve:
+            if middle >= steps:
+                return share + (later - share) * (steps - before) / (middle - before)
+            before, share = middle, later
+        return share
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain values."""
+        return {
+            "curve": [list(point) for point in self._curve],
+            "steps": self._steps,
+            "speed": self._speed,
+            "fastest": self._fastest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of :meth:`state_dict`."""
+        self._curve = [(middle, share) for middle, share in state["curve"]]
+        self._steps, self._speed, self._fastest = state["steps"], state["speed"], state["fastest"]

@@ -1,0 +1,361 @@
+"""How much of a squared error's targets is explained, beside scikit-learn, and what that does to the rate."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import Classifier, Steps, loader, trainer
+from sklearn.metrics import r2_score
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_lipschitz import LipschitzLR, progress, rules
+from lit_lipschitz.data import DeviceLoader
+from lit_lipschitz.decision import Measurement, Policy
+from lit_lipschitz.losses import Loss
+from lit_lipschitz.progress import Progress, Residuals, RunningResiduals
+from lit_lipschitz.schedules import linear_warmup_decay
+
+COUNT, BATCH = 96, 16
+
+
+def explained(outputs, targets):
+    """Of several outputs, all their variance together."""
+    return r2_score(targets.double(), outputs.double(), multioutput="variance_weighted")
+
+
+def running(outputs, targets, sizes):
+    residuals = RunningResiduals()
+    for output, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
+        residuals.add(output, target)
+    return residuals
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_unexplained_share_is_scikit_learns_over_batches_of_any_size(offset, width):
+    targets = torch.randn(COUNT, width) * torch.arange(1, width + 1) + offset * torch.arange(1, width + 1)
+    outputs = targets + 0.5 * torch.randn(COUNT, width)
+    residuals = running(outputs, targets, [1, 50, 5, COUNT - 56])
+    seen = progress.of_all(residuals.slots(0, 1).tolist())
+    assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2 if offset == 1e4 else 1e-4)
+    assert seen.count == COUNT * width
+    assert seen.root_mean_square == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_the_ranks_numbers_are_put_together():
+    targets = torch.randn(3000, 2)
+    outputs = targets + torch.randn(3000, 2)
+    slots = [running(outputs[rank::3], targets[rank::3], 100).slots(rank, 3) for rank in range(3)]
+    seen = progress.of_all(torch.stack(slots).amax(dim=0).tolist())
+    assert seen.count == 6000
+    assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_is_left_out(bad):
+    targets, outputs = torch.randn(COUNT, 1), torch.randn(COUNT, 1)
+    residuals = running(outputs, targets, BATCH)
+    before = progress.of_all(residuals.slots(0, 1).tolist())
+    residuals.add(torch.full((4, 1), bad), torch.zeros(4, 1))
+    residuals.add(torch.zeros(4, 1), torch.full((4, 1), bad))
+    assert progress.of_all(residuals.slots(0, 1).tolist()) == before
+    residuals.add(torch.zeros(4, 1), torch.zeros(4, 1))
+    assert progress.of_all(residuals.slots(0, 1).tolist()).count == COUNT + 4
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1234.5])
+def test_targets_that_do_not_vary_have_no_share(value):
+    targets = torch.full((COUNT, 1), value)
+    assert progress.of_all(running(targets + 1, targets, 7).slots(0, 1).tolist()).unexplained is None
+    assert Residuals().unexplained is None
+
+
+def test_the_state_goes_on_where_it_was():
+    targets, outputs = torch.randn(COUNT, 2) + 3, torch.randn(COUNT, 2)
+    whole = running(outputs, targets, BATCH)
+    resumed = RunningResiduals()
+    resumed.load_state_dict(running(outputs[:32], targets[:32], BATCH).state_dict())
+    for output, target in zip(outputs[32:].split(BATCH), targets[32:].split(BATCH), strict=True):
+        resumed.add(output, target)
+    assert torch.equal(resumed.values, whole.values)
+    assert torch.equal(resumed.mean, whole.mean)
+
+
+# -- what follows from it ----------------------------------------------------------------------------------------------
+
+
+def after(shares, steps=10):
+    """The progress of epochs of so many steps each with these unexplained shares."""
+    seen = Progress()
+    for epoch, share in enumerate(shares, 1):
+        seen.add(Residuals(100.0, 100.0, 100.0 * share), epoch * steps)
+    return seen
+
+
+def test_the_factor_by_hand():
+    # Epochs around steps 5, 15 and 25. Since steps 2.5, 7.5 and 12.5, where the shares were 0.9, 0.75 and 0.65, they
+    # have fallen by 0.1, 0.15 and 0.1; and 0.45 / 0.55 of the variance are explained.
+    assert after([0.8, 0.6]).factor == 1
+    assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 3)
+    assert after([0.8, 0.6, 0.6]).factor == pytest.approx(0.1)  # a third of the speed, of which 0.04 would be left
+    assert after([0.8, 0.5, 0.4, 0.33, 0.33, 0.33, 0.33]).factor == pytest.approx((0.67 / 0.33 / 3) ** 3)
+
+
+HARD = [1 - 0.05 * math.log2(2 + epoch) for epoch in range(50)]  # as much again whenever the steps double
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [],
+        [0.9],
+        [1.0] * 5,
+        [3.0, 2.0, 1.5],
+        [0.5**epoch for epoch in range(1, 10)],
+        [0.6, 0.25, 0.25, 0.25, 0.25],
+        [0.5, 0.0, 0.0],
+        HARD,
+    ],
+    ids=["nothing", "one epoch", "nothing learned", "less than nothing", "fast", "three quarters", "all", "hard"],
+)
+def test_a_rate_is_left_alone(shares):
+    assert after(shares).factor == pytest.approx(1.0, abs=0.15 if shares is HARD else 0)
+
+
+def test_a_rate_is_restrained_by_no_more_than_ten_where_only_noise_is_left():
+    factors = [after([0.9, 0.6, 0.55, *[0.5] * more]).factor for more in range(12)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[0] > 0.1
+    assert factors[-1] == progress.LEAST == 0.1
+    assert after([0.9, 0.6, 0.5, 0.7, 1.2, math.inf, math.nan]).factor == progress.LEAST
+
+
+def test_epochs_without_a_share_are_left_out():
+    seen, same = after([0.8, 0.6]), after([0.8, 0.6])
+    seen.add(Residuals(100.0, 0.0, 10.0), 30)
+    assert (seen.factor, seen.unexplained) == (same.factor, 0.6)
+
+
+def test_progress_goes_on_from_its_state():
+    shares = [0.9, 0.6, 0.55, 0.5, 0.5]
+    resumed = Progress()
+    resumed.load_state_dict(after(shares[:3]).state_dict())
+    for epoch in (4, 5):
+        resumed.add(Residuals(100.0, 100.0, 100.0 * shares[epoch - 1]), epoch * 10)
+    assert resumed.factor == after(shares).factor
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+class Regression(L.LightningModule):
+    """Somebody's own module, which keeps what it has seen in each epoch."""
+
+    def __init__(self, optimizer, net=None, scheduled=False, loss=F.mse_loss):
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = net or nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.make, self.scheduled, self.loss = optimizer, scheduled, loss
+        self.epochs = []
+        self.heads = []
+        self.net[-1].register_forward_pre_hook(lambda _, inputs: self.heads.append(inputs[0].detach()))
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.net(batch[0])
+        if batch_idx == 0:
+            self.epochs.append([])
+        self.epochs[-1].append((outputs.detach(), batch[1]))
+        return self.loss(outputs, batch[1])
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters())
+        if not self.scheduled:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def seen(self, epoch=-1):
+        """The outputs and targets of an epoch."""
+        return tuple(torch.cat(part) for part in zip(*self.epochs[epoch], strict=True))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def noisy(noise=1.0, count=COUNT):
+    """Half signal, half noise by default; and without noise."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(count, 6, generator=generator)
+    targets = inputs @ torch.full((6, 1), 6**-0.5) + noise * torch.randn(count, 1, generator=generator)
+    return DataLoader(TensorDataset(inputs, targets), BATCH)
+
+
+class Restraints(Steps):
+    """Keeps the callback's restraint of each step too."""
+
+    def __init__(self, callback):
+        super().__init__()
+        self.callback, self.restraints = callback, []
+
+    def _record(self, optimizer, *more):
+        super()._record(optimizer, *more)
+        self.restraints.append(self.callback.controllers[0].restraint)
+
+
+def fit(module, data, callback=None, **settings):
+    callback = callback or LipschitzLR()
+    steps = Restraints(callback)
+    path = settings.pop("ckpt_path", None)
+    trainer(callback, steps, **{"max_epochs": 12, **settings}).fit(module, data, ckpt_path=path)
+    return callback, steps
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_where_only_noise_is_left_the_rate_is_restrained(optimizer):
+    module = Regression(optimizer)
+    callback, steps = fit(module, noisy())
+    plain, _ = fit(Regression(optimizer), noisy(), LipschitzLR(schedule="none"))
+    assert steps.restraints[:6] == [1.0] * 6  # what is seen for the first time
+    assert min(steps.restraints) < 0.5
+    controller = callback.controllers[0]
+    assert controller.unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+    expected = callback.rate * linear_warmup_decay(71, 72) * steps.restraints[-1]
+    assert steps.rates[-1][0] == pytest.approx(expected)
+    assert controller.metrics()["restraint"] == steps.restraints[-1]
+    assert plain.controllers[0].restraint == 1
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_where_there_is_no_noise_it_is_not(optimizer):
+    callback, steps = fit(Regression(optimizer), noisy(noise=0.0))
+    assert callback.controllers[0].unexplained < 0.05
+    assert steps.restraints[-36:] == [1.0] * 36
+
+
+def test_a_scheduler_of_ones_own_is_left_alone():
+    callback, steps = fit(Regression(sgd, scheduled=True), noisy())
+    assert steps.rates[-1][0] == callback.rate
+    assert callback.controllers[0].restraint == 1
+
+
+def test_other_losses_have_no_restraint():
+    callback, steps = fit(Regression(sgd, loss=F.l1_loss), noisy())
+    assert callback.controllers[0].unexplained is None
+    assert set(steps.restraints) == {1.0}
+    assert "restraint" not in callback.controllers[0].metrics()
+    classifier = LipschitzLR()
+    trainer(classifier).fit(Classifier(), loader())
+    assert "restraint" not in classifier.controllers[0].metrics()
+
+
+@pytest.mark.parametrize("update", [1, 4, 9])
+def test_an_interval_of_steps_looks_at_epochs_too(update):
+    module = Regression(sgd)
+    callback, steps = fit(module, noisy(), LipschitzLR(update=update))
+    epochs = len(callback.controllers[0].state_dict()["progress"]["curve"])
+    assert epochs == (12 if update < 6 else 8)  # an interval that is longer than an epoch is one
+    assert min(steps.restraints) < 0.5
+    if update == 1:
+        assert callback.controllers[0].unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("stop", [40, 42])  # in the middle of an epoch, and at its end
+def test_a_resumed_run_is_restrained_as_one_that_was_not_interrupted(optimizer, stop):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stop:
+                trainer.save_checkpoint("stopped.ckpt")
+
+    callback = LipschitzLR(update=4)
+    data = DeviceLoader(*noisy().dataset.tensors, BATCH, lambda batch, _: batch)  # which resumes in mid-epoch
+    trainer(callback, steps := Restraints(callback), Save(), max_epochs=12).fit(Regression(optimizer), data)
+    resumed = Regression(optimizer)
+    resumed.epochs = [[]]
+    _, rest = fit(resumed, data, LipschitzLR(update=4), ckpt_path="stopped.ckpt")
+    assert rest.rates == steps.rates[stop:]
+    assert rest.restraints[-1] == steps.restraints[-1] < 1
+
+
+def test_a_checkpoint_from_before_there_was_progress_goes_on():
+    callback, _ = fit(Regression(sgd), noisy(), max_epochs=3)
+    state = callback.state_dict()
+    for key in ("progress", "residuals"):
+        del state["optimizers"][0][key]
+    resumed = LipschitzLR()
+
+    class Load(L.Callback):
+        def on_fit_start(self, *_):
+            resumed.load_state_dict(state)
+
+    trainer(Load(), resumed, max_epochs=3).fit(Regression(sgd), noisy())
+    assert resumed.controllers[0].unexplained is not None
+
+
+def test_outputs_of_a_convolution_are_columns_by_their_channel():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    images = torch.randn(32, 1, 5, 5)
+    targets = torch.cat([images + 5, 2 * images], dim=1) + torch.randn(32, 2, 5, 5)
+    module = Regression(sgd, net)
+    callback, _ = fit(module, DataLoader(TensorDataset(images, targets), 8), max_epochs=2)
+    outputs, targets = (part.movedim(1, -1).reshape(-1, 2) for part in module.seen())
+    assert callback.controllers[0].unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-3)
+
+
+# -- momentum, whose rate has the residuals in it ----------------------------------------------------------------------
+
+
+def by_hand(module, epoch):
+    """0.1 sqrt(m / 2) over twice three standard deviations of the residuals times the inputs' root mean square."""
+    outputs, targets = module.seen(epoch)
+    batches = len(module.epochs[epoch])
+    heads = module.heads[epoch * batches : (epoch + 1) * batches]
+    size = max(math.sqrt((head.square().sum(dim=1) + 1).mean()) for head in heads)
+    deviation = np.sqrt(np.mean((outputs - targets).numpy().astype(float) ** 2))
+    return 0.1 * math.sqrt(BATCH / 2) / (2 * 3 * deviation * size)
+
+
+def test_momentums_rate_has_the_residuals_of_the_interval_before_in_it():
+    module = Regression(sgd)
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=5)
+    controller = callback.controllers[0]
+    assert callback.rate == pytest.approx(by_hand(module, 3), rel=1e-4)
+    assert controller.metrics()["observed_constant"] == pytest.approx(
+        0.1 * math.sqrt(BATCH / 2) / callback.rate, rel=1e-6
+    )
+
+
+def test_in_the_first_interval_outputs_and_targets_stand_for_them():
+    module = Regression(sgd)
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=1)
+    assert callback.rate == pytest.approx(0.1 * math.sqrt(BATCH / 2) / callback.constant)
+    assert "observed_constant" not in callback.controllers[0].metrics()
+
+
+@pytest.mark.parametrize(("residual", "share"), [(0.5, 0.75), (1.5, 2.25), (0.1, 0.15), (0.01, 0.1), (1e-30, 0.1)])
+def test_residuals_that_vanish_have_a_limit(residual, share):
+    groups = sgd([torch.zeros(1, requires_grad=True)]).param_groups
+    # Three outputs of 16 examples, of a norm that is two to an output with that of the targets.
+    measured = Measurement(4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), residual=residual)
+    arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "optimizer": "SGD", "groups": groups}
+    decision, _ = Policy().decide(measured, state=rules.RuleState(), last=None, **arguments)
+    assert decision.observed == pytest.approx(share * decision.constant)
+    assert decision.lr == pytest.approx(0.1 * math.sqrt(16 / 2) / decision.observed)
+
+
+@pytest.mark.parametrize("settings", [{"norm": "sample"}, {"rule": "inverse"}, {"bound": "smooth"}, {"bound": "paper"}])
+def test_other_norms_rules_and_families_are_what_they_were(settings):
+    callback, _ = fit(Regression(sgd), noisy(), LipschitzLR(schedule="none", **settings), max_epochs=3)
+    assert callback.controllers[0].decision.observed == 0
