@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_lipschitz import directions, inspection, progress, rules
+from lit_lipschitz import directions, inspection, rules
 from lit_lipschitz.decision import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.head_and_loss import HeadAndLoss
@@ -373,8 +373,8 @@ class Controller:
         if trainer.global_rank > 0:
             direction = torch.full_like(direction, -math.inf)
         slots = self.watch.slots()
-        residuals = self.found.residual_slots(trainer.global_rank, trainer.world_size)
-        together = torch.cat([weights, values, residuals, direction, slots])
+        residuals = self.found.residuals.slots(trainer.global_rank, trainer.world_size)
+        together = torch.cat([weights, values, direction, residuals, slots])
         reduced = trainer.strategy.reduce(together, reduce_op="max")
         assert isinstance(reduced, Tensor)
         reduced, agreed = reduced[: -len(slots)], reduced[-len(slots) :]
@@ -383,15 +383,15 @@ class Controller:
         shared = reduced[1 : 1 + size]
         for i in (0, 1, 3, 4):  # how many batches were left out stays each rank's own
             statistic.values[i].copy_(shared[i])
-        size += 1 + len(residuals)
-        statistic.direction.copy_(reduced[size:])
-        return reduced[:size]
+        size += 1
+        statistic.direction.copy_(reduced[size : size + len(direction)])
+        return torch.cat([reduced[:size], self.found.residuals.share(reduced[size + len(direction) :])])
 
     def _measurement(self, trainer: Trainer, reduced: Tensor, interval_over: bool) -> Measurement:
         """What the ranks agree on, read to the host; a residual of whole intervals alone, as it falls in the first."""
         assert self.found.chosen is not None
         weight_norm, largest, count, dropped, squares, outputs, *residuals = reduced.tolist()
-        self._residuals = progress.of_all(residuals)
+        self._residuals = Residuals(*residuals)
         pieces = trainer.world_size * self._accumulated
         batch_size = int(count) * pieces
         if self.found.chosen.statistic.mean:

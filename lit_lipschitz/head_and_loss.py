@@ -56,7 +56,7 @@ class HeadAndLoss:
         self.loss: Loss | None = None
         self.outputs = 0
         self.factor = 1.0
-        self.residuals = RunningResiduals(trainer.strategy.root_device)
+        self.residuals = RunningResiduals(device=trainer.strategy.root_device)
         self._open = False  # whether a batch has begun that has made no loss yet
         self._pooled = False  # whether the head's outputs are averaged over places before the loss
         self._group = 1  # rows of the head that one target is chosen among
@@ -100,11 +100,6 @@ class HeadAndLoss:
         if self._open or not automatic:
             self.probes.drop()
         self._open = self._options.running
-
-    def residual_slots(self, rank: int, world_size: int) -> Tensor:
-        """What the ranks put together of a squared error, of the shape of :meth:`RunningResiduals.slots`; else none."""
-        squared = self.loss is not None and self.loss.name == "mean_squared_error"
-        return self.residuals.slots(rank, world_size) if squared else self.residuals.values[:0]
 
     def close_batch(self) -> None:
         """Ends the measurement of a batch of manual optimization that made a step and showed no loss."""
@@ -311,6 +306,9 @@ class HeadAndLoss:
         width = (found.width if found is not None else None) or width
         self._check_constant(loss, chosen.name, width, sizes_known=found is not None)
         self.loss, self.outputs = loss, width
+        squares = width if loss.name == "mean_squared_error" else 0
+        if squares != len(self.residuals.mean):  # a checkpoint may have brought them
+            self.residuals = RunningResiduals(squares, self.residuals.values.device)
         if found is None:
             return
         self._pooled, self._group, self._unclear = found.pooled, found.group, bool(found.chain)

@@ -1,7 +1,7 @@
 """How much of a squared error's targets is explained, epoch by epoch, and whether there is more to come."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,33 +43,33 @@ class RunningResiduals:
     """Residuals of the batches since :meth:`reset`, on the device; nothing is read to the host.
 
     Args:
+        width: Outputs of an example; 0 takes nothing in, where the loss is another one.
         device: Where the sums live.
 
     Attributes:
         values: The numbers of :class:`Residuals`; shape (3,), float32.
-        mean: The targets' mean, of each output; shape (outputs,), float32, and (0,) before the first batch.
+        mean: The targets' mean, of each output; shape (width,), float32.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
         self.values = torch.zeros(3, dtype=torch.float32, device=device)
-        self.mean = torch.zeros(0, dtype=torch.float32, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Takes in a batch, by the formula of Chan, Golub and LeVeque (1979); one that is not finite is left out.
 
         Args:
-            outputs: Shape (rows, outputs).
+            outputs: Shape (rows, width); what has another width is left out.
             targets: Of the same shape.
         """
-        if hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
-            return  # what is sharded would need the other ranks
-        if not self.mean.numel():
-            self.mean = self.mean.new_zeros(targets.shape[1])
+        rows, width = targets.shape
+        # Of what is sharded, no rank has all.
+        if width != len(self.mean) or hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
+            return
         targets = targets.to(self.mean.device)
         variance, mean = torch.var_mean(targets.float(), dim=0, correction=0)
         left = torch.linalg.vector_norm(outputs.to(self.mean.device) - targets, dtype=torch.float32).square()
-        rows, width = targets.shape
         before = self.values[0] / width
         share = rows / (before + rows)
         # Below the precision of the targets there is no variance.
@@ -87,14 +87,37 @@ class RunningResiduals:
         self.mean.zero_()
 
     def slots(self, rank: int, world_size: int) -> Tensor:
-        """This rank's numbers beside zeros for the others, of which a MAX has those of all.
+        """What :meth:`share` wants the MAX over all ranks of; float32.
 
         Returns:
-            Shape (3 * world_size,), float32.
+            This rank's numbers beside zeros for the others, and the mean of rank 0, beside minus infinity; shape
+            (3 * world_size + width,), and (0,) where nothing is taken in.
         """
+        if not len(self.mean):
+            return self.mean
         slots = self.values.new_zeros(world_size, 3)
         slots[rank] = self.values
-        return slots.flatten()
+        mean = torch.full_like(self.mean, -math.inf) if rank else self.mean
+        return torch.cat([slots.flatten(), mean])
+
+    def share(self, agreed: Tensor) -> Tensor:
+        """Has all ranks hold the same, of which any rank's checkpoint has all: the ranks' average.
+
+        How far apart their means are is left out: each has drawn its examples from the same ones.
+
+        Args:
+            agreed: The MAX over all ranks of :meth:`slots`.
+
+        Returns:
+            The numbers of :class:`Residuals` of all ranks together; shape (3,).
+        """
+        width = len(self.mean)
+        if not width:
+            return self.values
+        slots = agreed[:-width].reshape(-1, 3)
+        self.mean.copy_(agreed[-width:])
+        self.values.copy_(slots.mean(dim=0))
+        return slots.sum(dim=0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors, on the CPU."""
@@ -104,14 +127,6 @@ class RunningResiduals:
         """Takes the tensors of :meth:`state_dict`."""
         self.values.copy_(state["values"])
         self.mean = state["mean"].to(self.mean)
-
-
-def of_all(slots: Sequence[float]) -> Residuals:
-    """The residuals of all ranks, from the MAX of :meth:`RunningResiduals.slots`.
-
-    How far apart the ranks' means are is left out: each has drawn its examples from the same ones.
-    """
-    return Residuals(*(sum(slots[number::3]) for number in range(3)))
 
 
 class Progress:

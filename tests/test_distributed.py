@@ -262,6 +262,14 @@ def test_a_run_resumed_in_mid_epoch_has_the_same_rates_and_weights_on_both_ranks
             assert all(torch.equal(a, b) for a, b in zip(before["weights"], after["weights"], strict=True))
 
 
+def test_what_a_squared_error_explains_goes_on_in_mid_epoch_on_both_ranks():
+    settings = {"max_epochs": 8, "enable_checkpointing": True}
+    expected = two_ranks(LipschitzLR(), squares("momentum"), 8, Regular(3), **settings)
+    found = two_ranks(LipschitzLR(), squares("momentum"), 8, Regular(3), ckpt_path="all/step=27.ckpt", **settings)
+    assert_alike(*found)
+    assert found[1]["rates"] == expected[1]["rates"][27:]
+
+
 def test_parameters_that_are_not_used():
     class Partly(Classifier):
         def __init__(self):
@@ -346,8 +354,8 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
         reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2]
         assert len(reductions) == 4 + 2
     two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
-    for rank in range(2):  # and three more a rank
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2 + 3 * 2]
+    for rank in range(2):  # and three more a rank, and the mean of each output
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2 + 3 * 2 + CLASSES]
         assert len(reductions) == 4 + 2
 
 

@@ -28,7 +28,7 @@ def explained(outputs, targets):
 
 
 def running(outputs, targets, sizes):
-    residuals = RunningResiduals()
+    residuals = RunningResiduals(targets.shape[1])
     for output, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
         residuals.add(output, target)
     return residuals
@@ -43,7 +43,7 @@ def test_the_unexplained_share_is_scikit_learns_over_batches_of_any_size(offset,
     targets = torch.randn(COUNT, width) * torch.arange(1, width + 1) + offset * torch.arange(1, width + 1)
     outputs = targets + 0.5 * torch.randn(COUNT, width)
     residuals = running(outputs, targets, [1, 50, 5, COUNT - 56])
-    seen = progress.of_all(residuals.slots(0, 1).tolist())
+    seen = Residuals(*residuals.values.tolist())
     assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2 if offset == 1e4 else 1e-4)
     assert seen.count == COUNT * width
     assert seen.root_mean_square == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-3)
@@ -52,28 +52,52 @@ def test_the_unexplained_share_is_scikit_learns_over_batches_of_any_size(offset,
 def test_the_ranks_numbers_are_put_together():
     targets = torch.randn(3000, 2)
     outputs = targets + torch.randn(3000, 2)
-    slots = [running(outputs[rank::3], targets[rank::3], 100).slots(rank, 3) for rank in range(3)]
-    seen = progress.of_all(torch.stack(slots).amax(dim=0).tolist())
-    assert seen.count == 6000
-    assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2)
+    ranks = [running(outputs[rank::3], targets[rank::3], 100) for rank in range(3)]
+    agreed = torch.stack([one.slots(rank, 3) for rank, one in enumerate(ranks)]).amax(dim=0)
+    for one in ranks:
+        seen = Residuals(*one.share(agreed).tolist())
+        assert seen.count == 6000
+        assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2)
+        assert torch.equal(one.slots(1, 3)[3:6], ranks[0].slots(1, 3)[3:6])
+        assert torch.equal(one.mean, ranks[0].mean)
+    again = torch.stack([one.slots(rank, 3) for rank, one in enumerate(ranks)]).amax(dim=0)
+    assert Residuals(*ranks[0].share(again).tolist()) == seen
+
+
+def test_one_rank_changes_nothing_by_sharing():
+    residuals = running(torch.randn(COUNT, 2), torch.randn(COUNT, 2), BATCH)
+    before = residuals.state_dict()
+    assert torch.equal(residuals.share(residuals.slots(0, 1)), before["values"])
+    assert all(torch.equal(before[name], after) for name, after in residuals.state_dict().items())
+
+
+def test_where_there_is_no_squared_error_nothing_is_sent():
+    assert len(RunningResiduals().slots(1, 4)) == 0
+    assert RunningResiduals().share(torch.zeros(0)).tolist() == [0, 0, 0]
+
+
+def test_outputs_of_another_width_are_left_out():
+    residuals = running(torch.randn(COUNT, 2), torch.randn(COUNT, 2), BATCH)
+    residuals.add(torch.randn(COUNT, 1), torch.randn(COUNT, 1))
+    assert residuals.values[0] == COUNT * 2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_is_left_out(bad):
     targets, outputs = torch.randn(COUNT, 1), torch.randn(COUNT, 1)
     residuals = running(outputs, targets, BATCH)
-    before = progress.of_all(residuals.slots(0, 1).tolist())
+    before = residuals.values.tolist()
     residuals.add(torch.full((4, 1), bad), torch.zeros(4, 1))
     residuals.add(torch.zeros(4, 1), torch.full((4, 1), bad))
-    assert progress.of_all(residuals.slots(0, 1).tolist()) == before
+    assert residuals.values.tolist() == before
     residuals.add(torch.zeros(4, 1), torch.zeros(4, 1))
-    assert progress.of_all(residuals.slots(0, 1).tolist()).count == COUNT + 4
+    assert residuals.values[0] == COUNT + 4
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1234.5])
 def test_targets_that_do_not_vary_have_no_share(value):
     targets = torch.full((COUNT, 1), value)
-    assert progress.of_all(running(targets + 1, targets, 7).slots(0, 1).tolist()).unexplained is None
+    assert Residuals(*running(targets + 1, targets, 7).values.tolist()).unexplained is None
     assert Residuals().unexplained is None
 
 
