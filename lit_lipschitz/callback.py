@@ -77,7 +77,10 @@ class LipschitzLR(Callback):
             linearly over the first tenth of the run and falls linearly to 0
             (:class:`~lit_lipschitz.schedules.LinearWarmupDecay`), except with ``bound="paper"``. A run that is
             limited by time, and one whose accumulated batches change, count as of unknown length. Schedule-Free AdamW
-            has the rise alone, and not that where it has ``warmup_steps`` of its own. ``"none"``: neither.
+            has the rise alone, and not that where it has ``warmup_steps`` of its own. On a squared error the rate is
+            held back where learning has slowed down and much is unexplained
+            (:class:`~lit_lipschitz.progress.Progress`).
+            ``"none"``: neither.
 
     Raises:
         ConfigurationError: An argument is out of its range.

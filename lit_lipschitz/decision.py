@@ -13,7 +13,7 @@ from lit_lipschitz.losses import Loss
 LEAST_SLOPE = 0.01
 """What is taken to be there at least of the steepest slope, since a loss of 0 would have a rate without a limit."""
 DEVIATIONS = 3.0
-"""Standard deviations of a squared error's residuals that count as the largest one: 99.7 % of normal ones are less."""
+"""How many standard deviations of a squared error's residuals count as the largest; 99.7 % of normal ones are less."""
 LEAST_RESIDUAL = 0.1
 """What is taken to be there at least of the norms of outputs and targets, for the same reason."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ENOUGH = 3.0
-"""Explained over unexplained variance from which on a rate is not restrained: three quarters are explained."""
+"""Explained over unexplained variance from which on no rate is restrained, where three quarters are explained."""
 LEAST = 0.1
 """What a rate is at least multiplied by."""
 
@@ -142,13 +142,10 @@ class Progress:
     alone while a network learns at its own pace, however little it has learned, as one does whose task is hard; and
     once three quarters of the variance are explained.
 
-    Attributes:
-        unexplained: u; None before the first epoch is over.
-
     References:
-        Not in the papers; found by validation on the regressions of ``docs/evidence.md``. That the best time to stop
-        gradient descent grows with the ratio of signal to noise is known of linear regression: Y. Yao, L. Rosasco,
-        A. Caponnetto: On early stopping in gradient descent learning, Constructive Approximation 26, 2007.
+        Not in the papers; found by validation on the regressions of ``docs/evidence.md``. Why less is to be learned
+        where there is more noise: A. Ali, J. Z. Kolter, R. J. Tibshirani: A Continuous-Time View of Early Stopping for
+        Least Squares, arXiv 1810.10082, 2019.
     """
 
     def __init__(self) -> None:
@@ -159,7 +156,7 @@ class Progress:
 
     @property
     def unexplained(self) -> float | None:
-        """The unexplained share of the last epoch."""
+        """The unexplained share of the last epoch, at most 1; None before there is one."""
         return self._curve[-1][1] if self._curve else None
 
     @property

@@ -50,7 +50,8 @@ class Observation:
             :func:`lit_lipschitz.directions.lengths`.
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
         observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
-            steepest one, O, at most L; 0 where no slope was seen.
+            steepest one, O, at most L; for ``noise`` a squared error's with its residuals in place of outputs and
+            targets; 0 where neither was seen.
         effective: How many examples count in the noise, at most m: the square of the sum of their slopes over the sum
             of the squares; 0 where no slope was seen.
     """
@@ -213,8 +214,11 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     without momentum, and with 0.9 it binds from m = 2,000 on. Examples that resemble each other, as the tokens of a
     text do, count in full.
 
+    A squared error's L is of outputs and targets as large as those that were seen. Where its residuals were seen as
+    well, O stands for L, with three times their root mean square in it.
+
     Args:
-        seen: The constant, and the examples in a step.
+        seen: The constant, the one that was seen, and the examples in a step.
         state: State of the rule.
         settings: The optimizer's ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
 

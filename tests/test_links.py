@@ -15,6 +15,7 @@ TEXTS = [
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {
     "https://arxiv.org/abs/1502.01852",
+    "https://arxiv.org/abs/1810.10082",
     "https://arxiv.org/abs/1812.03981",
     "https://arxiv.org/abs/1902.07399",
     "https://arxiv.org/abs/2002.11803",
@@ -35,6 +36,7 @@ PAPERS = {
     "2405.15682": "The Road Less Scheduled",
     "1502.01852": "Delving Deep into Rectifiers",
     "1812.03981": "Theoretical Analysis of Auto Rate-Tuning by Batch Normalization",
+    "1810.10082": "A Continuous-Time View of Early Stopping for Least Squares",
     "1412.6980": "Adam",
     "1608.06993": "Densely Connected Convolutional Networks",
     "1603.05027": "Identity Mappings in Deep Residual Networks",
