@@ -102,9 +102,12 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["direction_only"]:
             many = f"{one['direction_only']} parameters of which only the direction matters"
             rows.append(("free", f"{many}, as in front of a normalisation: scale does not ask how long they are"))
-        if one["observed"] is not None and one["effective"] is None:
+        if one["curvature"] is not None:
             instead = "three times the root mean square of the residuals in place of outputs and targets"
             rows.append(("O", f"{one['observed']:.6g}, L with {instead}"))
+            rows.append(
+                ("limit", f"{1 / one['curvature']:.6g}, the inverse of the smooth constant: O raises no rate above")
+            )
         elif one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))

@@ -80,8 +80,9 @@ class Controller:
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
         self._whose = f" of optimizer {position}" if several else ""
-        self._progress = Progress()  # of a squared error
-        self._residuals = Residuals()  # of the epoch so far, as all ranks know them
+        parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        self._progress = Progress(parameters)  # of a squared error
+        self._residuals = Residuals()  # of all ranks, as they last knew
         device = trainer.strategy.root_device
         self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
         self._take(state)
@@ -295,9 +296,10 @@ class Controller:
         if over and self._steps:
             self._decide(trainer, interval_over=True)
             self.found.chosen.statistic.reset()
+            self.found.residuals.end_interval()
             if self._epoch_over(trainer):
                 self._progress.add(self._residuals, trainer.global_step)
-                self.found.residuals.reset()
+                self.found.residuals.end_epoch()
             self._steps = 0
             self._accumulated = 1
             self._intervals += 1
@@ -392,6 +394,8 @@ class Controller:
         assert self.found.chosen is not None
         weight_norm, largest, count, dropped, squares, outputs, *residuals = reduced.tolist()
         self._residuals = Residuals(*residuals)
+        if not interval_over:
+            self._progress.begin(self._residuals, trainer.global_step)
         pieces = trainer.world_size * self._accumulated
         batch_size = int(count) * pieces
         if self.found.chosen.statistic.mean:
@@ -408,6 +412,7 @@ class Controller:
             squares=squares * math.sqrt(pieces),
             output_norm=outputs,
             residual=self._residuals.root_mean_square if interval_over else 0.0,
+            factor=self._residuals.factor,
             **self._seen(),
         )
 
@@ -470,7 +475,7 @@ class Controller:
             metrics["step_scale"] = self._readings.scale.value
         if decision.observed or (self._readings is not None and self._readings.sloped):
             metrics["observed_constant"] = decision.observed
-        if self._residuals.count:
+        if self.found.residuals.width:
             metrics["restraint"] = self.restraint
         if self.policy.limited:
             metrics["capped"] = float(bool(decision.cap))

@@ -35,6 +35,7 @@ class Measurement:
         mean_slope: Their mean slope.
         residual: Root mean square of what a squared error leaves of its targets, each number by itself; 0 where it was
             not seen.
+        factor: What a squared error's mean was multiplied by when that was seen, which is in the size of the inputs.
     """
 
     activation_norm: float
@@ -47,6 +48,7 @@ class Measurement:
     slope: float = 0.0
     mean_slope: float = 0.0
     residual: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Decision:
         cap: The limit that changed the rate, or "".
         observed: See :class:`lit_lipschitz.rules.Observation`.
         effective: Likewise; 0 where no slope was seen.
+        curvature: Likewise; 0 where it was not needed.
     """
 
     lr: float
@@ -70,6 +73,7 @@ class Decision:
     cap: str = ""
     observed: float = 0.0
     effective: float = 0.0
+    curvature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,10 +218,12 @@ class Policy:
         if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
         rule = self.rule_for(optimizer, groups)
+        observed, effective, curvature = *self._observed(measured, data, l2), 0.0
         if rule == "noise":
-            observed, effective = self._of_residual(measured, num_outputs, data, l2)
-        else:
-            observed, effective = self._observed(measured, data, l2)
+            observed = self._of_residual(measured, num_outputs, data, l2)
+            effective = float(measured.batch_size)
+        if rule == "noise" and observed:
+            curvature = self._curvature(measured, loss, num_outputs) + self.decay_of(optimizer, groups)
         seen = rules.Observation(
             constant,
             squared,
@@ -226,11 +232,19 @@ class Policy:
             batch_size=measured.batch_size,
             observed=observed,
             effective=effective,
+            curvature=curvature,
         )
         rate, state = rules.RULES[rule](seen, state, groups[0])
         lr, cap = self.limit(rate, last)
         decision = Decision(
-            lr, constant, measured.activation_norm, measured.weight_norm, cap, observed=observed, effective=effective
+            lr,
+            constant,
+            measured.activation_norm,
+            measured.weight_norm,
+            cap,
+            observed=observed,
+            effective=effective if observed else 0.0,
+            curvature=curvature,
         )
         return decision, state
 
@@ -249,15 +263,26 @@ class Policy:
         observed = data * min(max(measured.slope / steepest, LEAST_SLOPE), 1.0) + l2
         return observed, measured.batch_size * min(measured.mean_slope / measured.slope, 1.0) ** 2
 
-    def _of_residual(self, measured: Measurement, num_outputs: int, data: float, l2: float) -> tuple[float, float]:
-        """The constant of a squared error whose residual was seen, and m; zeros where none was.
+    def _of_residual(self, measured: Measurement, num_outputs: int, data: float, l2: float) -> float:
+        """The constant of a squared error whose residual was seen; 0 where none was.
 
         Three times the root mean square of the residuals stands in it for the norms of outputs and targets.
         """
         if not (measured.residual and measured.output_norm) or self.norm != "frobenius":
-            return 0.0, 0.0
+            return 0.0
         residual = DEVIATIONS * measured.residual * math.sqrt(measured.batch_size * num_outputs)
-        return data * max(residual / measured.output_norm, LEAST_RESIDUAL) + l2, float(measured.batch_size)
+        return data * max(residual / measured.output_norm, LEAST_RESIDUAL) + l2
+
+    def _curvature(self, measured: Measurement, loss: Loss, num_outputs: int) -> float:
+        """The smooth constant of a squared error, by the Frobenius norm, which is no smaller than the spectral one."""
+        smooth = loss.constant(
+            measured.activation_norm,
+            batch_size=measured.batch_size,
+            num_outputs=num_outputs,
+            bound="smooth",
+            norm="frobenius",
+        )
+        return smooth / measured.factor  # which was squared
 
     def limit(self, rate: float, last: Decision | None) -> tuple[float, str]:
         """The rate within its limits, and the name of the limit that changed it, or ""."""

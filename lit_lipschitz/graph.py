@@ -77,6 +77,7 @@ class Reading:
         scale: The factor in front of the mean or the sum.
         rows: Examples, tokens or pixels that it looks at, ignored ones included.
         outputs: The head's outputs and the targets, where their sizes matter; else empty.
+        terms: Losses that are added up; the outputs of several are no smaller than any of theirs.
         calls: Calls of the head whose outputs were put together.
         stretch: The factor of the head's outputs, as of a temperature.
     """
@@ -88,6 +89,7 @@ class Reading:
     outputs: tuple[Tensor, ...] = ()
     calls: int = 1
     stretch: float | Tensor = 1.0
+    terms: int = 1
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ def _reading(match: Match, num_outputs: int, scale: float | Tensor, joined: bool
         outputs: tuple[Tensor, ...] = ()
         if match.name == "mean_squared_error":
             outputs = (match.node._saved_self.detach(), match.node._saved_target.detach())
+            if match.node.next_functions[0][0] is None:  # the first argument has no gradient: it is the targets
+                outputs = outputs[::-1]
         return Reading(rows, match.elements, scale, rows, outputs, maker.calls, stretch)
     count: int | Tensor = match.elements
     if not match.each and match.probabilities is None:
@@ -262,7 +266,7 @@ def _together(readings: list[Reading]) -> Reading:
         if [part.shape for part in reading.outputs] == [part.shape for part in outputs]:
             pairs = zip(outputs, reading.outputs, strict=True)
             outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
-    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs)
+    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, terms=len(readings))
 
 
 def _least(one: int | Tensor, other: int | Tensor) -> int | Tensor:

@@ -136,8 +136,9 @@ class HeadAndLoss:
             return
         assert self.loss is not None
         outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
-        if outputs:
-            self.residuals.add(*outputs)
+        if outputs and self._alone and reading.terms == 1 and (reading.outputs[0].ndim > 1 or self.outputs == 1):
+            seen, targets = outputs
+            self.residuals.add(seen, targets, self._factor(trainer, reading))
         if not self.loss.needs_outputs(self._policy.bound):
             outputs = ()
         of_batch = self._policy.of_batch
@@ -191,14 +192,17 @@ class HeadAndLoss:
 
     def _weight(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
         """The factor by which a batch's loss is more than a mean, as far as the batch's norm goes."""
+        factor: Any = self._factor(trainer, reading)
+        return factor**0.5 if self._policy.bound == "smooth" else factor  # the norm enters as its square there
+
+    def _factor(self, trainer: Trainer, reading: graph.Reading) -> float | Tensor:
+        """The factor by which a batch's loss is more than a mean."""
         assert self.loss is not None
-        weight: Any = 1.0
+        factor: Any = 1.0
         if trainer.lightning_module.automatic_optimization:
             scale: Any = reading.scale
-            weight = abs(scale) / _expected_scale(trainer)
-        if self.loss.reduction == "sum":
-            weight = weight * reading.elements
-        return weight**0.5 if self._policy.bound == "smooth" else weight  # the norm enters as its square there
+            factor = abs(scale) / _expected_scale(trainer)
+        return factor * reading.elements if self.loss.reduction == "sum" else factor
 
     # -- the first time ----------------------------------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class HeadAndLoss:
         self._check_constant(loss, chosen.name, width, sizes_known=found is not None)
         self.loss, self.outputs = loss, width
         squares = width if loss.name == "mean_squared_error" else 0
-        if squares != len(self.residuals.mean):  # a checkpoint may have brought them
+        if squares != self.residuals.width:  # a checkpoint may have brought them
             self.residuals = RunningResiduals(squares, self.residuals.values.device)
         if found is None:
             return

@@ -1,5 +1,6 @@
 """How much of a squared error's targets is explained, epoch by epoch, and whether there is more to come."""
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from torch import Tensor
 
 ENOUGH = 3.0
 """Explained over unexplained variance from which on no rate is restrained, where three quarters are explained."""
+LITTLE = 0.1
+"""The explained share below which next to nothing has been learned yet."""
+PLENTY = 20
+"""Numbers in an epoch, for each parameter, from which on there is no fitting their noise."""
 LEAST = 0.1
 """What a rate is at least multiplied by."""
 
@@ -19,71 +24,95 @@ class Residuals:
     """What a squared error has left of its targets.
 
     Attributes:
-        count: Numbers that it was taken of.
-        spread: Sum of the targets' squared deviations from their mean, that of each output by itself.
-        left: Sum of the squared differences of outputs and targets.
+        count: Numbers that it was taken of since the epoch began.
+        spread: Sum of the targets' squared deviations from their mean, that of each output by itself, since then.
+        left: Sum of the squared differences of outputs and targets since then.
+        recent: Numbers that it was taken of since the interval began.
+        recent_left: Sum of the squared differences since then.
+        recent_factor: Sum, over these numbers, of the factor in front of the mean.
     """
 
     count: float = 0.0
     spread: float = 0.0
     left: float = 0.0
+    recent: float = 0.0
+    recent_left: float = 0.0
+    recent_factor: float = 0.0
 
     @property
     def root_mean_square(self) -> float:
-        """Root mean square of the differences; 0 where there are none."""
-        return math.sqrt(self.left / self.count) if self.count else 0.0
+        """Root mean square of the interval's differences; 0 where there are none, or they are not finite."""
+        mean = self.recent_left / self.recent if self.recent else 0.0
+        return math.sqrt(mean) if math.isfinite(mean) else 0.0
+
+    @property
+    def factor(self) -> float:
+        """The mean factor in front of the squared error in the interval; 1 where there is none."""
+        return self.recent_factor / self.recent if self.recent else 1.0
 
     @property
     def unexplained(self) -> float | None:
         """The share of the targets' variance that is not explained, 1 - R^2; None where they do not vary."""
-        return self.left / self.spread if self.spread > 0 else None
+        share = self.left / self.spread if self.spread > 0 else math.inf
+        return share if math.isfinite(share) else None
 
 
 class RunningResiduals:
-    """Residuals of the batches since :meth:`reset`, on the device; nothing is read to the host.
+    """Residuals of the batches so far, on the device; nothing is read to the host.
 
     Args:
         width: Outputs of an example; 0 takes nothing in, where the loss is another one.
         device: Where the sums live.
 
     Attributes:
-        values: The numbers of :class:`Residuals`; shape (3,), float32.
-        mean: The targets' mean, of each output; shape (width,), float32.
+        values: The numbers of :class:`Residuals`; shape (6,), float32.
+        mean: The mean of the epoch's targets, of each output; shape (width,), float32.
     """
 
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
-        self.values = torch.zeros(3, dtype=torch.float32, device=device)
+        self.values = torch.zeros(6, dtype=torch.float32, device=device)
         self.mean = torch.zeros(width, dtype=torch.float32, device=device)
 
+    @property
+    def width(self) -> int:
+        """Outputs of an example; 0 where nothing is taken in."""
+        return len(self.mean)
+
     @torch.no_grad()
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
+    def add(self, outputs: Tensor, targets: Tensor, factor: float | Tensor = 1.0) -> None:
         """Takes in a batch, by the formula of Chan, Golub and LeVeque (1979); one that is not finite is left out.
 
         Args:
             outputs: Shape (rows, width); what has another width is left out.
             targets: Of the same shape.
+            factor: What the mean over the batch is multiplied by.
         """
         rows, width = targets.shape
         # Of what is sharded, no rank has all.
-        if width != len(self.mean) or hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
+        if width != self.width or not rows or hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
             return
         targets = targets.to(self.mean.device)
         variance, mean = torch.var_mean(targets.float(), dim=0, correction=0)
-        left = torch.linalg.vector_norm(outputs.to(self.mean.device) - targets, dtype=torch.float32).square()
+        left = torch.linalg.vector_norm((outputs.to(self.mean.device) - targets).float()).square()
         before = self.values[0] / width
         share = rows / (before + rows)
         # Below the precision of the targets there is no variance.
         variance = torch.where(variance > (1e-6 * mean).square(), variance, 0.0)
         apart = mean - self.mean
         spread = rows * variance.sum() + before * share * apart.square().sum()
-        new = torch.stack([torch.full_like(left, rows * width), spread, left])
-        usable = torch.isfinite(new).all()
-        self.values.add_(torch.where(usable, new, 0.0))
+        count = torch.full_like(left, rows * width)
+        values = self.values + torch.stack([count, spread, left, count, left, count * factor])
+        usable = torch.isfinite(values).all()
+        self.values.copy_(torch.where(usable, values, self.values))
         self.mean.add_(torch.where(usable, apart * share, 0.0))
 
-    def reset(self) -> None:
-        """Forgets the batches."""
-        self.values.zero_()
+    def end_interval(self) -> None:
+        """Forgets the interval."""
+        self.values[3:].zero_()
+
+    def end_epoch(self) -> None:
+        """Forgets the epoch."""
+        self.values[:3].zero_()
         self.mean.zero_()
 
     def slots(self, rank: int, world_size: int) -> Tensor:
@@ -91,11 +120,11 @@ class RunningResiduals:
 
         Returns:
             This rank's numbers beside zeros for the others, and the mean of rank 0, beside minus infinity; shape
-            (3 * world_size + width,), and (0,) where nothing is taken in.
+            (6 * world_size + width,), and (0,) where nothing is taken in.
         """
-        if not len(self.mean):
+        if not self.width:
             return self.mean
-        slots = self.values.new_zeros(world_size, 3)
+        slots = self.values.new_zeros(world_size, len(self.values))
         slots[rank] = self.values
         mean = torch.full_like(self.mean, -math.inf) if rank else self.mean
         return torch.cat([slots.flatten(), mean])
@@ -109,13 +138,12 @@ class RunningResiduals:
             agreed: The MAX over all ranks of :meth:`slots`.
 
         Returns:
-            The numbers of :class:`Residuals` of all ranks together; shape (3,).
+            The numbers of :class:`Residuals` of all ranks together; shape (6,).
         """
-        width = len(self.mean)
-        if not width:
+        if not self.width:
             return self.values
-        slots = agreed[:-width].reshape(-1, 3)
-        self.mean.copy_(agreed[-width:])
+        slots = agreed[: -self.width].reshape(-1, len(self.values))
+        self.mean.copy_(agreed[-self.width :])
         self.values.copy_(slots.mean(dim=0))
         return slots.sum(dim=0)
 
@@ -135,12 +163,16 @@ class Progress:
     Where learning has slowed down and much is still unexplained, what is left is mostly noise, or beyond the network,
     and large steps do no more than to fit it. That is when a rate is restrained, by
 
-    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}\right)\right)^3
+    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 10 u_{min} - 9\right)\right)^3
 
-    and at least by a tenth. u is the unexplained share of the last epoch, 1 - R^2, and v the speed of learning: by how
-    much u has fallen since half as many steps were made, v_max being the largest of all epochs. So the rate is left
-    alone while a network learns at its own pace, however little it has learned, as one does whose task is hard; and
-    once three quarters of the variance are explained.
+    u is the unexplained share of the last epoch, 1 - R^2, and v the speed of learning: by how much u has fallen since
+    half as many steps were made, v_max and u_min being the largest and the least so far. So the rate is left alone
+    while a network learns at its own pace, as one does whose task is hard, once three quarters of the variance are
+    explained, and while next to nothing is. It is not multiplied by less than a tenth, nor by less than n/(20 p), with
+    n numbers that an epoch's squared errors are taken of and p parameters: the noise that is fitted is about p/n of it.
+
+    Args:
+        parameters: How many numbers are trained, p.
 
     References:
         Not in the papers; found by validation on the regressions of ``docs/evidence.md``. Why less is to be learned
@@ -148,25 +180,44 @@ class Progress:
         Least Squares, arXiv 1810.10082, 2019.
     """
 
-    def __init__(self) -> None:
-        self._curve: list[tuple[float, float]] = []  # the middle of each epoch in steps, and u
-        self._steps = 0
+    def __init__(self, parameters: int = 1) -> None:
+        self._parameters = parameters
+        self._steps: list[float] = []  # the step that the first batch is of, then the middle of each epoch
+        self._shares: list[float] = []  # u in these
+        self._end = 0  # of the last epoch, in steps
+        self._count = 0.0  # numbers in it
         self._speed = 0.0
         self._fastest = 0.0
 
     @property
     def unexplained(self) -> float | None:
         """The unexplained share of the last epoch, at most 1; None before there is one."""
-        return self._curve[-1][1] if self._curve else None
+        return self._shares[-1] if len(self._shares) > 1 else None
 
     @property
     def factor(self) -> float:
         """What a rate is multiplied by, from 0.1 to 1; 1 before there is something to compare."""
-        if not self._curve or not self._fastest > 0:
+        unexplained = self.unexplained
+        if unexplained is None or not self._fastest > 0:
             return 1.0
-        _, unexplained = self._curve[-1]
-        explained = (1 - unexplained) / unexplained if unexplained > 0 else math.inf
-        return max(LEAST, min(1.0, max(self._speed / self._fastest, explained / ENOUGH)) ** 3)
+        explained = 1 - unexplained
+        signal = explained / unexplained / ENOUGH if unexplained > 0 else math.inf
+        most = 1 - min(self._shares)
+        held = max(self._speed / self._fastest, signal, 1 - most / LITTLE) ** 3
+        return min(1.0, max(held, LEAST, self._count / (PLENTY * self._parameters)))
+
+    def begin(self, residuals: Residuals, steps: int) -> None:
+        """Takes in the first batches, which tell what was unexplained before the first step; later ones are not.
+
+        Args:
+            residuals: Theirs, over all ranks.
+            steps: Optimizer steps of the run before them.
+        """
+        if not self._shares and residuals.unexplained is not None:
+            self._begin(steps, residuals.unexplained)
+
+    def _begin(self, steps: int, unexplained: float) -> None:
+        self._steps, self._shares, self._end = [steps], [min(unexplained, 1.0)], steps
 
     def add(self, residuals: Residuals, steps: int) -> None:
         """Takes in an epoch.
@@ -176,33 +227,39 @@ class Progress:
             steps: Optimizer steps of the run up to here.
         """
         unexplained = residuals.unexplained
-        middle, self._steps = (self._steps + steps) / 2, steps
-        if unexplained is None or not math.isfinite(unexplained):
+        middle, self._end = (self._end + steps) / 2, steps
+        if unexplained is None:
             return
-        unexplained = min(unexplained, 1.0)
-        self._curve.append((middle, unexplained))
-        self._speed = self._at(middle / 2) - unexplained
+        if not self._shares:  # nobody knows what was before
+            self._begin(steps, unexplained)
+            return
+        self._steps.append(middle)
+        self._shares.append(min(unexplained, 1.0))
+        self._count = residuals.count
+        self._speed = self._at((self._steps[0] + middle) / 2) - self._shares[-1]
         self._fastest = max(self._fastest, self._speed)
 
     def _at(self, steps: float) -> float:
-        """The unexplained share after so many steps, between those of the epochs; all of it before the first step."""
-        before, share = 0.0, 1.0
-        for middle, later in self._curve:
-            if middle >= steps:
-                return share + (later - share) * (steps - before) / (middle - before)
-            before, share = middle, later
-        return share
+        """The unexplained share after so many steps, between those that are known."""
+        after = bisect.bisect_left(self._steps, steps)
+        if not after:
+            return self._shares[0]
+        (before, middle), (share, later) = self._steps[after - 1 : after + 1], self._shares[after - 1 : after + 1]
+        return share + (later - share) * (steps - before) / (middle - before)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
         return {
-            "curve": [list(point) for point in self._curve],
-            "steps": self._steps,
+            "steps": list(self._steps),
+            "shares": list(self._shares),
+            "end": self._end,
+            "count": self._count,
             "speed": self._speed,
             "fastest": self._fastest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
-        self._curve = [(middle, share) for middle, share in state["curve"]]
-        self._steps, self._speed, self._fastest = state["steps"], state["speed"], state["fastest"]
+        self._steps, self._shares = list(state["steps"]), list(state["shares"])
+        self._end, self._count = state["end"], state["count"]
+        self._speed, self._fastest = state["speed"], state["fastest"]

@@ -54,6 +54,7 @@ class Observation:
             targets; 0 where neither was seen.
         effective: How many examples count in the noise, at most m: the square of the sum of their slopes over the sum
             of the squares; 0 where no slope was seen.
+        curvature: For ``noise`` with a squared error, a bound of the Hessian in the head's weights; 0 for none.
     """
 
     constant: float
@@ -63,6 +64,7 @@ class Observation:
     batch_size: float = 1.0
     observed: float = 0.0
     effective: float = 0.0
+    curvature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     text do, count in full.
 
     A squared error's L is of outputs and targets as large as those that were seen. Where its residuals were seen as
-    well, O stands for L, with three times their root mean square in it.
+    well, O stands for L, with three times their root mean square in it. As they vanish O does, and the curvature does
+    not: where the rate would be above both that of L and the inverse of the smooth constant, the larger one is taken.
 
     Args:
         seen: The constant, the one that was seen, and the examples in a step.
@@ -234,7 +237,11 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     momentum, length = _momentum(settings)
     state = _next(seen, state)
     most = length / (1 - momentum) ** 1.5
-    return min(length * math.sqrt(seen.batch_size / 2), most) / (seen.observed or seen.constant), state
+    longer = min(length * math.sqrt(seen.batch_size / 2), most)
+    rate = longer / seen.constant
+    if not seen.observed:
+        return rate, state
+    return min(longer / seen.observed, max(rate, 1 / seen.curvature) if seen.curvature else math.inf), state
 
 
 def adamo(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:

@@ -217,11 +217,11 @@ def squares(optimizer):
 def test_ranks_agree_on_what_a_squared_error_explains_and_on_that_of_one_rank(name):
     one_rank(callback := LipschitzLR(), squares(name), 16, max_epochs=8)
     assert callback.controllers[0].restraint < 0.7
-    whole = callback.controllers[0].state_dict()["progress"]["curve"]
+    whole = callback.controllers[0].state_dict()["progress"]["shares"]
     parts = two_ranks(LipschitzLR(), squares(name), 8, Saves(epoch=3), max_epochs=8)
     assert_alike(*parts)
     state = torch.load("stopped.ckpt")["callbacks"]["LipschitzLR"]["optimizers"][0]
-    assert state["progress"]["curve"] == [pytest.approx(point, rel=0.05) for point in whole[:4]]
+    assert state["progress"]["shares"] == pytest.approx(whole[:5], rel=0.05)
     resumed = two_ranks(LipschitzLR(), squares(name), 8, ckpt_path="stopped.ckpt", max_epochs=8)
     assert resumed[1]["rates"] == parts[1]["rates"][24:]
 
@@ -354,8 +354,8 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
         reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2]
         assert len(reductions) == 4 + 2
     two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
-    for rank in range(2):  # and three more a rank, and the mean of each output
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2 + 3 * 2 + CLASSES]
+    for rank in range(2):  # and six more a rank, and the mean of each output
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 6 + 2 + 6 * 2 + CLASSES]
         assert len(reductions) == 4 + 2
 
 

@@ -10,7 +10,7 @@ from conftest import Classifier, Steps, loader, trainer
 from sklearn.metrics import r2_score
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_lipschitz import LipschitzLR, progress, rules
 from lit_lipschitz.data import DeviceLoader
@@ -58,7 +58,7 @@ def test_the_ranks_numbers_are_put_together():
         seen = Residuals(*one.share(agreed).tolist())
         assert seen.count == 6000
         assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2)
-        assert torch.equal(one.slots(1, 3)[3:6], ranks[0].slots(1, 3)[3:6])
+        assert torch.equal(one.slots(1, 3)[6:12], ranks[0].slots(1, 3)[6:12])
         assert torch.equal(one.mean, ranks[0].mean)
     again = torch.stack([one.slots(rank, 3) for rank, one in enumerate(ranks)]).amax(dim=0)
     assert Residuals(*ranks[0].share(again).tolist()) == seen
@@ -73,7 +73,7 @@ def test_one_rank_changes_nothing_by_sharing():
 
 def test_where_there_is_no_squared_error_nothing_is_sent():
     assert len(RunningResiduals().slots(1, 4)) == 0
-    assert RunningResiduals().share(torch.zeros(0)).tolist() == [0, 0, 0]
+    assert RunningResiduals().share(torch.zeros(0)).tolist() == [0] * 6
 
 
 def test_outputs_of_another_width_are_left_out():
@@ -112,14 +112,36 @@ def test_the_state_goes_on_where_it_was():
     assert torch.equal(resumed.mean, whole.mean)
 
 
+def test_sums_that_overflow_are_no_residual():
+    residuals = RunningResiduals(1)
+    for _ in range(3):
+        residuals.add(torch.full((1, 1), 1.2e19), torch.zeros(1, 1))
+    assert torch.isfinite(residuals.values).all()
+    over = Residuals(3.0, 1.0, math.inf, 3.0, math.inf, 3.0)
+    assert (over.root_mean_square, over.unexplained) == (0.0, None)
+
+
+def test_an_interval_ends_before_its_epoch_does():
+    targets, outputs = torch.randn(COUNT, 1), torch.randn(COUNT, 1)
+    residuals = running(outputs, targets, BATCH)
+    residuals.end_interval()
+    residuals.add(torch.full((8, 1), 3.0), torch.zeros(8, 1), factor=0.5)
+    seen = Residuals(*residuals.values.tolist())
+    assert (seen.count, seen.recent, seen.factor) == (COUNT + 8, 8, 0.5)
+    assert seen.root_mean_square == pytest.approx(3)
+    residuals.end_epoch()
+    assert residuals.values.tolist() == pytest.approx([0, 0, 0, 8, 72, 4])
+
+
 # -- what follows from it ----------------------------------------------------------------------------------------------
 
 
-def after(shares, steps=10):
+def after(shares, steps=10, first=1.0, begin=0, parameters=100):
     """The progress of epochs of so many steps each with these unexplained shares."""
-    seen = Progress()
+    seen = Progress(parameters)
+    seen.begin(Residuals(16.0, 16.0, 16.0 * first), begin)
     for epoch, share in enumerate(shares, 1):
-        seen.add(Residuals(100.0, 100.0, 100.0 * share), epoch * steps)
+        seen.add(Residuals(100.0, 100.0, 100.0 * share), begin + epoch * steps)
     return seen
 
 
@@ -161,6 +183,28 @@ def test_a_rate_is_restrained_by_no_more_than_ten_where_only_noise_is_left():
     assert after([0.9, 0.6, 0.5, 0.7, 1.2, math.inf, math.nan]).factor == progress.LEAST
 
 
+def test_where_an_epoch_has_plenty_of_numbers_there_is_no_noise_to_fit():
+    noise = [0.9, 0.6, 0.55, *[0.5] * 9]
+    assert after(noise, parameters=50).factor == pytest.approx(0.1)
+    assert after(noise, parameters=10).factor == pytest.approx(100 / (20 * 10))
+    assert after(noise, parameters=5).factor == 1.0
+
+
+def test_a_network_that_has_learned_before_is_not_taken_to_have_learned_now():
+    late = after(HARD[20:], begin=200, first=HARD[19])
+    assert late.factor > 0.5
+    assert after([0.4, 0.4, 0.4, 0.4], first=0.4).factor == 1.0
+    unknown = Progress(100)  # a run that goes on without its state
+    for epoch in range(30, 60):
+        unknown.add(Residuals(100.0, 100.0, 100.0 * HARD[epoch - 20]), epoch * 10)
+    assert unknown.factor > 0.5
+
+
+def test_next_to_nothing_that_was_learned_is_no_reason():
+    assert after([1.0, 0.99, 0.985, 0.984, 0.984]).factor > 0.5
+    assert after([1.0, 0.8, 0.8, 0.8, 0.95, 0.99]).factor == 0.1
+
+
 def test_epochs_without_a_share_are_left_out():
     seen, same = after([0.8, 0.6]), after([0.8, 0.6])
     seen.add(Residuals(100.0, 0.0, 10.0), 30)
@@ -169,7 +213,7 @@ def test_epochs_without_a_share_are_left_out():
 
 def test_progress_goes_on_from_its_state():
     shares = [0.9, 0.6, 0.55, 0.5, 0.5]
-    resumed = Progress()
+    resumed = Progress(100)
     resumed.load_state_dict(after(shares[:3]).state_dict())
     for epoch in (4, 5):
         resumed.add(Residuals(100.0, 100.0, 100.0 * shares[epoch - 1]), epoch * 10)
@@ -288,7 +332,7 @@ def test_other_losses_have_no_restraint():
 def test_an_interval_of_steps_looks_at_epochs_too(update):
     module = Regression(sgd)
     callback, steps = fit(module, noisy(), LipschitzLR(update=update))
-    epochs = len(callback.controllers[0].state_dict()["progress"]["curve"])
+    epochs = len(callback.controllers[0].state_dict()["progress"]["shares"]) - 1
     assert epochs == (12 if update < 6 else 8)  # an interval that is longer than an epoch is one
     assert min(steps.restraints) < 0.5
     if update == 1:
@@ -328,6 +372,44 @@ def test_a_checkpoint_from_before_there_was_progress_goes_on():
     assert resumed.controllers[0].unexplained is not None
 
 
+def test_double_precision():
+    inputs, targets = noisy().dataset.tensors
+    data = DataLoader(TensorDataset(inputs.double(), targets.double()), BATCH)
+    module = Regression(sgd)
+    callback, _ = fit(module, data, precision="64-true", max_epochs=3)
+    assert callback.controllers[0].unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+
+
+def test_the_targets_are_what_has_no_gradient():
+    swapped = Regression(sgd, loss=lambda outputs, targets: F.mse_loss(targets, outputs))
+    callback, _ = fit(swapped, noisy(), max_epochs=3)
+    plain, _ = fit(Regression(sgd), noisy(), max_epochs=3)
+    assert callback.controllers[0].unexplained == plain.controllers[0].unexplained
+    assert callback.rate == plain.rate
+
+
+def test_several_terms_tell_nothing():
+    twice = Regression(
+        sgd, loss=lambda outputs, targets: F.mse_loss(outputs, targets) + F.mse_loss(outputs, targets**3)
+    )
+    callback, _ = fit(twice, noisy(), max_epochs=3)
+    assert callback.controllers[0].unexplained is None
+    assert callback.controllers[0].decision.observed == 0
+
+
+def test_the_restraint_is_logged_from_the_first_step_on_after_a_resume_too():
+    class Look(L.Callback):
+        def on_train_start(self, *_):
+            self.keys = []
+
+        def on_train_batch_end(self, *_):
+            self.keys.append("restraint" in callback.controllers[0].metrics())
+
+    callback = LipschitzLR()
+    trainer(callback, look := Look(), max_epochs=3).fit(Regression(sgd), noisy())
+    assert look.keys == [True] * 18
+
+
 def test_outputs_of_a_convolution_are_columns_by_their_channel():
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     images = torch.randn(32, 1, 5, 5)
@@ -361,6 +443,41 @@ def test_momentums_rate_has_the_residuals_of_the_interval_before_in_it():
     )
 
 
+def test_in_a_run_without_epochs_they_are_those_of_the_interval():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from noisy(noise=0.1).dataset
+
+    module = Regression(sgd)
+    data = DataLoader(Endless(), BATCH)
+    callback, _ = fit(module, data, LipschitzLR(update=20, schedule="none"), max_epochs=-1, max_steps=101)
+    outputs, targets = (torch.cat(part[80:100]) for part in zip(*module.epochs[0], strict=True))
+    measured = callback.controllers[0].measurement
+    assert measured.residual == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 3.0])
+def test_the_curvature_is_a_bound_of_the_hessian_in_the_heads_weights(factor):
+    module = Regression(sgd, loss=lambda outputs, targets: factor * F.mse_loss(outputs, targets))
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=2)
+    extended = [torch.cat([head, torch.ones(len(head), 1)], dim=1) for head in module.heads[:6]]  # before
+    hessians = [2 * factor * rows.T @ rows / len(rows) for rows in extended]
+    curvature = callback.controllers[0].decision.curvature
+    assert curvature >= max(torch.linalg.matrix_norm(hessian, 2).item() for hessian in hessians)
+    assert curvature == pytest.approx(max(hessian.trace().item() for hessian in hessians), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_targets_without_noise_do_not_make_a_run_diverge(seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(1024, 6, generator=generator)
+    data = TensorDataset(inputs, 0.1 * inputs @ torch.full((6, 1), 6**-0.5))
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    callback, _ = fit(Regression(sgd, net), DataLoader(data, 32, shuffle=True), max_epochs=15)
+    assert callback.controllers[0].unexplained < 0.03
+
+
 def test_in_the_first_interval_outputs_and_targets_stand_for_them():
     module = Regression(sgd)
     callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=1)
@@ -376,7 +493,9 @@ def test_residuals_that_vanish_have_a_limit(residual, share):
     arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "optimizer": "SGD", "groups": groups}
     decision, _ = Policy().decide(measured, state=rules.RuleState(), last=None, **arguments)
     assert decision.observed == pytest.approx(share * decision.constant)
-    assert decision.lr == pytest.approx(0.1 * math.sqrt(16 / 2) / decision.observed)
+    plain, curved = 0.1 * math.sqrt(16 / 2) / decision.constant, 1 / (2 / 3 * 4.0**2 / 16)
+    assert decision.curvature == pytest.approx(1 / curved)
+    assert decision.lr == pytest.approx(min(plain / share, max(plain, curved)))
 
 
 @pytest.mark.parametrize("settings", [{"norm": "sample"}, {"rule": "inverse"}, {"bound": "smooth"}, {"bound": "paper"}])
