@@ -163,7 +163,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "effective": decision.effective if rule in rules.SLOPED and decision.observed else None,
         "lengthening": _lengthening(controller, rule),
         "mean": _mean(controller.rule_state, rule),
-        "curvature": decision.curvature or None,
+        "smooth_constant": decision.curvature or None,
         "unexplained": controller.unexplained,
         "restraint": controller.restraint,
         "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,

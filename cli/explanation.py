@@ -102,12 +102,11 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["direction_only"]:
             many = f"{one['direction_only']} parameters of which only the direction matters"
             rows.append(("free", f"{many}, as in front of a normalisation: scale does not ask how long they are"))
-        if one["curvature"] is not None:
+        if one["smooth_constant"] is not None:
             instead = "three times the root mean square of the residuals in place of outputs and targets"
             rows.append(("O", f"{one['observed']:.6g}, L with {instead}"))
-            rows.append(
-                ("limit", f"{1 / one['curvature']:.6g}, the inverse of the smooth constant: O raises no rate above")
-            )
+            most = 1 / one["smooth_constant"]
+            rows.append(("limit", f"{most:.6g}, the inverse of the smooth constant: O raises no rate above"))
         elif one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))
@@ -121,8 +120,8 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
         if one["beta"] is not None:
             rows.append(("beta", f"{one['beta']:g}, the optimizer's first; a gradient moves the weights by 1 - beta"))
     if one["unexplained"] is not None:
-        rows.append(("u", f"{one['unexplained']:.6g}, the share of the targets' variance that the last epoch left "
-                          f"unexplained: {one['restraint']:.6g} is in the factor for it"))  # fmt: skip
+        rows.append(("u", f"{one['unexplained']:.6g}, of the targets' variance the last epoch left unexplained: "
+                          f"{one['restraint']:.6g} is in the factor"))  # fmt: skip
     limit = f", by the limit {one['limit']}" if one["limit"] else ""
     by = f", from {' and '.join(one['schedulers'])}" if one["schedulers"] else ", without a scheduler"
     rows += [

@@ -278,6 +278,39 @@ class Pair(L.LightningModule):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.second)]
 
 
+class Noisy(L.LightningModule):
+    """Somebody's own regression, of classes as numbers and noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0]), batch[1][:, None] + (1e4 * batch[0][:, :1]).sin())
+
+    def train_dataloader(self):
+        return loader()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_what_a_squared_error_has_left_is_explained(lit):
+    arguments = ["--model", "test_explain.Noisy", "--trainer.accelerator", "cpu"]
+    assert lit("fit", *arguments, "--trainer.max_epochs", "8", "--checkpoint.save_last", "true")[0] == 0
+    code, out, err = lit("explain", *arguments, "--trainer.max_epochs", "10", "--ckpt_path", "last")
+    assert code == 0, err
+    seen, limit, unexplained, rate, factor, lr = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("O", "limit", "u", "rate", "factor", "lr")
+    )
+    assert rate == pytest.approx(min(0.1 * math.sqrt(16 / 2) / seen, limit), rel=1e-4)
+    restraint = float(re.search(r"unexplained: ([\d.e-]+) is in the factor", out)[1])
+    assert 0.2 < unexplained < 1
+    assert factor == pytest.approx(restraint * (60 - 48) / 54, rel=1e-4)  # after a warm-up of 6 steps
+    assert lr == pytest.approx(rate * factor, rel=1e-5)
+    assert max(map(len, out.splitlines())) <= 120
+
+
 def test_several_optimizers_each_have_their_part(lit):
     arguments = ["explain", "--model", "test_explain.Pair", "--trainer.accelerator", "cpu", "--lipschitz.optimizers",
                  "[0, 1]"]  # fmt: skip
