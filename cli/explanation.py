@@ -104,9 +104,8 @@ def _rate(one: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("free", f"{many}, as in front of a normalisation: scale does not ask how long they are"))
         if one["smooth_constant"] is not None:
             instead = "three times the root mean square of the residuals in place of outputs and targets"
-            rows.append(("O", f"{one['observed']:.6g}, L with {instead}"))
-            most = 1 / one["smooth_constant"]
-            rows.append(("limit", f"{most:.6g}, the inverse of the smooth constant: O raises no rate above"))
+            rows += [("O", f"{one['observed']:.6g}, L with {instead}")] if one["observed"] is not None else []
+            rows.append(("limit", f"{1 / one['smooth_constant']:.6g}, the inverse of the smooth constant"))
         elif one["observed"] is not None:
             rows.append(("O", f"{one['observed']:.6g}, L with the slope that the loss was seen to have"))
             rows.append(("n", f"{one['effective']:.6g}, examples of a step that count, by how alike their slopes are"))

@@ -80,8 +80,8 @@ class Controller:
         self._accumulated = 1  # most batches that made one step in this interval
         self._warned = False
         self._whose = f" of optimizer {position}" if several else ""
-        parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        self._progress = Progress(parameters)  # of a squared error
+        self._progress = Progress()  # of a squared error
+        self._epochs = 0  # that are in it
         self._residuals = Residuals()  # of all ranks, as they last knew
         device = trainer.strategy.root_device
         self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
@@ -298,13 +298,22 @@ class Controller:
             self.found.chosen.statistic.reset()
             self.found.residuals.end_interval()
             if self._epoch_over(trainer):
-                self._progress.add(self._residuals, trainer.global_step)
-                self.found.residuals.end_epoch()
+                self._end_epoch(trainer)
             self._steps = 0
             self._accumulated = 1
             self._intervals += 1
         elif trainer.world_size > 1 and _may_be_saved(trainer, batch_idx):
             self._reduce(trainer)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        """Looks at what a squared error explains, after an epoch or an interval that is longer."""
+        before, self._epochs = self._epochs, trainer.current_epoch + trainer.is_last_batch
+        if self.found.residuals.width:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+            parameters = sum(parameter.numel() for parameter in trained)
+            epochs = max(1, self._epochs - before)
+            self._progress.add(self._residuals, trainer.global_step, parameters, epochs)
+            self.found.residuals.end_epoch()
 
     def share(self, trainer: Trainer) -> None:
         """Has all ranks hold the same running maximum, for a checkpoint between two updates."""
@@ -497,6 +506,7 @@ class Controller:
             "warned": self._warned,
             "losses": self.watch.state_dict(),
             "progress": self._progress.state_dict(),
+            "epochs": self._epochs,
             "residuals": self.found.residuals.state_dict(),
             "measured": self.probes.state_dict(),
             "references": self.writer.references,
@@ -536,8 +546,9 @@ class Controller:
             self.watch.load_state_dict(state["losses"])
 
     def _take_residuals(self, state: Mapping[str, Any]) -> None:
-        if "progress" in state:  # later than the rest of the state
+        if "shares" in state.get("progress", ()):  # later than the rest of the state
             self._progress.load_state_dict(state["progress"])
+            self._epochs = state["epochs"]
             self.found.residuals.load_state_dict(state["residuals"])
 
 

@@ -222,8 +222,7 @@ class Policy:
         if rule == "noise":
             observed = self._of_residual(measured, num_outputs, data, l2)
             effective = float(measured.batch_size)
-        if rule == "noise" and observed:
-            curvature = self._curvature(measured, loss, num_outputs) + self.decay_of(optimizer, groups)
+            curvature = self._curvature(measured, loss, num_outputs, self.decay_of(optimizer, groups))
         seen = rules.Observation(
             constant,
             squared,
@@ -273,8 +272,10 @@ class Policy:
         residual = DEVIATIONS * measured.residual * math.sqrt(measured.batch_size * num_outputs)
         return data * max(residual / measured.output_norm, LEAST_RESIDUAL) + l2
 
-    def _curvature(self, measured: Measurement, loss: Loss, num_outputs: int) -> float:
-        """The smooth constant of a squared error, by the Frobenius norm, which is no smaller than the spectral one."""
+    def _curvature(self, measured: Measurement, loss: Loss, num_outputs: int, decay: float) -> float:
+        """The smooth constant of a squared error, with the Frobenius norm in place of the spectral one; 0 of others."""
+        if loss.name != "mean_squared_error" or self.norm != "frobenius":
+            return 0.0
         smooth = loss.constant(
             measured.activation_norm,
             batch_size=measured.batch_size,
@@ -282,7 +283,7 @@ class Policy:
             bound="smooth",
             norm="frobenius",
         )
-        return smooth / measured.factor  # which was squared
+        return smooth / measured.factor + decay  # the factor was squared
 
     def limit(self, rate: float, last: Decision | None) -> tuple[float, str]:
         """The rate within its limits, and the name of the limit that changed it, or ""."""

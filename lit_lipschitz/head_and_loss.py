@@ -135,12 +135,10 @@ class HeadAndLoss:
             chosen.statistic.finish()
             return
         assert self.loss is not None
-        outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
-        if outputs and self._alone and reading.terms == 1 and (reading.outputs[0].ndim > 1 or self.outputs == 1):
-            seen, targets = outputs
-            self.residuals.add(seen, targets, self._factor(trainer, reading))
-        if not self.loss.needs_outputs(self._policy.bound):
-            outputs = ()
+        self._take_residuals(trainer, reading)
+        outputs: tuple[Tensor, ...] = ()
+        if self.loss.needs_outputs(self._policy.bound):
+            outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
         of_batch = self._policy.of_batch
         measured = chosen.statistic.rows
         count = reading.count
@@ -160,6 +158,15 @@ class HeadAndLoss:
         if self._unclear:
             weight = weight * reading.stretch
         chosen.statistic.finish(count, outputs, reading.calls, weight)
+
+    def _take_residuals(self, trainer: Trainer, reading: graph.Reading) -> None:
+        """Takes in what a squared error leaves of its targets, where it is the only term of the only optimizer."""
+        if not (reading.outputs and self._alone and reading.terms == 1):
+            return
+        outputs, targets = reading.outputs
+        if outputs.ndim > 1 or self.outputs == 1:  # a choice of all outputs does not tell which is which
+            rows = self._by_example(outputs, None), self._by_example(targets, None)
+            self.residuals.add(*rows, self._factor(trainer, reading))
 
     def pass_turn(self) -> None:
         """Another optimizer is about to step."""

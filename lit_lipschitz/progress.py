@@ -17,6 +17,8 @@ PLENTY = 20
 """Numbers in an epoch, for each parameter, from which on there is no fitting their noise."""
 LEAST = 0.1
 """What a rate is at least multiplied by."""
+FEW = 32
+"""Numbers below which an interval does not tell how large residuals are, and the epoch so far does."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,12 @@ class Residuals:
 
     @property
     def root_mean_square(self) -> float:
-        """Root mean square of the interval's differences; 0 where there are none, or they are not finite."""
-        mean = self.recent_left / self.recent if self.recent else 0.0
+        """Root mean square of the interval's differences, or of the epoch's where an interval has few.
+
+        0 where there are none, or they are not finite.
+        """
+        left, count = (self.left, self.count) if self.recent < FEW else (self.recent_left, self.recent)
+        mean = left / count if count else 0.0
         return math.sqrt(mean) if math.isfinite(mean) else 0.0
 
     @property
@@ -163,16 +169,17 @@ class Progress:
     Where learning has slowed down and much is still unexplained, what is left is mostly noise, or beyond the network,
     and large steps do no more than to fit it. That is when a rate is restrained, by
 
-    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 10 u_{min} - 9\right)\right)^3
+    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 1 - 10 l\right)\right)^3
 
     u is the unexplained share of the last epoch, 1 - R^2, and v the speed of learning: by how much u has fallen since
-    half as many steps were made, v_max and u_min being the largest and the least so far. So the rate is left alone
-    while a network learns at its own pace, as one does whose task is hard, once three quarters of the variance are
-    explained, and while next to nothing is. It is not multiplied by less than a tenth, nor by less than n/(20 p), with
-    n numbers that an epoch's squared errors are taken of and p parameters: the noise that is fitted is about p/n of it.
+    half as many steps were made, v_max being the largest so far; l is by how much it has fallen in this run. So the
+    rate is left alone while a network learns at its own pace, as one does whose task is hard, once three quarters of
+    the variance are explained, and while next to nothing has been learned. It is not multiplied by less than a tenth,
+    nor by less than n/(20 p), with n numbers that an epoch's squared errors are taken of and p parameters that are
+    trained: the noise that can be fitted is about p/n of it.
 
-    Args:
-        parameters: How many numbers are trained, p.
+    What was unexplained before the first step is told by the first batch, whose share counts as less by twice its
+    relative error, sqrt(2/n).
 
     References:
         Not in the papers; found by validation on the regressions of ``docs/evidence.md``. Why less is to be learned
@@ -180,12 +187,12 @@ class Progress:
         Least Squares, arXiv 1810.10082, 2019.
     """
 
-    def __init__(self, parameters: int = 1) -> None:
-        self._parameters = parameters
+    def __init__(self) -> None:
         self._steps: list[float] = []  # the step that the first batch is of, then the middle of each epoch
         self._shares: list[float] = []  # u in these
         self._end = 0  # of the last epoch, in steps
-        self._count = 0.0  # numbers in it
+        self._plenty = 0.0  # n / (20 p)
+        self._least = math.inf  # of the epochs' shares
         self._speed = 0.0
         self._fastest = 0.0
 
@@ -200,11 +207,10 @@ class Progress:
         unexplained = self.unexplained
         if unexplained is None or not self._fastest > 0:
             return 1.0
-        explained = 1 - unexplained
-        signal = explained / unexplained / ENOUGH if unexplained > 0 else math.inf
-        most = 1 - min(self._shares)
-        held = max(self._speed / self._fastest, signal, 1 - most / LITTLE) ** 3
-        return min(1.0, max(held, LEAST, self._count / (PLENTY * self._parameters)))
+        signal = (1 - unexplained) / unexplained / ENOUGH if unexplained > 0 else math.inf
+        learned = max(self._shares[:2]) - self._least
+        held = max(self._speed / self._fastest, signal, 1 - learned / LITTLE) ** 3
+        return min(1.0, max(held, LEAST, self._plenty))
 
     def begin(self, residuals: Residuals, steps: int) -> None:
         """Takes in the first batches, which tell what was unexplained before the first step; later ones are not.
@@ -214,28 +220,31 @@ class Progress:
             steps: Optimizer steps of the run before them.
         """
         if not self._shares and residuals.unexplained is not None:
-            self._begin(steps, residuals.unexplained)
+            self._begin(steps, min(residuals.unexplained, 1.0) / (1 + 2 * math.sqrt(2 / residuals.count)))
 
     def _begin(self, steps: int, unexplained: float) -> None:
-        self._steps, self._shares, self._end = [steps], [min(unexplained, 1.0)], steps
+        self._steps, self._shares, self._end = [steps], [unexplained], steps
 
-    def add(self, residuals: Residuals, steps: int) -> None:
+    def add(self, residuals: Residuals, steps: int, parameters: int, epochs: int = 1) -> None:
         """Takes in an epoch.
 
         Args:
             residuals: Those of its batches, over all ranks.
             steps: Optimizer steps of the run up to here.
+            parameters: How many numbers are trained, p.
+            epochs: How many epochs they are of, where it is more than one.
         """
         unexplained = residuals.unexplained
         middle, self._end = (self._end + steps) / 2, steps
         if unexplained is None:
             return
         if not self._shares:  # nobody knows what was before
-            self._begin(steps, unexplained)
+            self._begin(steps, min(unexplained, 1.0))
             return
         self._steps.append(middle)
         self._shares.append(min(unexplained, 1.0))
-        self._count = residuals.count
+        self._least = min(self._least, self._shares[-1])
+        self._plenty = residuals.count / epochs / (PLENTY * max(parameters, 1))
         self._speed = self._at((self._steps[0] + middle) / 2) - self._shares[-1]
         self._fastest = max(self._fastest, self._speed)
 
@@ -253,7 +262,8 @@ class Progress:
             "steps": list(self._steps),
             "shares": list(self._shares),
             "end": self._end,
-            "count": self._count,
+            "plenty": self._plenty,
+            "least": self._least,
             "speed": self._speed,
             "fastest": self._fastest,
         }
@@ -261,5 +271,5 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the state of :meth:`state_dict`."""
         self._steps, self._shares = list(state["steps"]), list(state["shares"])
-        self._end, self._count = state["end"], state["count"]
+        self._end, self._plenty, self._least = state["end"], state["plenty"], state["least"]
         self._speed, self._fastest = state["speed"], state["fastest"]

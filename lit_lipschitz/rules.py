@@ -51,7 +51,7 @@ class Observation:
         batch_size: Examples that the loss of an optimizer step averages over, m, positive.
         observed: The constant with the slope that the loss was seen to have in the head's outputs in place of the
             steepest one, O, at most L; for ``noise`` a squared error's with its residuals in place of outputs and
-            targets; 0 where neither was seen.
+            targets, which may be more than L; 0 where neither was seen.
         effective: How many examples count in the noise, at most m: the square of the sum of their slopes over the sum
             of the squares; 0 where no slope was seen.
         curvature: For ``noise`` with a squared error, a bound of the Hessian in the head's weights; 0 for none.
@@ -217,8 +217,8 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     text do, count in full.
 
     A squared error's L is of outputs and targets as large as those that were seen. Where its residuals were seen as
-    well, O stands for L, with three times their root mean square in it. As they vanish O does, and the curvature does
-    not: where the rate would be above both that of L and the inverse of the smooth constant, the larger one is taken.
+    well, O stands for L, with three times their root mean square in it. Both vanish with what they are made of, and the
+    curvature does not: the rate is at most 1 / ((1 - d) smooth constant).
 
     Args:
         seen: The constant, the one that was seen, and the examples in a step.
@@ -237,11 +237,9 @@ def noise(seen: Observation, state: RuleState, settings: Settings) -> tuple[floa
     momentum, length = _momentum(settings)
     state = _next(seen, state)
     most = length / (1 - momentum) ** 1.5
-    longer = min(length * math.sqrt(seen.batch_size / 2), most)
-    rate = longer / seen.constant
-    if not seen.observed:
-        return rate, state
-    return min(longer / seen.observed, max(rate, 1 / seen.curvature) if seen.curvature else math.inf), state
+    rate = min(length * math.sqrt(seen.batch_size / 2), most) / (seen.observed or seen.constant)
+    # 1 - momentum over the length is what dampening d makes of a step, 1 - d.
+    return min(rate, length / (1 - momentum) / seen.curvature) if seen.curvature else rate, state
 
 
 def adamo(seen: Observation, state: RuleState, settings: Settings) -> tuple[float, RuleState]:
