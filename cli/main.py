@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 from lit_lipschitz import __version__
 from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
@@ -103,6 +104,8 @@ def main() -> int:
     try:
         code = _answer(sys.argv[1:])
         sys.stdout.flush()
+        if code == 0:
+            _leave_group()
         return code
     except BrokenPipeError:
         _discard_output()  # who reads it, such as head, has what it wants
@@ -111,6 +114,13 @@ def main() -> int:
         if error.filename is None:
             _discard_output()
         return fail(f"{error.filename or 'stdout'}: {error.strerror or error}", 1)
+
+
+def _leave_group() -> None:
+    """Ends the process group that a run has left, whose threads now and then abort a process that ends before them."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _discard_output() -> None:
