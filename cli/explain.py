@@ -185,8 +185,10 @@ def _lengthening(controller: Controller, rule: str) -> float | None:
     """The c of the rules that have one; without a slope all examples count in it."""
     settings, decision, measured = controller.optimizer.param_groups[0], controller.decision, controller.measurement
     if rule in rules.SLOPED and decision is not None and measured is not None:
-        lengthening = rules.noise_lengthening if rule == "observed" else rules.schedule_free_lengthening
-        return lengthening(settings, decision.effective or measured.batch_size)
+        examples = decision.effective or measured.batch_size
+        if rule == "observed":
+            return rules.noise_lengthening(settings, examples, measured.batch_size)
+        return rules.schedule_free_lengthening(settings, examples)
     return rules.lengthening(settings) if rule == "grafted" else None
 
 

@@ -13,6 +13,8 @@ ENOUGH = 3.0
 """Explained over unexplained variance from which on no rate is restrained, where three quarters are explained."""
 LITTLE = 0.1
 """The explained share below which next to nothing has been learned yet."""
+POWER = 4
+"""How fast a rate falls as there is less to learn."""
 PLENTY = 20
 """Numbers in an epoch, for each parameter, from which on there is no fitting their noise."""
 LEAST = 0.1
@@ -169,7 +171,7 @@ class Progress:
     Where learning has slowed down and much is still unexplained, what is left is mostly noise, or beyond the network,
     and large steps do no more than to fit it. That is when a rate is restrained, by
 
-    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 1 - 10 l\right)\right)^3
+    .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 1 - 10 l\right)\right)^4
 
     u is the unexplained share of the last epoch, 1 - R^2, and v the speed of learning: by how much u has fallen since
     half as many steps were made, v_max being the largest so far; l is by how much it has fallen in this run. So the
@@ -209,7 +211,7 @@ class Progress:
             return 1.0
         signal = (1 - unexplained) / unexplained / ENOUGH if unexplained > 0 else math.inf
         learned = max(self._shares[:2]) - self._least
-        held = max(self._speed / self._fastest, signal, 1 - learned / LITTLE) ** 3
+        held = max(self._speed / self._fastest, signal, 1 - learned / LITTLE) ** POWER
         return min(1.0, max(held, LEAST, self._plenty))
 
     def begin(self, residuals: Residuals, steps: int) -> None:

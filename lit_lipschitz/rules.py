@@ -397,11 +397,13 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     the largest one has: for its head a network wants a larger rate than for a wide layer, and Adam's steps in both are
     as long as the root of their sizes.
 
-    c = min((1 - b) sqrt(n / 2), 1) / sqrt(1 - b^2), b being the momentum, Adam's first beta. The second factor is what
-    momentum does to the length of SGD's steps where gradients are independent. The first one is, but for its limit,
-    that of :func:`noise`: what momentum does in the long run, and the noise of n examples. n is the number of examples
-    that count, which is m while all slopes are alike, and falls to the number of those that are not learned yet. So a
-    few examples that the network has left, whose gradients agree, do not raise the rate.
+    c = min((1 - b) sqrt(n / 2), 1) (n / m)^(1/4) ((1 - b^2) (1 - b))^(-1/4), b being the momentum, Adam's first beta.
+    The last factor is what momentum does to the length of SGD's steps, the c of :func:`grafted`. The first one is, but
+    for its limit, that of :func:`noise`: what momentum does in the long run, and the noise of n examples. n is the
+    number of examples that count, which is m while all slopes are alike, and falls to the number of those that are not
+    learned yet. So a few examples that the network has left, whose gradients agree, do not raise the rate; with the
+    second factor, the root of their mean slope over its root mean square, they lower it: what is left last is often
+    noise.
 
     The mean is over all updates so far, and a limit as with :func:`grafted`. Where no slope was seen, the steepest
     stands for it, L for O, and all examples count, m for n; these have a mean of their own.
@@ -422,7 +424,7 @@ def observed(seen: Observation, state: RuleState, settings: Settings) -> tuple[f
     """
     state = _next(seen, state)
     constant, examples = _noise_of(seen)
-    rate = noise_lengthening(settings, examples) * seen.scale / constant
+    rate = noise_lengthening(settings, examples, seen.batch_size) * seen.scale / constant
     state = _with_mean(state, rate, bool(seen.observed))
     return min(rate, mean_of(state)), state
 
@@ -432,10 +434,10 @@ def _noise_of(seen: Observation) -> tuple[float, float]:
     return (seen.observed, seen.effective) if seen.observed else (seen.constant, seen.batch_size)
 
 
-def noise_lengthening(settings: Settings, examples: float) -> float:
-    """What :func:`observed` takes momentum and the noise of so many examples to do to the length of steps: its c."""
-    momentum = _first_moment(settings)
-    return min((1 - momentum) * math.sqrt(examples / 2), 1.0) / math.sqrt(1 - momentum**2)
+def noise_lengthening(settings: Settings, examples: float, batch_size: float) -> float:
+    """What :func:`observed` takes momentum and the noise of a batch's examples that count to do to steps: its c."""
+    noise = min((1 - _first_moment(settings)) * math.sqrt(examples / 2), 1.0)
+    return noise * min(examples / batch_size, 1.0) ** 0.25 * lengthening(settings)
 
 
 def _first_moment(settings: Settings) -> float:

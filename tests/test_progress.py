@@ -152,9 +152,9 @@ def test_the_factor_by_hand():
     # Epochs around steps 5, 15 and 25. Since steps 2.5, 7.5 and 12.5, where the shares were 0.9, 0.75 and 0.65, they
     # have fallen by 0.1, 0.15 and 0.1; and 0.45 / 0.55 of the variance are explained.
     assert after([0.8, 0.6]).factor == 1
-    assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 3)
+    assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 4)
     assert after([0.8, 0.6, 0.6]).factor == pytest.approx(0.1)  # a third of the speed, of which 0.04 would be left
-    assert after([0.8, 0.5, 0.4, 0.33, 0.33, 0.33, 0.33]).factor == pytest.approx((0.67 / 0.33 / 3) ** 3)
+    assert after([0.8, 0.5, 0.4, 0.33, 0.33, 0.33, 0.33]).factor == pytest.approx((0.67 / 0.33 / 3) ** 4)
 
 
 HARD = [1 - 0.05 * math.log2(2 + epoch) for epoch in range(50)]  # as much again whenever the steps double

@@ -535,11 +535,14 @@ def test_no_slope_is_taken_to_be_steeper_than_the_steepest():
 
 @pytest.mark.parametrize(
     ("batch_size", "even", "longer"),
-    [(2, 1.0, 0.1), (32, 1.0, 0.4), (128, 0.5, 0.4), (200, 1.0, 1.0), (2000, 1.0, 1.0), (2000, 0.1, math.sqrt(0.1))],
+    [
+        *[(2, 1.0, 0.1), (32, 1.0, 0.4), (200, 1.0, 1.0), (2000, 1.0, 1.0)],
+        *[(128, 0.5, 0.4 / math.sqrt(2)), (2000, 0.1, 0.1)],  # a quarter and a hundredth of the examples count
+    ],
 )
-def test_the_rate_grows_with_the_root_of_the_examples_that_count_up_to_a_limit(batch_size, even, longer):
+def test_the_rate_grows_with_the_examples_that_count_up_to_a_limit(batch_size, even, longer):
     decision, _ = policy(1.0, batch_size=batch_size, even=even)
-    assert decision.lr == pytest.approx(longer / math.sqrt(1 - 0.9**2) * 0.5 / decision.observed)
+    assert decision.lr == pytest.approx(longer / (0.19 * 0.1) ** 0.25 * 0.5 / decision.observed)
 
 
 def test_a_coupled_weight_decay_is_in_the_constant_that_is_seen():
