@@ -455,7 +455,7 @@ def test_where_no_slope_is_seen_the_steepest_one_stands_for_it():
 
     callback = LipschitzLR(loss="cross_entropy", schedule="none")
     trainer(callback, look := Look(), max_steps=1).fit(Own(adamw), loader())
-    expected = 0.1 * math.sqrt(16 / 2) / math.sqrt(1 - 0.9**2) * look.scale / callback.constant
+    expected = 0.1 * math.sqrt(16 / 2) / (0.19 * 0.1) ** 0.25 * look.scale / callback.constant
     assert callback.rate == pytest.approx(expected, rel=1e-4)
     assert callback.controllers[0].decision.observed == 0
 
@@ -506,7 +506,7 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
             scale = ratio if scale is None else (scale * ratio) ** 0.5
             slope = steepness if slope is None else (slope * steepness) ** 0.5
             mean = mean_steepness if mean is None else (mean * mean_steepness) ** 0.5
-            longer = (1 - 0.9) * math.sqrt(16 * (mean / slope) ** 2 / 2) / math.sqrt(1 - 0.9**2)
+            longer = (1 - 0.9) * math.sqrt(16 / 2) * (mean / slope) ** 1.5 / (0.19 * 0.1) ** 0.25
             seen.append(longer * scale / (constant * slope / math.sqrt(2)))
             rate = min(seen[-1], sum(seen) / len(seen))
         expected.append(rate)
