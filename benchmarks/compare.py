@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +231,10 @@ class Module(L.LightningModule):
                 network(inputs)
         return network
 
-    def test(self) -> float:
-        """The metric on the test part."""
-        return evaluate(self._averaged(), self.task, self.data.test)
+    def test(self, metric: str | None = None) -> float:
+        """The task's metric on the test part, or another one."""
+        task = replace(self.task, metric=metric or self.task.metric)
+        return evaluate(self._averaged(), task, self.data.test)
 
 
 @torch.no_grad()
@@ -252,8 +253,15 @@ def evaluate(network: nn.Module, task: Task, part: Part) -> float:
     return total / len(part[0])
 
 
-def run(task_name: str, policy: str, seed: int, made: Recipe | None = None, task: Task | None = None) -> dict[str, Any]:
-    """Trains and measures; everything that is kept of it."""
+def run(
+    task_name: str,
+    policy: str,
+    seed: int,
+    made: Recipe | None = None,
+    task: Task | None = None,
+    metrics: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Trains and measures; everything that is kept of it, with more metrics of the test part where they are named."""
     L.seed_everything(seed, verbose=False)
     task = task or TASKS[task_name]
     made = made or recipe(policy)
@@ -283,6 +291,7 @@ def run(task_name: str, policy: str, seed: int, made: Recipe | None = None, task
         "seed": seed,
         "val": module.val[-1],
         "test": module.test(),
+        **{metric: module.test(metric) for metric in metrics},
         "best_val": max(module.val) if task.metric == "accuracy" else min(module.val),
         "diverged": not all(map(math.isfinite, module.losses)) or module.losses[-1] > 2 * module.losses[0],
         "rate": ours.rate if ours else found if found is not None else max(module.rates, default=0.0),

@@ -188,7 +188,9 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
         constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
         assert 0.01 * constant <= seen < constant
         assert 1 <= count <= 32
-        assert longer == pytest.approx(0.1 * math.sqrt(count / 2) * (count / 32) ** 0.25 / (0.19 * 0.1) ** 0.25, rel=1e-5)
+        assert longer == pytest.approx(
+            0.1 * math.sqrt(count / 2) * (count / 32) ** 0.25 / (0.19 * 0.1) ** 0.25, rel=1e-5
+        )
         assert rate == pytest.approx(min(longer * scale / seen, mean), rel=1e-4)
     assert count < 32
     assert longer * scale / seen != pytest.approx(mean, rel=1e-3)
