@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compare
+import factors
 import growth
 import more_tasks
 import sensitivity
@@ -21,6 +22,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "../README.md": {"short": lambda: compare.short(read_rows(compare.RESULTS))},
     "evidence.md": {
         "defaults": lambda: compare.pairs(read_rows(compare.RESULTS)),
+        "factors": lambda: factors.chart(read_rows(factors.RESULTS)),
         "more_tasks": lambda: more_tasks.table(read_rows(more_tasks.RESULTS)),
         "regrets": lambda: compare.regrets(read_rows(compare.RESULTS)),
         "runs": lambda: compare.tables(read_rows(compare.RESULTS)),

@@ -50,3 +50,29 @@ def test_a_regret_is_behind_the_best_policy_by_validation_and_a_divergence_is_th
     rows += [row("c", 0, 0.3, 0.5, "diabetes_mlp")]
     lines = compare.regrets(rows).splitlines()
     assert lines[2:] == ["| a | 0.0 | 0.0 | 0.0 |", "| b | -5.0 | 25.0 | 25.0 |", "| c | diverged | 25.0 | diverged |"]
+
+
+def test_the_best_factor_is_told_by_loss_and_by_accuracy(benchmarks):
+    import factors
+
+    losses = {factor: 0.2 + 0.1 * abs(factor - 0.25) for factor in factors.FACTORS}
+    rows = [
+        {"task": "MNIST, 500, 5", "factor": factor, "seed": seed, "test": loss + seed, "accuracy": 90 + factor}
+        for factor, loss in losses.items()
+        for seed in (0, 1)
+    ]
+    *_, line = factors.chart(rows).splitlines()
+    assert line == "| MNIST, 500, 5 | 0.25 | 0.7 | 0.775 | 10.7 % | 4 | 94.00 | 91.00 | 3.00 | 2 |"
+    assert len(factors.chart(rows[2:]).splitlines()) == 2  # a cell that lacks a factor is left out
+
+
+def test_a_factor_multiplies_the_rate_and_is_gone_afterwards(benchmarks):
+    import factors
+
+    from lit_lipschitz import rules
+
+    seen, settings = rules.Observation(4.0, 16.0, scale=3.0, batch_size=16), {"betas": (0.9, 0.999)}
+    plain, state = rules.RULES["observed"](seen, rules.RuleState(), settings)
+    with factors.multiplied(0.5):
+        assert rules.RULES["observed"](seen, rules.RuleState(), settings) == (0.5 * plain, state)
+    assert rules.RULES["observed"] is rules.observed
