@@ -111,15 +111,17 @@ def chart(rows: list[dict[str, Any]]) -> str:
         for row in rows:
             if row["task"] == name:
                 runs[row["factor"]].append(row)
-        if len(runs) < len(FACTORS):
+        shared = set.intersection(*({row["seed"] for row in runs[factor]} for factor in FACTORS))
+        if not shared:
             continue
+        runs = {factor: [row for row in found if row["seed"] in shared] for factor, found in runs.items()}
         loss = {factor: statistics.mean(row["test"] for row in found) for factor, found in runs.items()}
         accuracy = {factor: statistics.mean(row["accuracy"] for row in found) for factor, found in runs.items()}
         least, most = min(loss, key=loss.__getitem__), max(accuracy, key=accuracy.__getitem__)
         lines.append(
             f"| {name} | {least:g} | {loss[least]:.4g} | {loss[1.0]:.4g} | {100 * (loss[1.0] / loss[least] - 1):.1f} % "
             f"| {most:g} | {accuracy[most]:.2f} | {accuracy[1.0]:.2f} | {accuracy[most] - accuracy[1.0]:.2f} "
-            f"| {min(map(len, runs.values()))} |"
+            f"| {len(shared)} |"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ _MEANINGS = {
 }
 _LENGTHENING = {
     "grafted": "what momentum does to the length of SGD's steps",
-    "observed": "what momentum and the noise of n examples do to the length of SGD's steps",
+    "observed": "what momentum, the noise of n examples and their share of m do to the length of SGD's steps",
     "schedule_free": "what n examples and beta allow",
 }
 """What the c of a rule is."""

@@ -435,7 +435,7 @@ def _noise_of(seen: Observation) -> tuple[float, float]:
 
 
 def noise_lengthening(settings: Settings, examples: float, batch_size: float) -> float:
-    """What :func:`observed` takes momentum and the noise of a batch's examples that count to do to steps: its c."""
+    """What :func:`observed` makes of momentum, of the noise of the examples that count and of their share: its c."""
     noise = min((1 - _first_moment(settings)) * math.sqrt(examples / 2), 1.0)
     return noise * min(examples / batch_size, 1.0) ** 0.25 * lengthening(settings)
 

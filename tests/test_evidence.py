@@ -64,6 +64,8 @@ def test_the_best_factor_is_told_by_loss_and_by_accuracy(benchmarks):
     *_, line = factors.chart(rows).splitlines()
     assert line == "| MNIST, 500, 5 | 0.25 | 0.7 | 0.775 | 10.7 % | 4 | 94.00 | 91.00 | 3.00 | 2 |"
     assert len(factors.chart(rows[2:]).splitlines()) == 2  # a cell that lacks a factor is left out
+    (*_, alike) = factors.chart([*rows[:-1], {**rows[0], "seed": 2, "accuracy": 99.0}]).splitlines()
+    assert alike == line.replace("0.7 | 0.775", "0.2 | 0.275").replace("10.7 %", "37.5 %").replace("| 2 |", "| 1 |")
 
 
 def test_a_factor_multiplies_the_rate_and_is_gone_afterwards(benchmarks):

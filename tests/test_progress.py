@@ -153,7 +153,7 @@ def test_the_factor_by_hand():
     # have fallen by 0.1, 0.15 and 0.1; and 0.45 / 0.55 of the variance are explained.
     assert after([0.8, 0.6]).factor == 1
     assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 4)
-    assert after([0.8, 0.6, 0.6]).factor == pytest.approx(0.1)  # a third of the speed, of which 0.04 would be left
+    assert after([0.8, 0.6, 0.6]).factor == pytest.approx(0.1)  # a third of the speed, of which 0.01 would be left
     assert after([0.8, 0.5, 0.4, 0.33, 0.33, 0.33, 0.33]).factor == pytest.approx((0.67 / 0.33 / 3) ** 4)
 
 
