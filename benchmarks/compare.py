@@ -10,7 +10,6 @@ each with seeds or tasks of its own; each run is on one thread. The peers (prodi
 be installed by hand.
 """
 
-import argparse
 import copy
 import logging
 import math
@@ -27,7 +26,7 @@ import lightning as L
 import torch
 from figures import processor
 from lightning.pytorch.tuner import Tuner
-from rows import add_row, read_rows
+from rows import add_row, read_rows, results_parser
 from tasks import TASKS, Part, Task
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -460,11 +459,9 @@ def _quiet() -> None:
 
 def main() -> None:
     """Runs what is not there yet, or prints the tables."""
-    parser = argparse.ArgumentParser()
+    parser = results_parser(RESULTS)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--policies", default="")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not arguments.policies:
         rows = read_rows(arguments.results)
@@ -472,7 +469,7 @@ def main() -> None:
         return
     _quiet()
     torch.set_num_threads(1)
-    for seed in map(int, arguments.seeds.split(",")):
+    for seed in arguments.seeds:
         for policy in arguments.policies.split(","):
             for task in arguments.tasks.split(","):
                 done = {(row["task"], row["policy"], row["seed"]) for row in read_rows(arguments.results)}

@@ -10,7 +10,6 @@ The policy is `lipschitz-adamw` of compare.py, with its rule's rate times a fact
 part, which nobody can choose.
 """
 
-import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from compare import _quiet, run
-from rows import add_row, read_rows
+from rows import add_row, read_rows, results_parser
 from tasks import Data, Task, _images, _keep, split
 from torch import Tensor
 
@@ -29,11 +28,13 @@ from lit_lipschitz import MLP, rules
 
 RESULTS = Path(__file__).parent / "results" / "factors.jsonl"
 FACTORS = (0.125, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)
+TABLES = {"table, 3 % noise": 0.03, "table, 20 % noise": 0.2}
+"""Generated tables, with the share of labels that are drawn anew."""
 CELLS = [
     *[("MNIST", examples, epochs) for examples, epochs in ((500, 5), (500, 15), (2000, 5), (2000, 15), (8000, 5))],
     *[("MNIST", examples, epochs) for examples, epochs in ((8000, 15), (32000, 2))],
-    *[(name, examples, 15) for name in ("table, 3 % noise", "table, 20 % noise") for examples in (320, 1280, 5120)],
-    *[("table, 3 % noise", 5120, 4), ("table, 20 % noise", 5120, 4)],
+    *[(name, examples, 15) for name in TABLES for examples in (320, 1280, 5120)],
+    *[(name, 5120, 4) for name in TABLES],
 ]
 """Names of the data, with the examples and epochs of the runs."""
 
@@ -66,8 +67,7 @@ def task(name: str, examples: int, epochs: int) -> Task:
     if name == "MNIST":
         network, data = partial(MLP, (1, 28, 28), (128,)), partial(mnist, examples)
     else:
-        noise = float(name.split()[1]) / 100
-        network, data = partial(MLP, (30,), (16,), 2), partial(table, noise, examples)
+        network, data = partial(MLP, (30,), (16,), 2), partial(table, TABLES[name], examples)
     return Task(network, data, metric="loss", epochs=epochs, batch_size=32)
 
 
@@ -128,15 +128,13 @@ def chart(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures what is not there yet, and prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = results_parser(RESULTS)
     parser.add_argument("--print", action="store_true")
     arguments = parser.parse_args()
     if not arguments.print:
         _quiet()
         torch.set_num_threads(1)
-        for seed in map(int, arguments.seeds.split(",")):
+        for seed in arguments.seeds:
             for cell in CELLS:
                 for factor in FACTORS:
                     measure(cell, factor, seed, arguments.results)

@@ -10,7 +10,6 @@ targets, as a number, and as their own targets. The longer runs are those of com
 without SGD, and two with ten epochs of all the images, less 5,000 to validate.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from compare import _cost, _mean_and_error, _quiet, comparable, run
-from rows import add_row, read_rows
+from rows import add_row, read_rows, results_parser
 from tasks import TASKS as SHORT
 from tasks import Data, Task, _keep, _shift_and_flip, images, split
 from tasks import table as real_table
@@ -165,17 +164,15 @@ def table(rows: Rows) -> str:
 
 def main() -> None:
     """Measures what is not there yet, and prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser = results_parser(RESULTS, "0,1,2,3,4")
     parser.add_argument("--tasks", default=";".join(TASKS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--print", action="store_true")
     arguments = parser.parse_args()
     if not arguments.print:
         _quiet()
         torch.set_num_threads(1)
         for task in arguments.tasks.split(";"):
-            for seed in map(int, arguments.seeds.split(",")):
+            for seed in arguments.seeds:
                 for policy in policies(task):
                     done = {(row["task"], row["policy"], row["seed"]) for row in read_rows(arguments.results)}
                     if (task, policy, seed) not in done:

@@ -1,9 +1,23 @@
 """Result files with a JSON object a line, which a kill can cost no more than the line under way."""
 
+import argparse
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers of a text such as 0,1,2."""
+    return list(map(int, text.split(",")))
+
+
+def results_parser(results: Path, seeds: str = "0,1,2") -> argparse.ArgumentParser:
+    """What the scripts that fill a file with the runs of some seeds have in common: --seeds and --results."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=numbers, default=seeds)
+    parser.add_argument("--results", type=Path, default=results)
+    return parser
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ one hidden layer, standardised inputs, true labels) by validation, with the same
 Schedule-Free AdamW has a warm-up and no decay.
 """
 
-import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from compare import _mean_and_error, _quiet, run
-from rows import add_row, read_rows
+from rows import add_row, read_rows, results_parser
 from tasks import Data, Task, _keep, images
 from torch import Tensor
 
@@ -105,17 +104,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Tunes in the middle, then measures the rest."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = results_parser(RESULTS)
     parser.add_argument("--kinds", default=",".join(GRIDS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--print", action="store_true")
     arguments = parser.parse_args()
     if not arguments.print:
         _quiet()
         torch.set_num_threads(1)
         kinds = arguments.kinds.split(",")
-        seeds = list(map(int, arguments.seeds.split(",")))
+        seeds = arguments.seeds
         for seed in seeds:
             for kind in kinds:
                 for rate in GRIDS[kind]:

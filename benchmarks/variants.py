@@ -8,7 +8,6 @@ table is of the validation part. Schedule-Free has its own warm-up, of a tenth o
 """
 
 import abc
-import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from compare import Recipe, _adamw, _mean_and_error, _quiet, _schedule_free, _sgd, run
-from rows import add_row, read_rows
+from rows import add_row, read_rows, results_parser
 from sensitivity import VARIANTS as MNIST_MLP
 from tasks import TASKS
 from torch import Tensor
@@ -497,18 +496,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs what is not there yet, or prints the table."""
-    parser = argparse.ArgumentParser()
+    parser = results_parser(RESULTS)
     parser.add_argument("--variants", default="")
     parser.add_argument("--tasks", default="digits_mlp")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.variants:
         _quiet()
         torch.set_num_threads(1)
     for kind in filter(None, arguments.variants.split(";")):
         for task in arguments.tasks.split(";"):
-            for seed in map(int, arguments.seeds.split(",")):
+            for seed in arguments.seeds:
                 done = {(row["policy"], row["task"], row["seed"]) for row in read_rows(arguments.results)}
                 if (kind, task, seed) not in done:
                     add_row(arguments.results, measure(kind, task, seed))

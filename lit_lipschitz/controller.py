@@ -546,7 +546,7 @@ class Controller:
             self.watch.load_state_dict(state["losses"])
 
     def _take_residuals(self, state: Mapping[str, Any]) -> None:
-        if "shares" in state.get("progress", ()):  # later than the rest of the state
+        if "plenty" in state.get("progress", ()):  # later than the rest of the state
             self._progress.load_state_dict(state["progress"])
             self._epochs = state["epochs"]
             self.found.residuals.load_state_dict(state["residuals"])

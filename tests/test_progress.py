@@ -377,11 +377,16 @@ def test_a_resumed_run_is_restrained_as_one_that_was_not_interrupted(optimizer, 
     assert rest.restraints[-1] == steps.restraints[-1] < 1
 
 
-def test_a_checkpoint_from_before_there_was_progress_goes_on():
+@pytest.mark.parametrize("older", ["none", "counts of an epoch"])
+def test_a_checkpoint_from_before_there_was_progress_as_it_is_goes_on(older):
     callback, _ = fit(Regression(sgd), noisy(), max_epochs=3)
     state = callback.state_dict()
-    for key in ("progress", "residuals"):
-        del state["optimizers"][0][key]
+    mine = state["optimizers"][0]
+    if older == "none":
+        del mine["progress"], mine["residuals"]
+    else:
+        del mine["progress"]["plenty"], mine["progress"]["least"], mine["epochs"]
+        mine["progress"]["count"] = 288.0
     resumed = LipschitzLR()
 
     class Load(L.Callback):
