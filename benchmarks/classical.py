@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lipschitz import regression
-from lit_lipschitz.constants import Bound
+from lit_lipschitz.bounds import classical as regression
+from lit_lipschitz.bounds.families import Bound
 
 BASELINE = "0.1"
 FAMILIES: tuple[Bound, ...] = ("paper", "strict", "smooth")
@@ -319,7 +319,7 @@ def percent(values: Tensor) -> str:
 THRESHOLD_TABLE = "{:13} {:>5}  {:8} {:>30} {:>9} {:>31} {:>7} {:>8} {:>7} {:>7}"
 BUDGET_TABLE = "{:13} {:>6}  {:12} {:>28} {:>7} {:>7} {:>8}"
 LEGEND = """
-rate: 0.1 is the papers' baseline, the others are 1/L by the constants of lit_lipschitz.regression.
+rate: 0.1 is the papers' baseline, the others are 1/L by the constants of lit_lipschitz.bounds.classical.
 loss up: share of the steps after which the loss was higher, in percent.
 paper's: one run each, from the authors' draft of 2019 (github.com/yrahul3910/lipschitz-learning-rate); the numbers of
 epochs of the second table are those of the notebooks there. For Breast cancer the accuracy is on the training rows.

@@ -24,7 +24,8 @@ from rows import add_row, read_rows, results_parser
 from tasks import Data, Task, _images, _keep, split
 from torch import Tensor
 
-from lit_lipschitz import MLP, rules
+from lit_lipschitz import MLP
+from lit_lipschitz.rules import registry as rules
 
 RESULTS = Path(__file__).parent / "results" / "factors.jsonl"
 FACTORS = (0.125, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)

@@ -22,7 +22,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lit_lipschitz import CIFAR10DataModule, ResNetV2, constants
+from lit_lipschitz import CIFAR10DataModule, ResNetV2
+from lit_lipschitz.bounds import families as constants
 
 COMMAND = Path(sys.executable).with_name("lit-lipschitz")
 LINE = re.compile(r"epoch +(\d+)/\S+ +rate (\S+) +lr (\S+) .*train_acc (\S+)")

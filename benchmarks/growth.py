@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_lipschitz.statistics import RunningMaximum
+from lit_lipschitz.measurement.running_maximum import RunningMaximum
 
 OUT = Path(__file__).parent / "results" / "growth.json"
 STATISTICS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from torch import nn
 
 from lit_lipschitz import MLP, MNISTCNN, ImageClassifier, LipschitzLR, ResNetV1
 from lit_lipschitz.data import DeviceLoader
-from lit_lipschitz.statistics import RunningMaximum
+from lit_lipschitz.measurement.running_maximum import RunningMaximum
 
 TASKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP, batch 32": (MLP, (1, 8, 8), 32),

@@ -27,7 +27,7 @@ PHASES = {
     "python": "Python itself",
     "torch": "`import torch`",
     "lightning": "`import lightning.pytorch.cli`",
-    "ours": "`import lit_lipschitz.cli.command`",
+    "ours": "`import lit_lipschitz.cli.fit.command`",
     "parse": "parser, config, and the trainer with its callbacks",
     "setup": "network and data module made",
     "sanity": "data read, optimizer and checks",
@@ -50,7 +50,7 @@ def child(kind: str, arguments: list[str]) -> None:
 
     moments["lightning"] = time.time()
     if kind == "fit":
-        from lit_lipschitz.cli.command import run
+        from lit_lipschitz.cli.fit.command import run
 
         moments["ours"] = time.time()
     else:

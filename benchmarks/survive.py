@@ -39,7 +39,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: F401
 from sklearn.datasets import load_digits
 
-import lit_lipschitz.cli.command  # noqa: F401
+import lit_lipschitz.cli.fit.command  # noqa: F401
 from lit_lipschitz.cli.main import main as lit_lipschitz_main
 
 

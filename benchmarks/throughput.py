@@ -41,7 +41,7 @@ from torch import nn
 from workloads import RandomCIFAR10, RandomMNIST, Turns, by_hand
 
 import lit_lipschitz
-from lit_lipschitz.cli.command import run
+from lit_lipschitz.cli.fit.command import run
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 NETWORKS: dict[str, tuple[str, str]] = {

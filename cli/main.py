@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from lit_lipschitz import __version__
-from lit_lipschitz.cli.bundled import bundled_configs, resolve_configs
+from lit_lipschitz.cli.configs import bundled_configs, resolve_configs
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 HELP = """\
@@ -140,7 +140,7 @@ def _answer(arguments: list[str]) -> int:
         if arguments[0] == "configs":
             return list_configs(arguments[1:])
         if arguments[0] == "report":
-            from lit_lipschitz.cli.report import report
+            from lit_lipschitz.cli.report.command import report
 
             return report(arguments[1:])
         if arguments[0] == "explain" and {"-h", "--help"} & set(arguments):
@@ -161,14 +161,14 @@ def _answer(arguments: list[str]) -> int:
         except FileNotFoundError as error:
             return fail(f"torch can't be loaded: {error.strerror or error}; make room there or set TMPDIR", 1)
         if arguments[0] == "explain":
-            from lit_lipschitz.cli.explain import explain
+            from lit_lipschitz.cli.explain.command import explain
 
             return explain(sys.argv[2:])
         if arguments[0] == "compare":
-            from lit_lipschitz.cli.compare import compare
+            from lit_lipschitz.cli.compare.command import compare
 
             return compare(sys.argv[2:])
-        from lit_lipschitz.cli.command import run
+        from lit_lipschitz.cli.fit.command import run
 
         return run()
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lit_lipschitz
-from lit_lipschitz.cli.command import Command, OneLineParser
+from lit_lipschitz.cli.fit.command import Command, OneLineParser
 from lit_lipschitz.data import ImageDataModule
 
 PAGE = Path(__file__).with_name("config.md")

@@ -1,12 +1,11 @@
 """Learning rates computed, not tuned: 1 over the Lipschitz constant of the loss, for PyTorch Lightning."""
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_lipschitz.audit import LipschitzAudit
-    from lit_lipschitz.callback import LipschitzLR
+    from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
+    from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
     from lit_lipschitz.data import (
         CIFAR10DataModule,
         CIFAR100DataModule,
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
     from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNet9, ResNetV1, ResNetV2
     from lit_lipschitz.module import ImageClassifier
-    from lit_lipschitz.optimizers import ZeroStartSGD
-    from lit_lipschitz.schedules import LinearWarmupDecay, TimeDecay
+    from lit_lipschitz.optim.schedules import LinearWarmupDecay, TimeDecay
+    from lit_lipschitz.optim.zero_start_sgd import ZeroStartSGD
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,10 +48,10 @@ _HOMES = {
     **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNet9", "ResNetV1", "ResNetV2"], "models"),
     **{name: "data" for name in __all__ if name.endswith("DataModule")},
     "ImageClassifier": "module",
-    **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "schedules"),
-    "ZeroStartSGD": "optimizers",
-    "LipschitzAudit": "audit",
-    "LipschitzLR": "callback",
+    **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "optim.schedules"),
+    "ZeroStartSGD": "optim.zero_start_sgd",
+    "LipschitzAudit": "callbacks.lipschitz_audit",
+    "LipschitzLR": "callbacks.lipschitz_lr",
 }
 
 
@@ -65,9 +64,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
-
-
-# In a checkout, the packages cli and configs lie beside this one; an installed copy has them inside.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file() and (_checkout / "cli").is_dir():
-    __path__.append(str(_checkout))

@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lit_lipschitz import averaging
+from lit_lipschitz.callbacks import averaged_weights as averaging
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.inference import refresh_norms
+from lit_lipschitz.training_pass import refresh_norms
 
 Batch = tuple[Tensor, Tensor]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]

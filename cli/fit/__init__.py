@@ -1,0 +1,1 @@
+"""`lit-lipschitz fit`, `validate`, `test` and `predict`."""

@@ -1,0 +1,145 @@
+"""What the figures of a report show: which curves, on which axes, with which ticks. Draws nothing."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from lit_lipschitz.cli.report.events import Run
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart: on white, and lighter ones on black.
+LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#2A9FD6", "#555555")
+DARK = ("#4DA6E0", "#FF8A3D", "#2FC79B", "#E5A0C6", "#F0C643", "#9BD8F7", "#BBBBBB")
+MARKERS = "osD^"
+"""Circle, square, diamond, triangle at a line's end: with the colours, 28 runs look different."""
+
+_RATES = r"lipschitz/(\d+/)?lr|lr-.+"
+_CONTENT = (
+    ("accuracy", "Accuracy", "%", "val_acc", "train_acc"),
+    ("loss", "Loss", "", "val_loss", "train_loss"),
+    ("rate", "Learning rate", "", _RATES, ""),
+    ("constant", "L, the Lipschitz constant", "", r"lipschitz/(\d+/)?constant", ""),
+    ("activation_norm", "K_z, the size of the head's inputs", "", r"lipschitz/(\d+/)?activation_norm", ""),
+    ("weight_norm", "W, the largest norm of a weight", "", r"lipschitz/(\d+/)?weight_norm", ""),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a run: epochs and values."""
+
+    run: int
+    tag: str
+    dashed: bool
+    points: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its ends, its ticks, and whether it is logarithmic."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the ends, from 0 to 1."""
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return (value - low) / (high - low)
+
+    def label(self, tick: float) -> str:
+        """A tick's label, with the digits that tell it from the next one."""
+        if self.log or len(self.ticks) < 2 or not 1e-4 <= (step := self.ticks[1] - self.ticks[0]) < 1e4:
+            return number(tick)
+        return f"{tick:.{max(0, -math.floor(math.log10(step * 1.001)))}f}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A diagram over the epochs."""
+
+    key: str
+    title: str
+    unit: str
+    lines: list[Line]
+    x: Axis
+    y: Axis
+
+
+def panels(runs: list[Run]) -> list[Panel]:
+    """The diagrams for which there are curves."""
+    drawn = []
+    for key, title, unit, solid, dashed in _CONTENT:
+        lines = []
+        for pattern, is_dashed in ((dashed, True), (solid, False)):
+            lines += [line for i, run in enumerate(runs) for line in _lines(i, run, pattern, is_dashed, unit)]
+        values = [value for line in lines for _, value in line.points]
+        if values:
+            last = max(epoch for line in lines for epoch, _ in line.points)
+            drawn.append(Panel(key, title, unit, lines, epoch_axis(last), value_axis(values)))
+    return drawn
+
+
+def _lines(index: int, run: Run, pattern: str, dashed: bool, unit: str) -> list[Line]:
+    lines: list[Line] = []
+    for tag, curve in run.curves.items():
+        if re.fullmatch(pattern, tag):
+            points = [(epoch, curve[epoch]) for epoch in sorted(curve) if math.isfinite(curve[epoch])]
+            if unit == "%" and max((value for _, value in points), default=0) <= 1:
+                points = [(epoch, 100 * value) for epoch, value in points]
+            # A monitor's copy of the rate is for runs without the callback; a second optimizer's curve is dashed.
+            if points and not (tag.startswith("lr-") and lines):
+                lines.append(Line(index, tag, dashed or bool(lines), points))
+    return lines
+
+
+def has_training(drawn: list[Panel]) -> bool:
+    """Whether there are curves of the training, which are dashed beside those of the validation."""
+    return any(line.dashed and line.tag.startswith("train") for panel in drawn for line in panel.lines)
+
+
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
+def epoch_axis(last: int) -> Axis:
+    """The axis of the epochs, from 1 on."""
+    step = max(1, round(_nice(last / 6)))
+    ticks = [float(epoch) for epoch in range(0, last + 1, step) if epoch >= 1]
+    # The first epoch has a number too, where that does not run into the next one's.
+    return Axis(1.0, float(max(last, 2)), ticks if step == 1 else [1.0, *ticks])
+
+
+def value_axis(values: list[float]) -> Axis:
+    """An axis for some values, logarithmic where they are positive and span more than a decade."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 10:
+        return Axis(low / (high / low) ** 0.04, high * (high / low) ** 0.04, _log_ticks(low, high), log=True)
+    # What differs in the last digits of a float32 alone is one value.
+    same = high - low <= 1e-6 * max(abs(low), abs(high))
+    margin = (0.1 * abs(high) or 1.0) if same else 0.05 * (high - low)
+    # What can't be negative is not drawn as if it could.
+    bottom = max(low - margin, 0.0) if low >= 0 else low - margin
+    top = high + margin
+    step = _nice((top - bottom) / 6)
+    ticks = [i * step for i in range(math.ceil(bottom / step - 1e-9), math.floor(top / step + 1e-9) + 1)]
+    return Axis(bottom, top, ticks)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    span = math.log10(high / low)
+    factors = (1, 2, 5) if span < 2 else (1, 3) if span < 3 else (1,)
+    every = max(1, round(span / 5))
+    ticks = [factor * 10.0**decade for decade in decades if decade % every == 0 for factor in factors]
+    return [tick for tick in ticks if low * 0.95 <= tick <= high * 1.05]
+
+
+def _nice(step: float) -> float:
+    """The nearest one of 1, 2 and 5 times a power of ten that is no smaller."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
+
+
+def number(value: float) -> str:
+    """A number in few characters."""
+    return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-")

@@ -1,0 +1,1 @@
+"""Controls the learning rate of one optimizer: measure, reduce over the ranks, decide, write."""

@@ -1,0 +1,1 @@
+"""Learning-rate schedules, and writing a learning rate into an optimizer."""

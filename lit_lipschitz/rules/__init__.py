@@ -1,0 +1,1 @@
+"""From a Lipschitz constant to a learning rate; pure functions of numbers."""

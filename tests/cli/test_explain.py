@@ -1,0 +1,382 @@
+"""`lit-lipschitz explain`: its numbers multiply out and are those of fit, and it leaves nothing behind."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from helpers import loader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+
+from lit_lipschitz.cli.main import main
+
+DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture
+def lit(monkeypatch, capsys):
+    """Runs the command in this process; returns its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lit-lipschitz", *map(str, arguments)])
+        code = main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def explain(lit):
+    """Explains in this process; returns the only optimizer's part of the answer as JSON."""
+
+    def run(*arguments):
+        before = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*")}
+        code, out, err = lit("explain", *DIGITS, *arguments, "--json")
+        assert code == 0, err
+        assert {path: path.stat().st_mtime_ns for path in Path(".").rglob("*")} == before
+        answer = json.loads(out)
+        (one,) = answer["optimizers"]
+        return answer, one
+
+    return run
+
+
+def recompute(one):
+    """L by the formula that is printed, from the numbers that are printed."""
+    names = {name: one[name] for name in ("K_z", "W", "m", one["coefficient"])}
+    formula = one["formula"].replace("lambda", "weight_decay").replace("^", "**")
+    return eval(formula, {"sqrt": math.sqrt}, {**names, "weight_decay": one["weight_decay"]})
+
+
+def first_step(folder="lightning_logs"):
+    """What fit has logged of the first step of the newest run."""
+    newest = max(Path(folder).iterdir(), key=lambda path: int(path.name.partition("_")[2]))
+    events = EventAccumulator(str(newest))
+    events.Reload()
+    return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+
+
+def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
+    code, out, err = lit("explain", *DIGITS, "--model.optimizer.weight_decay", "0.01")
+    assert code == 0, err
+    assert list(Path(".").iterdir()) == []
+    for part in (
+        "optimizer step 1, in epoch 1",
+        "network.head, a Linear of 128 inputs, 10 outputs and a bias",
+        "cross_entropy, a mean, found in the autograd graph",
+        "k         10,",
+        "m         32 = 32 x 1 x 1: examples in a batch x accumulated batches x ranks",
+        "Frobenius norm of a batch of the head's inputs and ones for the bias",
+        "slope * K_z / sqrt(m) + lambda * W, the strict family",
+        "noise, for SGD: SGD with momentum b: rate = (1 - b) sqrt(m / 2) / L, and at most 1 / (sqrt(1 - b) L).",
+        "b         0.9, the optimizer's momentum",
+        "from LinearWarmupDecay",
+    ):
+        assert part in out
+    number = r"([\d.e+-]+)"
+    slope, size, m, decay, weight = map(
+        float, re.search(rf"= {number} \* {number} / sqrt\((\d+)\) \+ {number} \* {number}\n", out).groups()
+    )
+    data, l2 = map(float, re.search(rf"= {number} \+ {number}\n", out).groups())
+    (constant,) = re.findall(rf"^ +=? ?= {number}$", out, re.M)
+    assert slope * size / math.sqrt(m) == pytest.approx(data, rel=1e-5)
+    assert decay * weight == pytest.approx(l2, rel=1e-5)
+    assert (slope, decay) == (1.41421, 0.01)
+    assert data + l2 == pytest.approx(float(constant), rel=1e-5)
+    (rate,) = re.findall(rf"^rate +{number}$", out, re.M)
+    (factor,) = re.findall(rf"^factor +{number},", out, re.M)
+    (lr,) = re.findall(rf"^lr +{number} =", out, re.M)
+    assert float(rate) == pytest.approx(0.1 * math.sqrt(m / 2) / float(constant), rel=1e-5)
+    assert float(lr) == pytest.approx(float(rate) * float(factor), rel=1e-5)
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("bound", "norm"),
+    [("strict", "frobenius"), ("strict", "sample"), ("smooth", "spectral"), ("smooth", "frobenius"),
+     ("smooth", "sample"), ("paper", "frobenius"), ("paper", "sample"), ("paper", "unit")],
+)  # fmt: skip
+def test_every_family_multiplies_out_and_is_what_fit_uses(explain, lit, bound, norm):
+    options = ["--lipschitz.bound", bound, "--lipschitz.norm", norm, "--model.optimizer.weight_decay", "0.001",
+               "--model.label_smoothing", "0.1", "--trainer.accumulate_grad_batches", "2",
+               "--trainer.max_epochs", "1"]  # fmt: skip
+    answer, one = explain(*options)
+    assert (answer["step"], answer["epoch"]) == (1, 1)
+    assert (one["bound"], one["norm"], one["k"]) == (bound, norm, 10)
+    assert one["loss"]["label_smoothing"] == pytest.approx(0.1)
+    assert (one["m"], one["batch"], one["accumulation"], one["ranks"]) == (64, 32, 2, 1)
+    assert recompute(one) == pytest.approx(one["L"], rel=1e-12)
+    assert one["data_term"] + one["l2_term"] == pytest.approx(one["L"], rel=1e-12)
+    assert one["rate"] * one["factor"] == pytest.approx(one["lr"], rel=1e-12)
+
+    assert lit("fit", *DIGITS, *options, "--trainer.log_every_n_steps", "1", "--test_after_fit", "false")[0] == 0
+    logged = first_step()
+    assert logged["lipschitz/lr"] == pytest.approx(one["lr"], rel=1e-6)
+    assert logged["lipschitz/constant"] == pytest.approx(one["L"], rel=1e-6)
+    assert logged["lipschitz/activation_norm"] == pytest.approx(one["K_z"], rel=1e-6)
+    assert logged["lipschitz/weight_norm"] == pytest.approx(one["W"], rel=1e-6)
+
+
+def test_a_checkpoint_explains_the_step_that_comes_next(explain, lit):
+    run = [*DIGITS, "--test_after_fit", "false", "--trainer.log_every_n_steps", "1"]
+    assert lit("fit", *run, "--trainer.max_epochs", "2")[0] == 0
+    answer, one = explain("--trainer.max_epochs", "3", "--ckpt_path", "last")
+    assert (answer["step"], answer["epoch"]) == (81, 3)
+    assert recompute(one) == pytest.approx(one["L"], rel=1e-12)
+    assert lit("fit", *run, "--trainer.max_epochs", "3", "--ckpt_path", "last")[0] == 0
+    logged = first_step()
+    assert logged["lipschitz/lr"] == pytest.approx(one["lr"], rel=1e-6)
+    assert logged["lipschitz/constant"] == pytest.approx(one["L"], rel=1e-6)
+
+
+def test_a_checkpoint_that_does_not_tell_what_it_measured_is_said(lit):
+    assert lit("fit", *DIGITS, "--trainer.max_epochs", "1", "--test_after_fit", "false")[0] == 0
+    (path,) = Path(".").rglob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["measurement"]
+    torch.save(checkpoint, path)
+    code, out, err = lit("explain", *DIGITS, "--trainer.max_epochs", "2", "--ckpt_path", path)
+    assert code == 0, err
+    (constant,) = re.findall(r"^L +(\S+), from a checkpoint that does not tell what it was made of$", out, re.M)
+    (rate,) = re.findall(r"^rate +(\S+)$", out, re.M)
+    assert float(rate) == pytest.approx(0.1 * math.sqrt(32 / 2) / float(constant), rel=1e-5)
+
+
+def test_a_checkpoint_at_the_end_of_its_run_has_no_next_step(lit):
+    arguments = [*DIGITS, "--trainer.max_epochs", "1"]
+    assert lit("fit", *arguments, "--test_after_fit", "false")[0] == 0
+    code, out, err = lit("explain", *arguments, "--ckpt_path", "last")
+    assert (code, out) == (2, "")
+    assert "no optimizer step to make: the run is in epoch 1 of 1 and has made 40 steps; raise --trainer.max_ep" in err
+
+
+def test_limits_and_rates_set_by_hand_are_named(lit):
+    code, out, _ = lit("explain", *DIGITS, "--lipschitz.max_lr", "0.01")
+    assert code == 0
+    assert re.search(r"^rate +0.01, by the limit max_lr$", out, re.M)
+    code, out, _ = lit("explain", *DIGITS, "--lipschitz.initial_lr", "0.25", "--model.scheduler", "null")
+    assert code == 0
+    assert "L         not behind this rate\n" in out
+    assert "none yet: initial_lr is a rate set by hand" in out
+    assert re.search(r"^rate +0.25$", out, re.M)
+    assert re.search(r"^factor +0.00\d+, from LipschitzLR's own warm-up and decay$", out, re.M)
+    off = ("--lipschitz.initial_lr", "0.25", "--model.scheduler", "null", "--lipschitz.schedule", "none")
+    code, out, _ = lit("explain", *DIGITS, *off)
+    assert code == 0
+    assert re.search(r"^factor +1, without a scheduler$", out, re.M)
+
+
+def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
+    arguments = [*DIGITS, "--model.optimizer", "torch.optim.AdamW", "--model.scheduler", "null"]
+    assert lit("fit", *arguments, "--trainer.max_epochs", "1", "--test_after_fit", "false")[0] == 0
+    (path,) = Path(".").rglob("last.ckpt")
+    for more in ([], ["--trainer.max_epochs", "2", "--ckpt_path", path]):
+        code, out, err = lit("explain", *arguments, *more)
+        assert code == 0, err
+        assert re.search(r"^rule +observed, for AdamW: ", out, re.M)
+        scale, seen, count, longer, mean, rate = (
+            float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "O", "n", "c", "mean", "rate")
+        )
+        constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+        assert 0.01 * constant <= seen < constant
+        assert 1 <= count <= 32
+        assert longer == pytest.approx(
+            0.1 * math.sqrt(count / 2) * (count / 32) ** 0.25 / (0.19 * 0.1) ** 0.25, rel=1e-5
+        )
+        assert rate == pytest.approx(min(longer * scale / seen, mean), rel=1e-4)
+    assert count < 32
+    assert longer * scale / seen != pytest.approx(mean, rel=1e-3)
+
+
+def test_weights_of_which_only_the_direction_matters_are_counted(lit, monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("normalised.py").write_text(
+        "from torch import nn\n"
+        "class Network(nn.Sequential):\n"
+        "    def __init__(self, num_classes: int = 10) -> None:\n"
+        "        super().__init__(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),\n"
+        "                         nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, num_classes))\n"
+    )
+    arguments = ("explain", "--config", "digits", "--model.optimizer", "AdamW")
+    normalised = (*arguments, "--model.network", "normalised.Network")
+    code, out, err = lit(*normalised)
+    assert code == 0, err
+    assert re.search(r"^free +2 parameters of which only the direction matters", out, re.M)
+    assert json.loads(lit(*normalised, "--json")[1])["optimizers"][0]["direction_only"] == 2
+    assert "only the direction" not in lit(*arguments)[1]
+
+
+def test_the_steps_of_adam_with_the_smooth_family_multiply_out(lit):
+    arguments = [*DIGITS, "--model.optimizer", "torch.optim.Adam", "--model.scheduler", "null", "--lipschitz.bound"]
+    code, out, err = lit("explain", *arguments, "smooth")
+    assert code == 0, err
+    assert re.search(r"^rule +grafted, for Adam: ", out, re.M)
+    scale, mean, longer, rate = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "mean", "c", "rate")
+    )
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert longer == pytest.approx(1 / math.sqrt(math.sqrt(1 - 0.9**2) * math.sqrt(1 - 0.9)), rel=1e-5)
+    assert rate == pytest.approx(longer * min(scale, mean) / constant, rel=1e-4)
+
+
+def test_the_steps_of_schedule_free_are_explained_and_multiply_out(lit):
+    arguments = [*DIGITS, "--model.optimizer", "schedulefree.AdamWScheduleFree", "--model.scheduler", "null"]
+    code, out, err = lit("explain", *arguments)
+    assert code == 0, err
+    assert re.search(r"^rule +schedule_free, for AdamWScheduleFree: ", out, re.M)
+    assert re.search(r"^factor +0.0\d+, from LipschitzLR's own warm-up$", out, re.M)
+    scale, beta, seen, count, longer, mean, rate = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1])
+        for name in ("scale", "beta", "O", "n", "c", "mean", "rate")
+    )
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert 0.01 * constant < seen < constant
+    assert longer == pytest.approx(min((1 - beta) * count, math.sqrt(1 / 2) / (1 - beta)), rel=1e-5)
+    assert rate == pytest.approx(scale * min(longer / seen, mean), rel=1e-4)
+    code, out, err = lit("explain", *arguments, "--lipschitz.bound", "smooth")
+    assert code == 0, err
+    assert re.search("^O, n +L and m: no slope of the loss was seen$", out, re.M)
+    scale, count, rate = (float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "m", "rate"))
+    constant = float(re.findall(r"^ += ([\d.]+)(?:$|, where)", out, re.M)[-1])
+    assert rate == pytest.approx(scale * (1 - beta) * count / constant, rel=1e-4)
+
+
+def test_a_pass_over_the_training_set_is_explained_too(explain):
+    _, one = explain("--lipschitz.measure", "pass", "--lipschitz.bound", "paper")
+    assert one["measure"] == "pass"
+    assert one["rule"] == "adamo"
+    assert recompute(one) == pytest.approx(one["L"], rel=1e-12)
+
+
+class Pair(L.LightningModule):
+    """Somebody's own module with loaders of its own: two heads, two losses, two optimizers stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 1, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        inputs, classes = batch
+        losses = (F.cross_entropy(self.first(inputs), classes),
+                  F.mse_loss(self.second(inputs), classes[:, None].float()))  # fmt: skip
+        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def train_dataloader(self):
+        return loader()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.second)]
+
+
+class Noisy(L.LightningModule):
+    """Somebody's own regression, of classes as numbers and noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0]), batch[1][:, None] + (1e4 * batch[0][:, :1]).sin())
+
+    def train_dataloader(self):
+        return loader()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_what_a_squared_error_has_left_is_explained(lit):
+    arguments = ["--model", "test_explain.Noisy", "--trainer.accelerator", "cpu"]
+    assert lit("fit", *arguments, "--trainer.max_epochs", "8", "--checkpoint.save_last", "true")[0] == 0
+    code, out, err = lit("explain", *arguments, "--trainer.max_epochs", "10", "--ckpt_path", "last")
+    assert code == 0, err
+    seen, limit, unexplained, rate, factor, lr = (
+        float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("O", "limit", "u", "rate", "factor", "lr")
+    )
+    assert rate == pytest.approx(min(0.1 * math.sqrt(16 / 2) / seen, limit), rel=1e-4)
+    restraint = float(re.search(r"unexplained: ([\d.e-]+) is in the factor", out)[1])
+    assert 0.2 < unexplained < 1
+    assert factor == pytest.approx(restraint * (60 - 48) / 54, rel=1e-4)  # after a warm-up of 6 steps
+    assert lr == pytest.approx(rate * factor, rel=1e-5)
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_several_optimizers_each_have_their_part(lit):
+    arguments = ["explain", "--model", "test_explain.Pair", "--trainer.accelerator", "cpu", "--lipschitz.optimizers",
+                 "[0, 1]"]  # fmt: skip
+    code, out, err = lit(*arguments, "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["optimizers"]
+    assert (first["head"]["name"], first["loss"]["name"]) == ("first", "cross_entropy")
+    assert (second["head"]["name"], second["loss"]["name"]) == ("second", "mean_squared_error")
+    for one in (first, second):
+        assert recompute(one) == pytest.approx(one["L"], rel=1e-12)
+    assert second["output_norm"] > 0
+    _, out, _ = lit(*arguments)
+    assert "optimizer SGD, number 1" in out
+    assert re.search(r"^outputs +\S+, norm of outputs and targets", out, re.M)
+
+
+def test_what_callbacks_of_fit_would_write_is_not_written(lit):
+    Path("mine.yaml").write_text(
+        "trainer:\n  profiler: simple\n  callbacks:\n"
+        "  - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
+        "  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n    init_args: {every_n_train_steps: 1}\n"
+        "  - class_path: lightning.pytorch.callbacks.StochasticWeightAveraging\n    init_args: {swa_lrs: 0.1}\n"
+    )
+    code, out, err = lit("explain", *DIGITS, "--config", "mine.yaml", "--audit", "1")
+    assert code == 0, err
+    assert "cross_entropy" in out
+    assert [path.name for path in Path(".").iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--config", "cifr10"], 2, "closest: cifar10.yaml"),
+        ([], 2, "model must be given; pass a config"),
+        ([*DIGITS, "--lipschitz.bund", "strict"], 2, "lipschitz.bund: no such option; closest: lipschitz.bound"),
+        ([*DIGITS, "--fixed_rate", "true"], 2, "there is nothing to explain of a rate that the config sets"),
+        ([*DIGITS, "--ckpt_path", "last"], 2, "has left a checkpoint; pass a path"),
+        ([*DIGITS, "--model.optimizer", "torch.optim.Adagrad"], 2, "no learning-rate rule is known"),
+        ([*DIGITS, "--trainer.strategy", "ddp_spawn"], 2, "pass --trainer.strategy ddp"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(lit, arguments, code, message):
+    found, out, err = lit("explain", *arguments)
+    (line,) = [line for line in err.splitlines() if line.startswith("lit-lipschitz: error:")]
+    assert message in line
+    assert (found, out) == (code, "")
+    assert list(Path(".").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ranks_are_counted():
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_lipschitz.cli.main", "explain", *DIGITS, "--trainer.devices", "2",
+         "--trainer.strategy", "ddp"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("optimizer step 1, in epoch 1") == 1
+    assert "m         64 = 32 x 1 x 2:" in result.stdout
+    assert list(Path(".").iterdir()) == []
+
+
+def test_help_says_what_it_is(lit):
+    code, out, _ = lit("explain", "--help")
+    assert code == 0
+    for part in ("usage: lit-lipschitz explain", "--ckpt_path", "--json", "It writes nothing"):
+        assert part in out

@@ -1,0 +1,268 @@
+"""Runs that are ended, and what they leave: whole checkpoints, one line, the right exit code."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from test_cli import error_line, lit  # noqa: F401  # a fixture
+
+from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints
+from lit_lipschitz.errors import LitLipschitzError
+
+FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--test_after_fit", "false",
+       "--model.network.dropout", "0.2", "--trainer.max_epochs", "3")  # fmt: skip
+SCRIPT = Path(sys.executable).with_name("lit-lipschitz")
+
+
+class Send(L.Callback):
+    """Sends this process a signal at the end of a batch's backward, or at the start of a validation."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, validating: bool = False) -> None:
+        self.step, self.number, self.validating = step, number, validating
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step and not self.validating:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step >= self.step and self.validating:
+            os.kill(os.getpid(), self.number)
+
+
+class Die(L.Callback):
+    """Ends the run without a word before an optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            raise OSError(5, "dead")
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Lightning leaves SIGINT ignored after an interrupt; a shell in the background has it ignored before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def last(root):
+    """The content of the newest last checkpoint below a folder."""
+    found = sorted(Path(root).glob("lightning_logs/*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return torch.load(found[-1], weights_only=True)
+
+
+def same(first, second):
+    return all(torch.equal(first["state_dict"][name], value) for name, value in second["state_dict"].items())
+
+
+def send(step, number=signal.SIGTERM, validating=False):
+    return (
+        "--trainer.callbacks+", "test_survival.Send", "--trainer.callbacks.step", str(step),
+        "--trainer.callbacks.number", str(int(number)), "--trainer.callbacks.validating", str(validating).lower(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "extra", "step"),
+    [
+        (signal.SIGTERM, 143, (), 56),
+        (signal.SIGINT, 130, (), 56),
+        # The step that is under way is made of batches 55 to 57 of 40 an epoch: the signal waits for the third.
+        (signal.SIGTERM, 143, ("--trainer.accumulate_grad_batches", "3"), 19),
+    ],
+)
+def test_a_signal_in_mid_epoch_saves_a_checkpoint_there_and_resuming_ends_in_the_same_weights(
+    lit, number, code, extra, step  # noqa: F811
+):  # fmt: skip
+    assert lit(*FIT, *extra, "--trainer.default_root_dir", "whole")[0] == 0
+    found, _, err = lit(*FIT, *extra, *send(step, number), "--trainer.default_root_dir", "parts")
+    assert found == code
+    assert f"{signal.Signals(number).name} after step {step + 1}: saved " in err
+    assert "Traceback" not in err
+    assert last("parts")["global_step"] == step + 1
+    assert lit(*FIT, *extra, "--trainer.default_root_dir", "parts", "--ckpt_path", "last")[0] == 0
+    whole, parts = last("whole"), last("parts")
+    assert whole["global_step"] == parts["global_step"]
+    assert same(whole, parts)
+
+
+def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):  # noqa: F811
+    lit(*FIT, "--trainer.default_root_dir", "whole")
+    found, out, _ = lit(*FIT, *send(80, validating=True), "--trainer.default_root_dir", "parts")
+    assert found == 143
+    assert "epoch 2/3" in out
+    assert last("parts")["global_step"] == 81
+    lit(*FIT, "--trainer.default_root_dir", "parts", "--ckpt_path", "last")
+    assert same(last("whole"), last("parts"))
+
+
+def test_a_signal_in_the_last_validation_saves_the_end_of_the_run(lit):  # noqa: F811
+    found, _, err = lit(*FIT, *send(120, validating=True), "--checkpoint.every_n_epochs", "5")
+    assert found == 143
+    assert last(".")["global_step"] == 120
+    assert "SIGTERM after step 120: saved " in err
+
+
+def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(lit):  # noqa: F811
+    lit(*FIT, "--trainer.default_root_dir", "whole")
+    # A checkpoint of an epoch's last step, one in the middle of the next epoch, and one of its last step.
+    arguments = (*FIT, "--checkpoint.every_n_train_steps", "8", "--trainer.default_root_dir", "parts")
+    for step, saved, more in ((43, 40, ()), (51, 48, ("--ckpt_path", "last")), (85, 80, ("--ckpt_path", "last"))):
+        die = ("--trainer.callbacks+", "test_survival.Die", "--trainer.callbacks.step", str(step))
+        assert lit(*arguments, *die, *more)[0] == 1
+        assert last("parts")["global_step"] == saved
+    assert lit(*arguments, "--ckpt_path", "last")[0] == 0
+    assert same(last("whole"), last("parts"))
+
+
+# -- checkpoints that can't be written, or read ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_never_a_part_of_one(monkeypatch):
+    WholeCheckpoints().save_checkpoint({"weight": torch.ones(3)}, "last.ckpt")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LitLipschitzError, match=r"last.ckpt can't be written: No space left on device"):
+        WholeCheckpoints().save_checkpoint({"weight": torch.zeros(3)}, "last.ckpt")
+    assert [path.name for path in Path(".").iterdir()] == ["last.ckpt"]
+    assert torch.equal(torch.load("last.ckpt", weights_only=True)["weight"], torch.ones(3))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_code_in_a_checkpoint_does_not_run(lit):  # noqa: F811
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "evil": Evil()}, "evil.ckpt")
+    code, _, err = lit("fit", "--config", "digits", "--ckpt_path", "evil.ckpt")
+    assert code == 1
+    assert "not a checkpoint, or only a part of one" in error_line(err)
+    with pytest.raises(Exception, match="[Ww]eights"):
+        WholeCheckpoints().load_checkpoint("evil.ckpt")
+    assert not Path("ran").exists()
+
+
+# A file may be no larger than this: a disk that is full for checkpoints (of 60 kB), which leaves room for curves.
+LIMITED = """
+import resource, signal, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.argv = ["lit-lipschitz", *sys.argv[1:]]
+from lit_lipschitz.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):  # noqa: F811
+    lit(*FIT[:-1], "1")
+    before = last(".")
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, "40000", *FIT, "--ckpt_path", "last"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 1
+    line = error_line(run.stderr)
+    for part in ("last.ckpt can't be written: File too large", "--checkpoint.dirpath", "--ckpt_path last"):
+        assert part.replace("last.ckpt", ".ckpt") in line
+    assert same(before, last("."))
+    assert not list(Path("lightning_logs").rglob("*.part"))
+
+
+@pytest.mark.parametrize("size", [500, 3000])
+def test_a_disk_that_is_full_for_curves_is_one_line(lit, size):  # noqa: F811
+    """The checkpoints are in another folder, and none is due before the end."""
+    lit(*FIT[:-1], "1")
+    before = last(".")
+    rare = ("--checkpoint.every_n_epochs", "50", "--trainer.log_every_n_steps", "2")
+    command = [sys.executable, "-c", LIMITED, str(size), *FIT, *rare]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    line = error_line(run.stderr)
+    for part in ("lightning_logs/version_1: can't be written: File too large", "make room", "default_root_dir"):
+        assert part in line
+    assert same(before, last("."))
+
+
+def test_no_room_for_temporary_files_is_one_line():
+    """As torch needs them."""
+    command = [sys.executable, "-c", LIMITED, "0", *FIT]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "No usable temporary directory found" in error_line(run.stderr)
+    assert "TMPDIR" in error_line(run.stderr)
+
+
+def test_a_folder_without_write_permission_is_one_line(lit):  # noqa: F811
+    lit(*FIT[:-1], "1")
+    before = last(".")
+    Path("locked").mkdir(mode=0o555)
+    # Root may write anywhere, unless it gives up that capability.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    for more in (
+        ("--trainer.default_root_dir", "locked"),
+        ("--checkpoint.dirpath", "locked/checkpoints", "--ckpt_path", "last"),
+    ):
+        command = [*drop, sys.executable, "-m", "lit_lipschitz.cli.main", *FIT, *more]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 1
+        assert "locked" in error_line(run.stderr)
+        assert "Permission denied" in error_line(run.stderr)
+    assert list(Path("locked").iterdir()) == []
+    assert same(before, last("."))
+
+
+def test_a_truncated_checkpoint_is_one_line_and_leaves_earlier_ones_whole(lit):  # noqa: F811
+    lit(*FIT[:-1], "1")
+    (whole,) = Path("lightning_logs").rglob("last.ckpt")
+    content = whole.read_bytes()
+    for share in (0.0, 0.3, 0.6, 0.99):
+        Path("part.ckpt").write_bytes(content[: int(share * len(content))])
+        code, _, err = lit(*FIT, "--ckpt_path", "part.ckpt")
+        assert code == 1
+        assert "part.ckpt: not a checkpoint, or only a part of one" in error_line(err)
+        assert whole.read_bytes() == content
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(lit):  # noqa: F811
+    Path("taken").write_text("a file where the folder of runs would be")
+    code, _, err = lit(*FIT, "--trainer.default_root_dir", "taken")
+    assert code == 1
+    assert "taken" in error_line(err)
+    assert Path("taken").read_text().startswith("a file")
+    code, _, err = lit(*FIT, "--checkpoint.dirpath", "taken/checkpoints")
+    assert code == 1
+    assert "taken" in error_line(err)
+
+
+@pytest.mark.parametrize("length", [("--trainer.max_epochs", "3"), ("--trainer.max_steps", "50")], ids=str)
+def test_the_last_checkpoint_is_of_the_last_step(lit, length):  # noqa: F811
+    """Of a run whose checkpoints are between others, and of one that ends in mid-epoch."""
+    more = ("--checkpoint.every_n_train_steps", "16") if "epochs" in length[0] else ()
+    code, out, _ = lit(*FIT, *more, *length, "--test_after_fit", "true")
+    assert code == 0
+    (last,) = Path("lightning_logs").rglob("last.ckpt")
+    made = torch.load(last, weights_only=True)
+    assert made["global_step"] == (50 if "steps" in length[0] else 3 * 40)
+    tested = out.splitlines()[-1]
+    assert tested.startswith("test_loss")
+    code, out, _ = lit("test", *FIT[1:-2], "--ckpt_path", str(last))
+    assert code == 0
+    (value,) = re.findall(r"test_loss *│ *([0-9.]+)", out)
+    assert f"{float(value):.4f}" == tested.split()[1]

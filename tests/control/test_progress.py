@@ -1,0 +1,571 @@
+"""How much of a squared error's targets is explained, beside scikit-learn, and what that does to the rate."""
+
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, Steps, loader, trainer
+from sklearn.metrics import r2_score
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lit_lipschitz import LipschitzLR
+from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz.control import noise_damping as progress
+from lit_lipschitz.control.noise_damping import Progress, Residuals, RunningResiduals
+from lit_lipschitz.control.policy import Measurement, Policy
+from lit_lipschitz.data import DeviceLoader
+from lit_lipschitz.optim.schedules import linear_warmup_decay
+from lit_lipschitz.rules import registry as rules
+
+COUNT, BATCH = 96, 16
+
+
+def explained(outputs, targets):
+    """Of several outputs, all their variance together."""
+    return r2_score(targets.double(), outputs.double(), multioutput="variance_weighted")
+
+
+def running(outputs, targets, sizes):
+    residuals = RunningResiduals(targets.shape[1])
+    for output, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
+        residuals.add(output, target)
+    return residuals
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_unexplained_share_is_scikit_learns_over_batches_of_any_size(offset, width):
+    targets = torch.randn(COUNT, width) * torch.arange(1, width + 1) + offset * torch.arange(1, width + 1)
+    outputs = targets + 0.5 * torch.randn(COUNT, width)
+    residuals = running(outputs, targets, [1, 50, 5, COUNT - 56])
+    seen = Residuals(*residuals.values.tolist())
+    assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2 if offset == 1e4 else 1e-4)
+    assert seen.count == COUNT * width
+    assert seen.root_mean_square == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_the_ranks_numbers_are_put_together():
+    targets = torch.randn(3000, 2)
+    outputs = targets + torch.randn(3000, 2)
+    ranks = [running(outputs[rank::3], targets[rank::3], 100) for rank in range(3)]
+    agreed = torch.stack([one.slots(rank, 3) for rank, one in enumerate(ranks)]).amax(dim=0)
+    for one in ranks:
+        seen = Residuals(*one.share(agreed).tolist())
+        assert seen.count == 6000
+        assert seen.unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2)
+        assert torch.equal(one.slots(1, 3)[6:12], ranks[0].slots(1, 3)[6:12])
+        assert torch.equal(one.mean, ranks[0].mean)
+    again = torch.stack([one.slots(rank, 3) for rank, one in enumerate(ranks)]).amax(dim=0)
+    assert Residuals(*ranks[0].share(again).tolist()) == seen
+
+
+def test_one_rank_changes_nothing_by_sharing():
+    residuals = running(torch.randn(COUNT, 2), torch.randn(COUNT, 2), BATCH)
+    before = residuals.state_dict()
+    assert torch.equal(residuals.share(residuals.slots(0, 1)), before["values"])
+    assert all(torch.equal(before[name], after) for name, after in residuals.state_dict().items())
+
+
+def test_where_there_is_no_squared_error_nothing_is_sent():
+    assert len(RunningResiduals().slots(1, 4)) == 0
+    assert RunningResiduals().share(torch.zeros(0)).tolist() == [0] * 6
+
+
+def test_outputs_of_another_width_are_left_out():
+    residuals = running(torch.randn(COUNT, 2), torch.randn(COUNT, 2), BATCH)
+    residuals.add(torch.randn(COUNT, 1), torch.randn(COUNT, 1))
+    assert residuals.values[0] == COUNT * 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_is_left_out(bad):
+    targets, outputs = torch.randn(COUNT, 1), torch.randn(COUNT, 1)
+    residuals = running(outputs, targets, BATCH)
+    before = residuals.values.tolist()
+    residuals.add(torch.full((4, 1), bad), torch.zeros(4, 1))
+    residuals.add(torch.zeros(4, 1), torch.full((4, 1), bad))
+    assert residuals.values.tolist() == before
+    residuals.add(torch.zeros(4, 1), torch.zeros(4, 1))
+    assert residuals.values[0] == COUNT + 4
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1234.5])
+def test_targets_that_do_not_vary_have_no_share(value):
+    targets = torch.full((COUNT, 1), value)
+    assert Residuals(*running(targets + 1, targets, 7).values.tolist()).unexplained is None
+    assert Residuals().unexplained is None
+
+
+def test_the_state_goes_on_where_it_was():
+    targets, outputs = torch.randn(COUNT, 2) + 3, torch.randn(COUNT, 2)
+    whole = running(outputs, targets, BATCH)
+    resumed = RunningResiduals()
+    resumed.load_state_dict(running(outputs[:32], targets[:32], BATCH).state_dict())
+    for output, target in zip(outputs[32:].split(BATCH), targets[32:].split(BATCH), strict=True):
+        resumed.add(output, target)
+    assert torch.equal(resumed.values, whole.values)
+    assert torch.equal(resumed.mean, whole.mean)
+
+
+def test_sums_that_overflow_are_no_residual():
+    residuals = RunningResiduals(1)
+    for _ in range(3):
+        residuals.add(torch.full((1, 1), 1.2e19), torch.zeros(1, 1))
+    assert torch.isfinite(residuals.values).all()
+    over = Residuals(3.0, 1.0, math.inf, 3.0, math.inf, 3.0)
+    assert (over.root_mean_square, over.unexplained) == (0.0, None)
+
+
+def test_an_interval_ends_before_its_epoch_does():
+    targets, outputs = torch.randn(COUNT, 1), torch.randn(COUNT, 1)
+    residuals = running(outputs, targets, BATCH)
+    residuals.end_interval()
+    residuals.add(torch.full((8, 1), 3.0), torch.zeros(8, 1), factor=0.5)
+    seen = Residuals(*residuals.values.tolist())
+    assert (seen.count, seen.recent, seen.factor) == (COUNT + 8, 8, 0.5)
+    squares = (outputs - targets).square().sum().item() + 72
+    assert seen.root_mean_square == pytest.approx(math.sqrt(squares / (COUNT + 8)))  # eight are few
+    residuals.add(torch.full((24, 1), 3.0), torch.zeros(24, 1), factor=0.5)
+    assert Residuals(*residuals.values.tolist()).root_mean_square == pytest.approx(3)
+    residuals.end_epoch()
+    assert residuals.values.tolist() == pytest.approx([0, 0, 0, 32, 288, 16])
+
+
+# -- what follows from it ----------------------------------------------------------------------------------------------
+
+
+def after(shares, steps=10, first=1.0, begin=0, parameters=100):
+    """The progress of epochs of so many steps each with these unexplained shares."""
+    seen = Progress()
+    seen.begin(Residuals(1e12, 1e12, 1e12 * first), begin)  # so many that their error does not matter
+    for epoch, share in enumerate(shares, 1):
+        seen.add(Residuals(100.0, 100.0, 100.0 * share), begin + epoch * steps, parameters)
+    return seen
+
+
+def test_the_factor_by_hand():
+    # Epochs around steps 5, 15 and 25. Since steps 2.5, 7.5 and 12.5, where the shares were 0.9, 0.75 and 0.65, they
+    # have fallen by 0.1, 0.15 and 0.1; and 0.45 / 0.55 of the variance are explained.
+    assert after([0.8, 0.6]).factor == 1
+    assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 4)
+    assert after([0.8, 0.6, 0.6]).factor == pytest.approx(0.1)  # a third of the speed, of which 0.01 would be left
+    assert after([0.8, 0.5, 0.4, 0.33, 0.33, 0.33, 0.33]).factor == pytest.approx((0.67 / 0.33 / 3) ** 4)
+
+
+HARD = [1 - 0.05 * math.log2(2 + epoch) for epoch in range(50)]  # as much again whenever the steps double
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [],
+        [0.9],
+        [1.0] * 5,
+        [3.0, 2.0, 1.5],
+        [0.5**epoch for epoch in range(1, 10)],
+        [0.6, 0.25, 0.25, 0.25, 0.25],
+        [0.5, 0.0, 0.0],
+        HARD,
+    ],
+    ids=["nothing", "one epoch", "nothing learned", "less than nothing", "fast", "three quarters", "all", "hard"],
+)
+def test_a_rate_is_left_alone(shares):
+    assert after(shares).factor == pytest.approx(1.0, abs=0.15 if shares is HARD else 0)
+
+
+def test_a_rate_is_restrained_by_no_more_than_ten_where_only_noise_is_left():
+    factors = [after([0.9, 0.6, 0.53, *[0.5] * more]).factor for more in range(12)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[0] > 0.1
+    assert factors[-1] == progress.LEAST == 0.1
+    assert after([0.9, 0.6, 0.5, 0.7, 1.2, math.inf, math.nan]).factor == progress.LEAST
+
+
+def test_where_an_epoch_has_plenty_of_numbers_there_is_no_noise_to_fit():
+    noise = [0.9, 0.6, 0.55, *[0.5] * 9]
+    assert after(noise, parameters=50).factor == pytest.approx(0.1)
+    assert after(noise, parameters=10).factor == pytest.approx(100 / (20 * 10))
+    assert after(noise, parameters=5).factor == 1.0
+
+
+def test_a_network_that_has_learned_before_is_not_taken_to_have_learned_now():
+    late = after(HARD[20:], begin=200, first=HARD[19])
+    assert late.factor > 0.5
+    assert after([0.4, 0.4, 0.4, 0.4], first=0.4).factor == 1.0
+    unknown = Progress()  # a run that goes on without its state
+    for epoch in range(30, 60):
+        unknown.add(Residuals(100.0, 100.0, 100.0 * HARD[epoch - 20]), epoch * 10, 100)
+    assert unknown.factor > 0.5
+
+
+def test_a_first_batch_that_is_worse_by_chance_is_nothing_learned():
+    for first in (0.6, 0.8, 0.99):
+        pretrained = Progress()
+        pretrained.begin(Residuals(16.0, 16.0, 16.0 * first), 0)
+        for epoch, share in enumerate((0.6, 0.61, 0.59, 0.6, 0.6), 1):
+            pretrained.add(Residuals(512.0, 512.0, 512.0 * share), epoch * 32, 500)
+            assert pretrained.factor > 0.5
+
+
+def test_an_interval_of_several_epochs_has_the_numbers_of_one():
+    seen = Progress()
+    seen.begin(Residuals(1e12, 1e12, 1e12), 0)
+    for interval, share in enumerate([0.9, 0.6, 0.55, *[0.5] * 9], 1):
+        seen.add(Residuals(1000.0, 1000.0, 1000.0 * share), interval * 100, 10, epochs=10)
+    assert seen.factor == pytest.approx(100 / (20 * 10))
+
+
+def test_next_to_nothing_that_was_learned_is_no_reason():
+    assert after([1.0, 0.99, 0.987, 0.986, 0.986]).factor > 0.5
+    assert after([1.0, 0.8, 0.8, 0.8, 0.95, 0.99]).factor == 0.1
+
+
+def test_epochs_without_a_share_are_left_out():
+    seen, same = after([0.8, 0.6]), after([0.8, 0.6])
+    seen.add(Residuals(100.0, 0.0, 10.0), 30, 100)
+    assert (seen.factor, seen.unexplained) == (same.factor, 0.6)
+
+
+def test_progress_goes_on_from_its_state():
+    shares = [0.9, 0.6, 0.55, 0.5, 0.5]
+    resumed = Progress()
+    resumed.load_state_dict(after(shares[:3]).state_dict())
+    for epoch in (4, 5):
+        resumed.add(Residuals(100.0, 100.0, 100.0 * shares[epoch - 1]), epoch * 10, 100)
+    assert resumed.factor == after(shares).factor
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+class Regression(L.LightningModule):
+    """Somebody's own module, which keeps what it has seen in each epoch."""
+
+    def __init__(self, optimizer, net=None, scheduled=False, loss=F.mse_loss):
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = net or nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.make, self.scheduled, self.loss = optimizer, scheduled, loss
+        self.epochs = []
+        self.heads = []
+        self.net[-1].register_forward_pre_hook(lambda _, inputs: self.heads.append(inputs[0].detach()))
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.net(batch[0])
+        if batch_idx == 0:
+            self.epochs.append([])
+        self.epochs[-1].append((outputs.detach(), batch[1]))
+        return self.loss(outputs, batch[1])
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters())
+        if not self.scheduled:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def seen(self, epoch=-1):
+        """The outputs and targets of an epoch."""
+        return tuple(torch.cat(part) for part in zip(*self.epochs[epoch], strict=True))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+def noisy(noise=1.0, count=COUNT):
+    """Half signal, half noise by default; and without noise."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(count, 6, generator=generator)
+    targets = inputs @ torch.full((6, 1), 6**-0.5) + noise * torch.randn(count, 1, generator=generator)
+    return DataLoader(TensorDataset(inputs, targets), BATCH)
+
+
+class Restraints(Steps):
+    """Keeps the callback's restraint of each step too."""
+
+    def __init__(self, callback):
+        super().__init__()
+        self.callback, self.restraints = callback, []
+
+    def _record(self, optimizer, *more):
+        super()._record(optimizer, *more)
+        self.restraints.append(self.callback.controllers[0].restraint)
+
+
+def fit(module, data, callback=None, **settings):
+    callback = callback or LipschitzLR()
+    steps = Restraints(callback)
+    path = settings.pop("ckpt_path", None)
+    trainer(callback, steps, **{"max_epochs": 12, **settings}).fit(module, data, ckpt_path=path)
+    return callback, steps
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_where_only_noise_is_left_the_rate_is_restrained(optimizer):
+    module = Regression(optimizer)
+    callback, steps = fit(module, noisy())
+    plain, _ = fit(Regression(optimizer), noisy(), LipschitzLR(schedule="none"))
+    assert steps.restraints[:6] == [1.0] * 6  # what is seen for the first time
+    assert min(steps.restraints) < 0.5
+    controller = callback.controllers[0]
+    assert controller.unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+    expected = callback.rate * linear_warmup_decay(71, 72) * steps.restraints[-1]
+    assert steps.rates[-1][0] == pytest.approx(expected)
+    assert controller.metrics()["restraint"] == steps.restraints[-1]
+    assert plain.controllers[0].restraint == 1
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_where_there_is_no_noise_it_is_not(optimizer):
+    callback, steps = fit(Regression(optimizer), noisy(noise=0.0))
+    assert callback.controllers[0].unexplained < 0.05
+    assert steps.restraints[-36:] == [1.0] * 36
+
+
+def test_a_scheduler_of_ones_own_is_left_alone():
+    callback, steps = fit(Regression(sgd, scheduled=True), noisy())
+    assert steps.rates[-1][0] == callback.rate
+    assert callback.controllers[0].restraint == 1
+
+
+def test_other_losses_have_no_restraint():
+    callback, steps = fit(Regression(sgd, loss=F.l1_loss), noisy())
+    assert callback.controllers[0].unexplained is None
+    assert set(steps.restraints) == {1.0}
+    assert "restraint" not in callback.controllers[0].metrics()
+    classifier = LipschitzLR()
+    trainer(classifier).fit(Classifier(), loader())
+    assert "restraint" not in classifier.controllers[0].metrics()
+
+
+@pytest.mark.parametrize("update", [1, 4, 9])
+def test_an_interval_of_steps_looks_at_epochs_too(update):
+    module = Regression(sgd)
+    callback, steps = fit(module, noisy(), LipschitzLR(update=update))
+    epochs = len(callback.controllers[0].state_dict()["progress"]["shares"]) - 1
+    assert epochs == (12 if update < 6 else 8)  # an interval that is longer than an epoch is one
+    assert min(steps.restraints) < 0.5
+    if update == 1:
+        assert callback.controllers[0].unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("stop", [40, 42])  # in the middle of an epoch, and at its end
+def test_a_resumed_run_is_restrained_as_one_that_was_not_interrupted(optimizer, stop):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stop:
+                trainer.save_checkpoint("stopped.ckpt")
+
+    callback = LipschitzLR(update=4)
+    data = DeviceLoader(*noisy().dataset.tensors, BATCH, lambda batch, _: batch)  # which resumes in mid-epoch
+    trainer(callback, steps := Restraints(callback), Save(), max_epochs=12).fit(Regression(optimizer), data)
+    resumed = Regression(optimizer)
+    resumed.epochs = [[]]
+    _, rest = fit(resumed, data, LipschitzLR(update=4), ckpt_path="stopped.ckpt")
+    assert rest.rates == steps.rates[stop:]
+    assert rest.restraints[-1] == steps.restraints[-1] < 1
+
+
+@pytest.mark.parametrize("older", ["none", "counts of an epoch"])
+def test_a_checkpoint_from_before_there_was_progress_as_it_is_goes_on(older):
+    callback, _ = fit(Regression(sgd), noisy(), max_epochs=3)
+    state = callback.state_dict()
+    mine = state["optimizers"][0]
+    if older == "none":
+        del mine["progress"], mine["residuals"]
+    else:
+        del mine["progress"]["plenty"], mine["progress"]["least"], mine["epochs"]
+        mine["progress"]["count"] = 288.0
+    resumed = LipschitzLR()
+
+    class Load(L.Callback):
+        def on_fit_start(self, *_):
+            resumed.load_state_dict(state)
+
+    trainer(Load(), resumed, max_epochs=3).fit(Regression(sgd), noisy())
+    assert resumed.controllers[0].unexplained is not None
+
+
+def test_double_precision():
+    inputs, targets = noisy().dataset.tensors
+    data = DataLoader(TensorDataset(inputs.double(), targets.double()), BATCH)
+    module = Regression(sgd)
+    callback, _ = fit(module, data, precision="64-true", max_epochs=3)
+    assert callback.controllers[0].unexplained == pytest.approx(1 - explained(*module.seen()), rel=1e-4)
+
+
+def test_a_layer_without_a_shape_yet_counts_when_it_has_one_and_a_frozen_one_does_not():
+    net = nn.Sequential(nn.Linear(6, 400), nn.ReLU(), nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 1))
+    net[0].requires_grad_(False)
+    callback, _ = fit(Regression(sgd, net), noisy(), max_epochs=3)
+    assert callback.controllers[0].state_dict()["progress"]["plenty"] == COUNT / (20 * (400 * 4 + 4 + 5))
+
+
+def test_channels_that_were_moved_are_columns_still():
+    class Moved(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images).movedim(1, -1)
+
+    images = torch.randn(32, 1, 5, 5)
+    targets = torch.cat([images + 5, images - 5], dim=1).movedim(1, -1) + torch.randn(32, 5, 5, 2)
+    module = Regression(sgd, Moved(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    callback, _ = fit(module, DataLoader(TensorDataset(images, targets), 8), max_epochs=2)
+    outputs, targets = (part.reshape(-1, 2) for part in module.seen())
+    assert callback.controllers[0].unexplained == pytest.approx(min(1 - explained(outputs, targets), 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("update", [1, 3])
+def test_single_examples_do_not_make_a_run_diverge(update):
+    data = DataLoader(noisy().dataset, 1)
+    callback, _ = fit(Regression(sgd), data, LipschitzLR(update=update), max_epochs=4)
+    assert callback.controllers[0].unexplained < 1
+
+
+def test_the_targets_are_what_has_no_gradient():
+    swapped = Regression(sgd, loss=lambda outputs, targets: F.mse_loss(targets, outputs))
+    callback, _ = fit(swapped, noisy(), max_epochs=3)
+    plain, _ = fit(Regression(sgd), noisy(), max_epochs=3)
+    assert callback.controllers[0].unexplained == plain.controllers[0].unexplained
+    assert callback.rate == plain.rate
+
+
+def test_several_terms_tell_nothing():
+    twice = Regression(
+        sgd, loss=lambda outputs, targets: F.mse_loss(outputs, targets) + F.mse_loss(outputs, targets**3)
+    )
+    callback, _ = fit(twice, noisy(), max_epochs=3)
+    assert callback.controllers[0].unexplained is None
+    assert callback.controllers[0].decision.observed == 0
+
+
+def test_the_restraint_is_logged_from_the_first_step_on_after_a_resume_too():
+    class Look(L.Callback):
+        def on_train_start(self, *_):
+            self.keys = []
+
+        def on_train_batch_end(self, *_):
+            self.keys.append("restraint" in callback.controllers[0].metrics())
+
+    callback = LipschitzLR()
+    trainer(callback, look := Look(), max_epochs=3).fit(Regression(sgd), noisy())
+    assert look.keys == [True] * 18
+
+
+def test_outputs_of_a_convolution_are_columns_by_their_channel():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    images = torch.randn(32, 1, 5, 5)
+    targets = torch.cat([images + 5, 2 * images], dim=1) + torch.randn(32, 2, 5, 5)
+    module = Regression(sgd, net)
+    callback, _ = fit(module, DataLoader(TensorDataset(images, targets), 8), max_epochs=2)
+    outputs, targets = (part.movedim(1, -1).reshape(-1, 2) for part in module.seen())
+    assert callback.controllers[0].unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-3)
+
+
+# -- momentum, whose rate has the residuals in it ----------------------------------------------------------------------
+
+
+def by_hand(module, epoch):
+    """0.1 sqrt(m / 2) over twice three standard deviations of the residuals times the inputs' root mean square."""
+    outputs, targets = module.seen(epoch)
+    batches = len(module.epochs[epoch])
+    heads = module.heads[epoch * batches : (epoch + 1) * batches]
+    size = max(math.sqrt((head.square().sum(dim=1) + 1).mean()) for head in heads)
+    deviation = np.sqrt(np.mean((outputs - targets).numpy().astype(float) ** 2))
+    return 0.1 * math.sqrt(BATCH / 2) / (2 * 3 * deviation * size)
+
+
+def test_momentums_rate_has_the_residuals_of_the_interval_before_in_it():
+    module = Regression(sgd)
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=5)
+    controller = callback.controllers[0]
+    assert callback.rate == pytest.approx(by_hand(module, 3), rel=1e-4)
+    assert controller.metrics()["observed_constant"] == pytest.approx(
+        0.1 * math.sqrt(BATCH / 2) / callback.rate, rel=1e-6
+    )
+
+
+def test_in_a_run_without_epochs_they_are_those_of_the_interval():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from noisy(noise=0.1).dataset
+
+    module = Regression(sgd)
+    data = DataLoader(Endless(), BATCH)
+    callback, _ = fit(module, data, LipschitzLR(update=20, schedule="none"), max_epochs=-1, max_steps=101)
+    outputs, targets = (torch.cat(part[80:100]) for part in zip(*module.epochs[0], strict=True))
+    measured = callback.controllers[0].measurement
+    assert measured.residual == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 3.0])
+def test_the_curvature_is_a_bound_of_the_hessian_in_the_heads_weights(factor):
+    module = Regression(sgd, loss=lambda outputs, targets: factor * F.mse_loss(outputs, targets))
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=2)
+    extended = [torch.cat([head, torch.ones(len(head), 1)], dim=1) for head in module.heads[:6]]  # before
+    hessians = [2 * factor * rows.T @ rows / len(rows) for rows in extended]
+    curvature = callback.controllers[0].decision.curvature
+    assert curvature >= max(torch.linalg.matrix_norm(hessian, 2).item() for hessian in hessians)
+    assert curvature == pytest.approx(max(hessian.trace().item() for hessian in hessians), rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+@pytest.mark.parametrize(("deviation", "most"), [(0.1, 0.05), (0.01, 0.6)])
+def test_small_targets_without_noise_do_not_make_a_run_diverge(seed, deviation, most):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(1024, 6, generator=generator)
+    data = TensorDataset(inputs, deviation * inputs @ torch.full((6, 1), 6**-0.5))
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    callback, _ = fit(Regression(sgd, net), DataLoader(data, 32, shuffle=True), max_epochs=15)
+    assert callback.controllers[0].unexplained < most
+
+
+def test_in_the_first_interval_outputs_and_targets_stand_for_them():
+    module = Regression(sgd)
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=1)
+    assert callback.rate == pytest.approx(0.1 * math.sqrt(BATCH / 2) / callback.constant)
+    assert "observed_constant" not in callback.controllers[0].metrics()
+
+
+@pytest.mark.parametrize(("residual", "share"), [(0.5, 0.75), (1.5, 2.25), (0.1, 0.15), (0.01, 0.1), (1e-30, 0.1)])
+def test_residuals_that_vanish_have_a_limit(residual, share):
+    groups = sgd([torch.zeros(1, requires_grad=True)]).param_groups
+    # Three outputs of 16 examples, of a norm that is two to an output with that of the targets.
+    measured = Measurement(4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), residual=residual)
+    arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "optimizer": "SGD", "groups": groups}
+    decision, _ = Policy().decide(measured, state=rules.RuleState(), last=None, **arguments)
+    assert decision.observed == pytest.approx(share * decision.constant)
+    assert decision.curvature == pytest.approx(2 / 3 * 4.0**2 / 16)
+    assert decision.lr == pytest.approx(min(0.1 * math.sqrt(16 / 2) / decision.observed, 1 / decision.curvature))
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_no_rate_of_momentum_is_above_the_inverse_of_the_curvature(dampening):
+    settings = {"momentum": 0.9, "dampening": dampening}
+    for seen in (
+        rules.Observation(1e-3, 1e-6, curvature=5.0),
+        rules.Observation(10.0, 100.0, 1.0, observed=1e-3, effective=1.0, curvature=5.0),
+    ):
+        rate, _ = rules.noise(seen, rules.RuleState(), settings)
+        assert rate == pytest.approx(1 / ((1 - dampening) * 5.0))
+    small = rules.Observation(10.0, 100.0, curvature=5.0)
+    assert rules.noise(small, rules.RuleState(), settings)[0] < 0.1
+
+
+@pytest.mark.parametrize("settings", [{"norm": "sample"}, {"rule": "inverse"}, {"bound": "smooth"}, {"bound": "paper"}])
+def test_other_norms_rules_and_families_are_what_they_were(settings):
+    callback, _ = fit(Regression(sgd), noisy(), LipschitzLR(schedule="none", **settings), max_epochs=3)
+    assert callback.controllers[0].decision.observed == 0

@@ -1,0 +1,188 @@
+"""Lengths of steps against the steps that torch's optimizers make."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lit_lipschitz.measurement.optimizer_updates import DIRECTIONS, lengths, lengths_of_weights
+from lit_lipschitz.measurement.step_scale import StepReadings
+from lit_lipschitz.recognition.heads import weights_of
+from lit_lipschitz.rules.registry import StepScale
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=1.0, weight_decay=0.1),
+    "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=1.0, amsgrad=True, betas=(0.8, 0.9)),
+    "Adam, maximize": lambda p: torch.optim.Adam(p, lr=1.0, maximize=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.0, eps=1e-3),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1.0, betas=(0.7, 0.95)),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=1.0, betas=(0.9, 0.95)),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=1.0, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1.0),
+    "RMSprop, centered": lambda p: torch.optim.RMSprop(p, lr=1.0, centered=True, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_the_length_is_that_of_the_step_which_follows(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 4, generator=generator, dtype=dtype)) for _ in range(2)]
+    idle = nn.Parameter(torch.ones(2))
+    optimizer = OPTIMIZERS[name]([*parameters, idle])
+    decay = optimizer.param_groups[0]["weight_decay"]
+    for step in range(12):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype) / (1 + step)
+        before = [parameter.detach().clone() for parameter in parameters]
+        gradient = [p.grad + decay * b for p, b in zip(parameters, before, strict=True)]
+        found = lengths(optimizer)
+        optimizer.step()
+        moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+        expected = [torch.cat([part.flatten() for part in parts]).norm().real for parts in (gradient, moved)]
+        torch.testing.assert_close(found.double(), torch.stack(expected).double(), rtol=2e-5, atol=0)
+
+
+def test_gradients_that_are_scaled_count_unscaled_and_without_any_the_lengths_are_zero():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], weight_decay=0.0)
+    assert lengths(optimizer).tolist() == [0.0, 0.0]
+    parameter.grad = torch.tensor([3.0, 0.0, 4.0]) * 1024
+    gradient, step = lengths(optimizer, torch.tensor(1024.0)).tolist()
+    assert gradient == pytest.approx(5.0)
+    assert step == pytest.approx(2**0.5, rel=1e-6)
+
+
+WEIGHTS = {"matrix": (3, 4), "kernel": (2, 1, 3, 3), "positions": (1, 4, 6)}
+OTHERS = {"bias": (4,), "scale of a layer": (5, 1, 1), "token": (1, 1, 6), "number": ()}
+
+
+def scale_of(optimizer, **settings):
+    """What a reading makes of it."""
+    gradient, step = lengths_of_weights(optimizer, **settings).tolist()
+    return gradient / step if step else None
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
+    """Beside the steps that torch makes; one weight in a group of its own, one without a gradient in one step."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        title: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for title, shape in {**WEIGHTS, **OTHERS}.items()
+    }
+    optimizer = OPTIMIZERS[name](list(parameters.values())[1:])
+    optimizer.add_param_group({"params": [parameters["matrix"]]})
+    decay = optimizer.param_groups[0]["weight_decay"]
+    for step in range(6):
+        for size, parameter in enumerate(parameters.values(), start=1):
+            parameter.grad = 10**size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if step == 3:
+            parameters["kernel"].grad = None
+        found = scale_of(optimizer, ratios=[1.0, 7.0])
+        before = {title: parameter.detach().clone() for title, parameter in parameters.items()}
+        optimizer.step()
+        ratios = []
+        for title in WEIGHTS:
+            if parameters[title].grad is not None:
+                gradient = parameters[title].grad + decay * before[title]
+                ratios.append(gradient.norm() / (parameters[title].detach() - before[title]).norm())
+        assert found == pytest.approx(float(sum(ratios)) / len(ratios), rel=2e-5)
+
+
+def adamw_of(*parameters, **settings):
+    return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0, **settings)
+
+
+def parameter_with(*gradient):
+    """A parameter of the gradient's shape."""
+    gradient = torch.tensor(gradient)
+    parameter = nn.Parameter(torch.ones_like(gradient))
+    parameter.grad = gradient
+    return parameter
+
+
+def test_what_has_no_gradient_or_is_held_does_not_count_in_the_scale():
+    idle, moving, held = (parameter_with([size] * 2, [size] * 2) for size in (0.0, 3.0, 50.0))
+    optimizer = adamw_of(idle, moving)
+    optimizer.add_param_group({"params": [held], "lr": 0.0})
+    assert scale_of(optimizer, ratios=[1.0, 0.0]) == pytest.approx(3.0)
+    idle.grad.fill_(1.0)
+    optimizer.step()
+    moving.grad.fill_(0.0)  # and still moves, by its first moment
+    expected = 1.0 / ((0.1 + 0.9 * 0.1) / (1 - 0.9**2))
+    assert scale_of(optimizer, ratios=[1.0, 0.0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_weight_that_moves_all_parameters_have_one_scale_and_without_a_gradient_there_is_none():
+    still, bias, held = parameter_with([0.0] * 2, [0.0] * 2), parameter_with(3.0, 0.0, 4.0), parameter_with(70.0, 0.0)
+    assert scale_of(adamw_of(nn.Parameter(torch.ones(2, 2)))) is None
+    assert scale_of(adamw_of(still)) is None
+    for parameters in ([bias], [still, bias]):
+        optimizer = adamw_of(*parameters)
+        optimizer.add_param_group({"params": [held]})
+        assert scale_of(optimizer, ratios=[1.0, 0.0]) == pytest.approx(5.0 / 2**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e25])
+@pytest.mark.parametrize("shape", [(2, 2), (3,)])
+def test_a_gradient_that_is_not_finite_is_no_reading(value, shape):
+    """In a weight, or in a bias beside a weight."""
+    broken = nn.Parameter(torch.ones(shape))
+    broken.grad = torch.ones(shape)
+    broken.grad[0] = value
+    read = lengths_of_weights(adamw_of(parameter_with([3.0] * 2, [3.0] * 2), broken))
+    assert not torch.isfinite(read).all()
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 1), {"weight"}),
+    "1x1 convolution": (lambda: nn.Conv2d(8, 1, 1), {"weight"}),
+    "transposed": (lambda: nn.ConvTranspose1d(1, 3, 1), {"weight"}),
+    "embedding": (lambda: nn.Embedding(5, 1), {"weight"}),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), {"in_proj_weight", "out_proj.weight"}),
+    "recurrent": (lambda: nn.LSTM(3, 2), {"weight_ih_l0", "weight_hh_l0"}),
+    "norm over a map": (lambda: nn.LayerNorm([2, 3, 3]), set()),
+    "batch norm": (lambda: nn.BatchNorm2d(4), set()),
+    "weight norm": (lambda: weight_norm(nn.Linear(4, 3)), {"parametrizations.weight.original1"}),
+    "a single number": (lambda: nn.Linear(1, 1), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_are_told_by_the_layers_that_have_them(name):
+    make, expected = LAYERS[name]
+    module = make()
+    is_weight = weights_of(nn.Sequential(nn.Identity(), module))
+    assert {title for title, parameter in module.named_parameters() if is_weight(parameter)} == expected
+
+
+def test_a_rank_that_has_no_gradient_leaves_the_reading_to_the_others():
+    """As with parameters that are flat and sharded: the MAX over the ranks is of both lengths."""
+    bias, empty = parameter_with(3.0, 0.0, 4.0), nn.Parameter(torch.ones(0))
+    ranks = [StepReadings(adamw_of(one), StepScale(), False, weights_of(nn.Identity())) for one in (bias, empty)]
+    read = torch.stack([one.measure(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]).amax(dim=0)
+    ranks[1].take(read)
+    assert ranks[1].scale.value == pytest.approx(5.0 / 2**0.5, rel=1e-5)
+
+
+def test_an_optimizer_that_is_not_known_is_no_guess():
+    assert "SGD" not in DIRECTIONS
+    for read in (lengths, lengths_of_weights):
+        with pytest.raises(KeyError):
+            read(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
+def test_counters_are_read_from_the_device_at_once(kind, monkeypatch):
+    parameters = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    optimizer = kind(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.randn(3, 2)
+    optimizer.step()
+    reads = []
+    for name in ("__float__", "item", "tolist"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, own=own: reads.append(self) or own(self))
+    lengths_of_weights(optimizer)
+    assert len(reads) == 1

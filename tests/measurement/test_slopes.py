@@ -1,0 +1,783 @@
+"""The slope that a loss is seen to have, beside autograd's, and the rule that has it in the place of the steepest."""
+
+import gc
+import math
+import weakref
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from helpers import CLASSES, WIDTH, Classifier, Steps, adamws_scale, loader, trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.nn import functional as F
+
+from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
+from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz.control.policy import Measurement, Policy
+from lit_lipschitz.measurement.output_gradients import Slopes, slopes_of_all
+from lit_lipschitz.recognition.loss_graph import find_edges, read_loss
+from lit_lipschitz.rules import registry as rules
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1.0)
+
+
+class Watched(Classifier):
+    """Keeps the head's inputs and outputs, and the loss before Lightning divides it, of each batch."""
+
+    def __init__(self, loss=F.cross_entropy, net=None, optimizer=adamw, targets=None):
+        super().__init__(optimizer, net)
+        self.loss, self.targets, self.batches = loss, targets or (lambda classes: classes), []
+
+    def training_step(self, batch, batch_idx):
+        inputs = self.net[:-1](batch[0])
+        outputs = self.net[-1](inputs)
+        loss = self.loss(outputs, self.targets(batch[1]))
+        self.batches.append((inputs, outputs, loss))
+        return loss
+
+    def norms(self, batch=-1):
+        """Of the gradient in the outputs, of the inputs with a 1 for the bias, and of the gradient in the weights."""
+        inputs, outputs, loss = self.batches[batch]
+        head = self.net[-1]
+        grads = torch.autograd.grad(loss, [outputs, head.weight, head.bias], retain_graph=True)
+        extended = torch.cat([inputs, torch.ones(*inputs.shape[:-1], 1)], dim=-1)
+        return grads[0].norm().item(), extended.norm().item(), math.hypot(*(grad.norm().item() for grad in grads[1:]))
+
+
+class Once(L.Callback):
+    """Looks at the norms while the graph is there."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.norms = pl_module.norms()
+
+
+def observed(module, callback=None, **settings):
+    callback = callback or LipschitzLR(schedule="none")
+    trainer(once := Once(), callback, **{"max_steps": 1, **settings}).fit(module, loader())
+    return callback, once.norms
+
+
+def one_hot(classes):
+    return F.one_hot(classes, CLASSES).float()
+
+
+LOSSES = {
+    "cross-entropy": (F.cross_entropy, None),
+    "smoothed": (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), None),
+    "probabilities": (F.cross_entropy, one_hot),
+    "times 3": (lambda z, y: 3 * F.cross_entropy(z, y), None),
+    "sum": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), None),
+    "mean by hand": (lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), None),
+    "nll": (lambda z, y: F.nll_loss(F.log_softmax(z, dim=1), y), None),
+    "weighted": (lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0, 0.5])), None),
+    "mixup": (lambda z, y: 0.7 * F.cross_entropy(z, y) + 0.3 * F.cross_entropy(z, y.roll(1)), None),
+    "binary": (F.binary_cross_entropy_with_logits, one_hot),
+    "binary of probabilities": (lambda z, y: F.binary_cross_entropy(z.sigmoid(), y), one_hot),
+    "squares": (F.mse_loss, one_hot),
+    "sum of squares": (lambda z, y: F.mse_loss(z, y, reduction="sum"), one_hot),
+    "absolute": (lambda z, y: (z - y).abs().mean(), one_hot),
+    "huber": (lambda z, y: F.huber_loss(z, y, delta=0.3), one_hot),
+    "smooth l1": (F.smooth_l1_loss, one_hot),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_constant_that_is_seen_is_the_product_of_the_norms_and_bounds_the_heads_gradient(name):
+    loss, targets = LOSSES[name]
+    callback, (slope, size, gradient) = observed(Watched(loss, targets=targets))
+    decision = callback.controllers[0].decision
+    assert decision.observed == pytest.approx(slope * size, rel=1e-4)
+    assert gradient <= slope * size
+    assert decision.observed <= decision.constant
+
+
+def slope_of(module, callback=None, data=None, **settings):
+    """What was measured in the first step."""
+    callback = callback or LipschitzLR(schedule="none")
+    trainer(callback, **{"max_steps": 1, **settings}).fit(module, data or loader())
+    return callback.controllers[0].measurement.slope
+
+
+def test_batches_that_are_accumulated_have_the_slopes_of_all():
+    measured = []
+    for data, batches in ((loader(16), 1), (loader(4), 4)):
+        torch.manual_seed(0)
+        callback = LipschitzLR(schedule="none")
+        slope_of(Classifier(adamw), callback, data, accumulate_grad_batches=batches)
+        measured.append(callback.controllers[0].measurement)
+    assert measured[1].slope == pytest.approx(measured[0].slope, rel=1e-5)
+    assert measured[1].mean_slope == pytest.approx(measured[0].mean_slope, rel=1e-5)
+    assert measured[1].batch_size == measured[0].batch_size == 16
+
+
+def test_examples_that_are_learned_do_not_count():
+    """Fifteen of sixteen have a slope of nearly 0, the last one is wrong: the noise is that of one example."""
+
+    class Learned(Classifier):
+        def training_step(self, batch, batch_idx):
+            inputs = 30 * one_hot(torch.zeros(16, dtype=torch.int64))
+            return F.cross_entropy(self.net(inputs), torch.tensor([0] * 15 + [1]))
+
+    net = nn.Sequential(nn.Identity(), nn.Linear(CLASSES, CLASSES))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.eye(CLASSES))
+        net[1].bias.zero_()
+    callback = LipschitzLR(schedule="none")
+    slope = slope_of(Learned(adamw, net), callback)
+    assert slope == pytest.approx(math.sqrt(2 / 16), rel=1e-4)
+    assert callback.controllers[0].decision.effective == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_of_a_gradscaler_does_not_enter(fused):
+    slopes = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]):
+        torch.manual_seed(0)
+        slopes.append(slope_of(Classifier(lambda p: torch.optim.AdamW(p, lr=1.0, fused=fused)), plugins=plugins))
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-2)  # half precision
+
+
+class Shaped(Classifier):
+    """Any way from the inputs to the loss, which says what the outputs are and how many examples count."""
+
+    def __init__(self, way, net=None):
+        super().__init__(adamw, net)
+        self.way = way
+
+    def training_step(self, batch, batch_idx):
+        loss, self.outputs, self.count = self.way(self.net, *batch)
+        return loss
+
+
+class ByHand(L.Callback):
+    """The slopes of the first batch from autograd: m times each example's part of the gradient in the outputs."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        (grad,) = torch.autograd.grad(loss, pl_module.outputs, retain_graph=True)
+        slopes = pl_module.count * (grad.abs() if grad.ndim == 1 else grad.norm(dim=-1)).flatten()
+        self.mean = slopes.sum().item() / pl_module.count
+        self.root_mean_square = math.sqrt(slopes.square().sum().item() / pl_module.count)
+
+
+def ignoring(net, inputs, classes):
+    outputs = net(inputs)
+    return F.cross_entropy(outputs, classes, ignore_index=1), outputs, (classes != 1).sum().item()
+
+
+def tokens(net, inputs, classes):
+    outputs = net(inputs.reshape(2, 8, WIDTH))
+    return F.cross_entropy(outputs.transpose(1, 2), classes.reshape(2, 8)), outputs, 16
+
+
+def calls(net, inputs, classes):
+    outputs = torch.cat([net(part) for part in inputs.chunk(2)])
+    return F.cross_entropy(outputs, classes), outputs, 16
+
+
+def squeezed(net, inputs, classes):
+    outputs = net(inputs).squeeze(1)
+    return F.binary_cross_entropy_with_logits(outputs, (classes == 1).float()), outputs, 16
+
+
+def pooled(net, inputs, classes):
+    outputs = net(inputs[:, :, None, None].expand(-1, -1, 2, 2)).mean(dim=(2, 3))
+    return F.cross_entropy(outputs, classes), outputs, 16
+
+
+def halves(net, inputs, classes):
+    """The logits are the second of two results of one node."""
+    _, outputs = net(inputs).split(CLASSES, dim=1)
+    return F.cross_entropy(outputs, classes), outputs, 16
+
+
+WAYS = {
+    "ignored targets": (ignoring, None),
+    "tokens": (tokens, None),
+    "several calls": (calls, None),
+    "one output": (squeezed, lambda: nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, 1))),
+    "pooled": (pooled, lambda: nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.Tanh(), nn.Conv2d(4, CLASSES, 1))),
+    "one of two results": (halves, lambda: nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, 2 * CLASSES))),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_slope_of_outputs_of_every_shape_is_that_of_autograd(name):
+    way, net = WAYS[name]
+    callback, by_hand = LipschitzLR(schedule="none"), ByHand()
+    trainer(by_hand, callback, max_steps=1).fit(Shaped(way, net and net()), loader())
+    measured, decision = callback.controllers[0].measurement, callback.controllers[0].decision
+    assert measured.slope == pytest.approx(by_hand.root_mean_square, rel=1e-4)
+    assert measured.mean_slope == pytest.approx(by_hand.mean, rel=1e-4)
+    count = 16 if name != "ignored targets" else measured.batch_size
+    assert decision.effective == pytest.approx(count * (by_hand.mean / by_hand.root_mean_square) ** 2, rel=1e-4)
+    assert 1 <= decision.effective < count
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample"])
+def test_the_noise_of_a_pooled_heads_batch_is_that_of_its_images_not_of_their_places(norm):
+    """All places of an image are alike, so that it is the same network as without them."""
+    momentum = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9)  # noqa: E731
+    rates = []
+    for places in (1, 7):
+
+        class Maps(Classifier):
+            def training_step(self, batch, batch_idx, places=places):
+                outputs = self.net(batch[0][:, :, None, None].expand(-1, -1, places, places))
+                return F.cross_entropy(outputs.mean(dim=(2, 3)), batch[1])
+
+        torch.manual_seed(0)
+        module = Maps(momentum, nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.Tanh(), nn.Conv2d(4, CLASSES, 1)))
+        callback = LipschitzLR(norm=norm, schedule="none")
+        trainer(callback, max_steps=1).fit(module, loader())
+        rates.append(callback.rate)
+        assert callback.rate == pytest.approx(0.1 * math.sqrt(16 / 2) / callback.constant)
+    assert rates[1] == pytest.approx(rates[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "sample"])
+def test_the_noise_of_an_enlarged_map_is_that_of_the_places_it_was_made_from(norm):
+    class Enlarged(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0].reshape(4, WIDTH, 2, 2))
+            targets = batch[1].reshape(4, 2, 2).repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
+            return F.cross_entropy(F.interpolate(outputs, scale_factor=5), targets)
+
+    net = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.Tanh(), nn.Conv2d(4, CLASSES, 1))
+    callback = LipschitzLR(norm=norm, schedule="none")
+    module = Enlarged(lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9), net)
+    trainer(callback, max_steps=1).fit(module, loader())
+    assert callback.controllers[0].measurement.batch_size == 16
+    assert callback.rate == pytest.approx(0.1 * math.sqrt(16 / 2) / callback.constant)
+
+
+class Two(nn.Module):
+    """Outputs of a network and something beside them, which has a gradient too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, inputs):
+        hidden = self.body(inputs).tanh()
+        return hidden, self.head(hidden)
+
+
+def test_a_compiled_networks_slope_is_that_of_the_outputs_alone():
+    class Both(Classifier):
+        def training_step(self, batch, batch_idx):
+            hidden, outputs = self.net(batch[0])
+            return F.cross_entropy(outputs, batch[1]) + 10 * hidden.square().mean()
+
+    eager = Both(adamw, Two())
+    compiled = Both(adamw, Two())
+    compiled.load_state_dict(eager.state_dict())
+    compiled.net = torch.compile(compiled.net, backend="aot_eager")
+    slopes = [slope_of(one, LipschitzLR(loss="cross_entropy", schedule="none")) for one in (eager, compiled)]
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+    assert 0 < slopes[0] < math.sqrt(2)
+
+
+def test_a_loss_that_is_made_by_hand_has_the_slope_of_its_own_batch():
+    class ByHandOptimized(Classifier):
+        def __init__(self):
+            super().__init__(adamw)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+
+    torch.manual_seed(0)
+    expected = slope_of(Classifier(adamw))
+    torch.manual_seed(0)
+    assert slope_of(ByHandOptimized(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
+
+
+class Pair(L.LightningModule):
+    """Two heads with losses of one kind, each with an optimizer, stepped by hand; the second one is far steeper."""
+
+    def __init__(self, toggle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.parts = nn.ModuleList([nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)])
+        self.toggle = toggle
+
+    def training_step(self, batch, batch_idx):
+        for i in (1, 1, 0):  # the second one twice
+            optimizer = self.optimizers()[i]
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[i]((1 + 30 * i) * batch[0]), batch[1]))
+            optimizer.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in self.parts]
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_the_losses_of_other_heads_do_not_enter(toggle):
+    class Alone(Pair):
+        def training_step(self, batch, batch_idx):
+            self.optimizers()[0].zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[0](batch[0]), batch[1]))
+            self.optimizers()[0].step()
+
+    measured = []
+    for module in (Alone(False), Pair(toggle)):
+        callback = LipschitzLR(optimizers=0, dry_run=True, schedule="none")
+        trainer(callback, max_epochs=3).fit(module, loader())
+        measured.append(callback.controllers[0].measurement)
+    assert measured[1].slope == pytest.approx(measured[0].slope, rel=1e-5)
+    assert measured[1].mean_slope == pytest.approx(measured[0].mean_slope, rel=1e-5)
+
+
+def test_parameters_that_thaw_have_a_slope_again_in_the_next_step():
+    """What is read of the step with which they thaw has none: nothing had said so before its backward."""
+
+    class Thawing(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.net[0].requires_grad_(self.global_step >= 20)
+
+    class Look(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.seen.append(callback.controllers[0].decision.observed)
+
+    callback = LipschitzLR(schedule="none")
+    module = Thawing(adamw)
+    module.net[0].requires_grad_(False)
+    trainer(callback, look := Look(), max_epochs=4).fit(module, loader())
+    assert [step for step, seen in enumerate(look.seen) if not seen] == [21]
+    assert len(look.seen) == 24
+
+
+MOVED = {
+    "maps": (lambda z: z.permute(0, 2, 3, 1), lambda: nn.Conv2d(WIDTH, CLASSES, 1), (4, WIDTH, 2, 2)),
+    "tokens": (lambda z: z.transpose(1, 2), lambda: nn.Linear(WIDTH, CLASSES), (4, 4, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_outputs_that_are_moved_before_an_elementwise_loss_have_the_same_examples(name):
+    move, head, shape = MOVED[name]
+
+    class Moved(Classifier):
+        def training_step(self, batch, batch_idx, moved=True):
+            outputs = self.net(batch[0].reshape(shape))
+            outputs = move(outputs) if self.moved else outputs
+            targets = torch.zeros_like(outputs)
+            targets[0] = 9.0  # so that the examples are not alike
+            return F.mse_loss(outputs, targets)
+
+    measured = []
+    for moved in (False, True):
+        torch.manual_seed(0)
+        module = Moved(adamw, nn.Sequential(head()))
+        module.moved = moved
+        slope_of(module, callback := LipschitzLR(schedule="none"))
+        measured.append(callback.controllers[0].measurement)
+    assert measured[1].mean_slope == pytest.approx(measured[0].mean_slope, rel=1e-5)
+    assert measured[0].mean_slope < 0.95 * measured[0].slope
+
+
+def test_a_loss_without_a_run_of_the_pooled_head_is_no_accident():
+    class Sometimes(Pair):
+        def __init__(self):
+            super().__init__(False)
+            self.parts = nn.ModuleList([nn.Conv2d(WIDTH, 1, 1), nn.Conv2d(WIDTH, 1, 1)])
+
+        def training_step(self, batch, batch_idx):
+            for i in (0, 1):
+                self.optimizers()[i].zero_grad()
+                outputs = self.parts[i](batch[0][:, :, None, None].expand(-1, -1, 3, 3)).mean(dim=(2, 3))
+                self.manual_backward(F.binary_cross_entropy_with_logits(outputs, (batch[1] == 1).float()[:, None]))
+                self.optimizers()[i].step()
+
+    callback = LipschitzLR(optimizers=[0, 1], on_nonfinite="raise", schedule="none")
+    trainer(callback, max_epochs=2).fit(Sometimes(), loader())
+    assert [one.measurement.dropped for one in callback.controllers.values()] == [0, 0]
+
+
+def test_a_second_backward_of_one_graph_counts_once():
+    class Twice(Classifier):
+        def __init__(self):
+            super().__init__(adamw)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    torch.manual_seed(0)
+    expected = slope_of(Classifier(adamw))
+    torch.manual_seed(0)
+    assert slope_of(Twice(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
+
+
+def test_a_pass_over_the_training_set_has_the_slope_of_the_batch_that_trains():
+    torch.manual_seed(0)
+    expected = slope_of(Classifier(adamw))
+    torch.manual_seed(0)
+    callback = LipschitzLR(measure="pass", schedule="none")
+    assert slope_of(Classifier(adamw), callback) == pytest.approx(expected)
+    decision = callback.controllers[0].decision
+    assert decision.observed == pytest.approx(decision.constant * expected / math.sqrt(2), rel=1e-5)
+
+
+def test_where_no_slope_is_seen_the_steepest_one_stands_for_it():
+    """A loss that its user has named, in words that the graph does not tell."""
+
+    class Own(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0])
+            return (outputs.exp().sum(dim=1).log() - outputs.gather(1, batch[1][:, None])[:, 0]).square().sqrt().mean()
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            _, self.scale = adamws_scale(trainer.optimizers[0], self.gradients)
+
+    callback = LipschitzLR(loss="cross_entropy", schedule="none")
+    trainer(callback, look := Look(), max_steps=1).fit(Own(adamw), loader())
+    expected = 0.1 * math.sqrt(16 / 2) / (0.19 * 0.1) ** 0.25 * look.scale / callback.constant
+    assert callback.rate == pytest.approx(expected, rel=1e-4)
+    assert callback.controllers[0].decision.observed == 0
+
+
+def test_a_batch_without_a_backward_leaves_the_slope_as_it_was():
+    scale = rules.StepScale().seen(0.5, 0.5, 0.4)
+    assert (scale.slope, scale.mean_slope) == (0.5, 0.4)
+    later = scale.seen(0.5, 2.0, 1.6)
+    assert (later.slope, later.mean_slope) == pytest.approx((1.0, 0.8))
+    for slopes in ((0.0, 0.0), (math.nan, 1.0), (1.0, math.inf)):
+        later = scale.seen(4.5, *slopes)
+        assert (later.slope, later.mean_slope, later.value) == (0.5, 0.4, 1.5)
+    assert scale.seen(math.inf, 0.7, 0.7) == scale
+    lasting = rules.LastingScale().seen(0.5).seen(1.5, 0.5, 0.4)
+    assert (lasting.value, lasting.slope, lasting.readings) == (1.0, 0.5, 2)
+
+
+# -- the rate ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_follows_a_loop_that_shares_no_code():
+    """AdamW's update from torch's own state, the slopes from softmax less one-hot, the smoothing written out."""
+
+    class Look(L.Callback):
+        def __init__(self):
+            self.read, self.rates = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.no_grad():
+                probabilities = pl_module.net(batch[0]).softmax(dim=1)
+            slopes = (probabilities - one_hot(batch[1])).square().sum(dim=1).sqrt()
+            self.slopes = slopes.square().mean().sqrt().item(), slopes.mean().item()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            _, scale = adamws_scale(trainer.optimizers[0], self.gradients)
+            self.read.append((scale, *self.slopes, callback.constant))
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, look := Look(), max_epochs=8).fit(Classifier(adamw), loader())
+    scale = slope = mean = None
+    seen, expected = [], []
+    for step, (ratio, steepness, mean_steepness, constant) in enumerate(look.read, start=1):
+        if step in (1, 2, 4, 8, 16, 32, 48):
+            scale = ratio if scale is None else (scale * ratio) ** 0.5
+            slope = steepness if slope is None else (slope * steepness) ** 0.5
+            mean = mean_steepness if mean is None else (mean * mean_steepness) ** 0.5
+            longer = (1 - 0.9) * math.sqrt(16 / 2) * (mean / slope) ** 1.5 / (0.19 * 0.1) ** 0.25
+            seen.append(longer * scale / (constant * slope / math.sqrt(2)))
+            rate = min(seen[-1], sum(seen) / len(seen))
+        expected.append(rate)
+    assert len(look.rates) == 48
+    assert look.rates == pytest.approx(expected, rel=1e-4)
+    assert min(slope for _, slope, _, _ in look.read) < 0.9 * look.read[0][1]  # it has changed
+
+
+def policy(slope, optimizer="AdamW", batch_size=16, even=1.0, **settings):
+    groups = getattr(torch.optim, optimizer)([torch.zeros(1, requires_grad=True)], **settings).param_groups
+    measured = Measurement(4.0, 1.0, batch_size, 0, scale=0.5, slope=slope, mean_slope=even * slope)
+    arguments = {"loss": Loss("cross_entropy"), "num_outputs": 3, "optimizer": optimizer, "groups": groups}
+    return Policy().decide(measured, state=rules.RuleState(), last=None, **arguments)
+
+
+def test_a_loss_that_is_learned_does_not_raise_the_rate_without_a_limit():
+    rates = [policy(slope)[0].lr for slope in (1.4, 0.7, 0.02, 0.01, 0.001, 1e-9)]
+    assert rates == sorted(rates)
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert rates[3:] == pytest.approx([100 * 1.4 / math.sqrt(2) * rates[0]] * 3)
+
+
+def test_no_slope_is_taken_to_be_steeper_than_the_steepest():
+    assert policy(9.0)[0].observed == policy(9.0)[0].constant
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "even", "longer"),
+    [
+        *[(2, 1.0, 0.1), (32, 1.0, 0.4), (200, 1.0, 1.0), (2000, 1.0, 1.0)],
+        *[(128, 0.5, 0.4 / math.sqrt(2)), (2000, 0.1, 0.1)],  # a quarter and a hundredth of the examples count
+    ],
+)
+def test_the_rate_grows_with_the_examples_that_count_up_to_a_limit(batch_size, even, longer):
+    decision, _ = policy(1.0, batch_size=batch_size, even=even)
+    assert decision.lr == pytest.approx(longer / (0.19 * 0.1) ** 0.25 * 0.5 / decision.observed)
+
+
+def test_a_coupled_weight_decay_is_in_the_constant_that_is_seen():
+    plain, decayed = (policy(0.7, "Adam", weight_decay=decay)[0] for decay in (0.0, 0.3))
+    assert decayed.observed == pytest.approx(plain.observed + 0.3)
+
+
+def test_a_rate_falls_at_once_with_the_gradients_and_grows_slowly_with_them():
+    settings, state = {"betas": (0.0, 0.999)}, rules.RuleState()
+    seen = rules.Observation(4.0, 16.0, observed=2.0, effective=16)
+    for _ in range(9):
+        rate, state = rules.observed(seen, state, settings)
+        assert rate == pytest.approx(0.5)
+    for scale, expected in ((0.1, 0.05), (100.0, 5.45)):
+        assert rules.observed(replace(seen, scale=scale), state, settings)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule", [rules.observed, rules.schedule_free])
+def test_the_mean_is_of_the_readings_that_have_a_slope(rule):
+    """The first one after parameters have thawed has none, and is far below those that follow."""
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    unseen, seen = rules.Observation(4.0, 16.0, scale=3.0), rules.Observation(4.0, 16.0, 1.0, 3.0, 1.0, 0.04, 1.0)
+    wanted, _ = rule(seen, state, settings)
+    low, state = rule(unseen, state, settings)
+    assert low < 0.02 * wanted
+    for _ in range(3):
+        rate, state = rule(seen, state, settings)
+        assert rate == wanted
+    assert rules.mean_of(state) == state.average
+
+
+def test_without_any_slope_a_rate_grows_slowly_too():
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    for _ in range(9):
+        rate, state = rules.observed(rules.Observation(4.0, 16.0, scale=1.0), state, settings)
+    grown, _ = rules.observed(rules.Observation(4.0, 16.0, scale=100.0), state, settings)
+    assert grown == pytest.approx(10.9 * rate)
+
+
+@pytest.mark.parametrize("rule", [rules.observed, rules.schedule_free])
+def test_without_a_slope_the_steepest_one_counts_and_all_examples(rule):
+    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
+    unseen = rules.Observation(4.0, 16.0, scale=3.0, batch_size=16)
+    assert rule(unseen, state, settings)[0] == rule(replace(unseen, observed=4.0, effective=16), state, settings)[0]
+
+
+@pytest.mark.parametrize(("seen", "count"), [(math.nan, 4), (math.inf, 4), (-1.0, 4), (1.0, 0), (1.0, math.nan)])
+def test_what_was_seen_is_a_number_or_refused(seen, count):
+    with pytest.raises(ValueError, match="observed=.*expected positive finite"):
+        rules.observed(rules.Observation(4.0, 16.0, observed=seen, effective=count), rules.RuleState(), {})
+
+
+def test_the_slope_is_for_constants_that_have_the_steepest_one_in_them():
+    with pytest.raises(ConfigurationError, match="bound='strict'.*found 'smooth'"):
+        LipschitzLR(bound="smooth", rule="observed")
+    callback = LipschitzLR(bound="smooth", schedule="none")
+    trainer(callback, max_steps=1).fit(Classifier(adamw), loader())
+    assert callback.controllers[0].decision.observed == 0
+
+
+def test_a_run_that_is_resumed_has_the_rates_of_one_that_was_not():
+    torch.manual_seed(0)
+    trainer(LipschitzLR(schedule="none"), whole := Steps(), max_epochs=6).fit(Classifier(adamw), loader())
+    torch.manual_seed(0)
+    run = trainer(LipschitzLR(schedule="none"), first := Steps(), max_epochs=3)
+    run.fit(Classifier(adamw), loader())
+    run.save_checkpoint("half.ckpt")
+    run = trainer(callback := LipschitzLR(schedule="none"), second := Steps(), max_epochs=6)
+    run.fit(Classifier(adamw), loader(), ckpt_path="half.ckpt")
+    assert first.rates + second.rates == whole.rates
+    assert 0 < callback.controllers[0].decision.observed < callback.constant
+
+
+def test_a_checkpoint_from_before_there_were_slopes_is_refused_by_name():
+    run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
+    run.fit(Classifier(adamw), loader())
+    run.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt")
+    del checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["readings"]
+    torch.save(checkpoint, "old.ckpt")
+    with pytest.raises(LitLipschitzError, match="another version of lit-lipschitz.*restore=False"):
+        trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(Classifier(adamw), loader(), ckpt_path="old.ckpt")
+    fresh = LipschitzLR(restore=False, schedule="none")
+    trainer(fresh, max_epochs=2).fit(Classifier(adamw), loader(), ckpt_path="old.ckpt")
+    assert fresh.rate > 0
+
+
+def test_a_checkpoint_from_before_each_weight_had_a_say_begins_its_readings_anew():
+    run = trainer(LipschitzLR(schedule="none"), whole := Steps(), max_epochs=3)
+    run.fit(Classifier(adamw), loader())
+    run.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]
+    del state["readings"]["each"]
+    state["readings"]["scale"]["value"], state["rule_state"]["average"], state["rule_state"]["weight"] = 1e-6, 1e-6, 500
+    torch.save(checkpoint, "old.ckpt")
+    trainer(LipschitzLR(schedule="none"), later := Steps(), max_epochs=4).fit(
+        Classifier(adamw), loader(), ckpt_path="old.ckpt"
+    )
+    (last,), rates = whole.rates[-1], [rate for (rate,) in later.rates]
+    assert all(0.3 * last < rate < 3 * last for rate in rates)
+
+
+def test_what_is_logged_has_the_constant_that_was_seen():
+    callback, _ = observed(Watched())
+    controller = callback.controllers[0]
+    assert controller.metrics()["observed_constant"] == controller.decision.observed > 0
+    trainer(callback := LipschitzLR(schedule="none"), max_steps=1).fit(Classifier(), loader())
+    assert "observed_constant" not in callback.controllers[0].metrics()
+
+
+def test_a_rank_whose_examples_are_learned_counts_in_the_mean():
+    one, other = Slopes(), Slopes()
+    for slopes, logits in ((one, [[200.0, 0.0, 0.0]]), (other, [[0.0, 0.0, 0.0]])):
+        outputs = torch.tensor(logits, requires_grad=True) * 1.0
+        loss = F.cross_entropy(outputs, torch.tensor([0]))
+        (edge,) = find_edges(loss, "cross_entropy")
+        slopes.watch(read_loss(loss, "cross_entropy", 3), [edge], "mean", lambda rows, _: rows)
+        loss.backward()
+    slots = [slopes.slots(rank, 3, torch.device("cpu")) for rank, slopes in enumerate((one, other))]
+    slots.append(Slopes().slots(2, 3, torch.device("cpu")))  # has seen none
+    root, mean = slopes_of_all(torch.stack(slots).amax(dim=0).flatten().tolist())
+    steep = math.sqrt(4 / 9 + 1 / 9 + 1 / 9)  # of the other one, by hand: (1/3 - 1, 1/3, 1/3)
+    assert root == pytest.approx(steep / math.sqrt(2))
+    assert mean == pytest.approx(steep / 2)
+
+
+def test_a_loss_that_is_not_recognised_keeps_no_batch():
+    class Second(L.LightningModule):
+        """Two optimizers, the first one's loss of a kind that is not known."""
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.parts, self.outputs = nn.ModuleList([nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 1)]), []
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            outputs = self.parts[1](batch[0])
+            self.outputs.append(weakref.ref(outputs))
+            self.manual_backward(outputs.pow(3).mean())
+            second.step()
+            second.zero_grad()
+            self.manual_backward(F.cross_entropy(self.parts[0](batch[0]), batch[1]))
+            first.step()
+            first.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in self.parts]
+
+    class Alive(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            gc.collect()
+            self.outputs = [reference() for reference in pl_module.outputs]
+
+    alive = Alive()
+    trainer(LipschitzLR(optimizers=0), alive, max_epochs=1).fit(Second(), loader(16))
+    assert alive.outputs == [None] * 6
+
+
+class Adversaries(L.LightningModule):
+    """A generator that does not move, and a discriminator, so that the latter's training is the same without its steps.
+
+    Args:
+        generates: Whether the generator makes its steps.
+        first: Whether it makes them before the discriminator's.
+        factor: Of the discriminator's loss.
+    """
+
+    def __init__(self, generates, first=False, factor=1):
+        super().__init__()
+        self.automatic_optimization, self.generates, self.first, self.factor = False, generates, first, factor
+        torch.manual_seed(0)
+        self.generator = nn.Linear(WIDTH, WIDTH)
+        self.discriminator = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        generator, discriminator = self.optimizers()
+        if self.generates and self.first:
+            self.generate(generator, batch[0])
+        outputs = self.discriminator(torch.cat([batch[0] + 1, self.generator(batch[0]).detach()]))
+        targets = torch.cat([torch.ones(len(batch[0]), 1), torch.zeros(len(batch[0]), 1)])
+        discriminator.zero_grad()
+        self.manual_backward(self.factor * F.binary_cross_entropy_with_logits(outputs, targets))
+        discriminator.step()
+        if self.generates and not self.first:
+            self.generate(generator, batch[0])
+
+    def generate(self, optimizer, rows):
+        outputs = self.discriminator(self.generator(rows))
+        optimizer.zero_grad()
+        self.manual_backward(F.binary_cross_entropy_with_logits(outputs, torch.ones(len(rows), 1)))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.generator.parameters(), lr=0.0), adamw(self.discriminator.parameters())]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_optimizers_loss_through_the_head_is_none_of_its_own(first):
+    slopes = []
+    for generates in (False, True):
+        callback = LipschitzLR(optimizers=1, dry_run=True)
+        trainer(callback, max_epochs=4).fit(Adversaries(generates, first), loader(16))
+        slopes.append(callback.controllers[1].measurement.slope)
+    assert slopes[0] > 0
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+
+
+def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
+    class Both(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization = False
+            self.body, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, CLASSES)
+
+        def training_step(self, batch, batch_idx):
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.head(self.body(batch[0]).relu()), batch[1]))
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.body.parameters(), lr=0.01), adamw(self.head.parameters())]
+
+    callback = LipschitzLR(optimizers=1)
+    trainer(callback, max_epochs=1).fit(Both(), loader(16))
+    assert callback.controllers[1].measurement.slope > 0
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_loss_is_refused_whether_or_not_anothers_went_through_the_head_before(first):
+    with pytest.raises(ConfigurationError, match="weighted by 100"):
+        trainer(LipschitzLR(optimizers=1), max_epochs=1).fit(Adversaries(True, first, factor=100), loader(16))
