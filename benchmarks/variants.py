@@ -22,9 +22,8 @@ from tasks import TASKS
 from torch import Tensor
 
 from lit_lipschitz import LipschitzLR
-from lit_lipschitz.measurement.optimizer_updates import lengths, lengths_of_weights
+from lit_lipschitz.measurement.optimizer_updates import lengths, lengths_of_weights, weights_of
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
-from lit_lipschitz.recognition.heads import weights_of
 
 RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
 ROOT = math.sqrt(10)  # 1 / sqrt(1 - 0.9)

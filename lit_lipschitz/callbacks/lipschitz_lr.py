@@ -17,7 +17,7 @@ from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.recognition import heads as inspection
+from lit_lipschitz.measurement import norms
 from lit_lipschitz.recognition import loss_graph as graph
 from lit_lipschitz.training_pass import inference_pass
 
@@ -128,7 +128,7 @@ class LipschitzLR(Callback):
         ] = "auto",
         squared: Literal["auto", "constant", "text", "scripts"] = "auto",
         weight_decay: float | None = None,
-        weights: inspection.Weights = "decayed",
+        weights: norms.Weights = "decayed",
         initial_lr: float | None = None,
         min_lr: float = 0.0,
         max_lr: float | None = None,
@@ -144,7 +144,7 @@ class LipschitzLR(Callback):
         _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
         _check_choice("schedule", schedule, ("auto", "none"))
         _check_choice("measure", measure, ("running", "pass"))
-        _check_choice("weights", weights, get_args(inspection.Weights))
+        _check_choice("weights", weights, get_args(norms.Weights))
         if measure == "pass" and update != "epoch":
             raise ConfigurationError(f"LipschitzLR(measure='pass', update={update!r}): a pass is made every epoch")
         if update != "epoch" and not (type(update) is int and update >= 1):

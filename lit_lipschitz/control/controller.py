@@ -18,12 +18,12 @@ from lit_lipschitz.control.noise_damping import Progress, Residuals
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.measurement import norms, scale_invariance
 from lit_lipschitz.measurement import optimizer_updates as directions
 from lit_lipschitz.measurement.head_hooks import Probes
 from lit_lipschitz.measurement.nonfinite import LossWatch, describe
 from lit_lipschitz.measurement.step_scale import StepReadings
 from lit_lipschitz.optim.lr_writer import RateWriter
-from lit_lipschitz.recognition import heads as inspection
 from lit_lipschitz.rules import registry as rules
 
 
@@ -64,8 +64,8 @@ class Controller:
         self._rule = rule
         sloped = rule in rules.SLOPED and policy.bound == "strict"
         scale = rules.SCALED.get(rule)
-        is_weight = inspection.weights_of(module) if rule in rules.SLOPED else None
-        usual = inspection.usual_lengths(module) if sloped else None
+        is_weight = directions.weights_of(module) if rule in rules.SLOPED else None
+        usual = scale_invariance.usual_lengths(module) if sloped else None
         self._readings = StepReadings(optimizer, scale(), sloped, is_weight, usual) if scale else None
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -187,7 +187,7 @@ class Controller:
 
     def end_pass(self, epoch: int, module: LightningModule) -> None:
         """Keeps what goes with a pass that was made."""
-        self._pass = epoch, inspection.weight_norm(self.optimizer, module, self.options.weights)
+        self._pass = epoch, norms.weight_norm(self.optimizer, module, self.options.weights)
 
     def begin_batch(self, module: LightningModule) -> None:
         """Counts the batches that make one optimizer step, and drops what has made no loss."""
@@ -375,7 +375,7 @@ class Controller:
         if self._pass is not None:
             _, weights = self._pass
         else:
-            weights = inspection.weight_norm(self.optimizer, trainer.lightning_module, self.options.weights)
+            weights = norms.weight_norm(self.optimizer, trainer.lightning_module, self.options.weights)
         weights = weights.to(statistic.values.device).reshape(1)
         # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
         weights = torch.where(torch.isfinite(weights), weights, -1.0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_lipschitz.bounds.loss_spec import LossName
-from lit_lipschitz.recognition.heads import Weights
+from lit_lipschitz.measurement.norms import Weights
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, norm
 
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 """From a gradient, the parameter's state before the step (empty at first) and its group to the update at rate 1."""
 
@@ -247,3 +249,20 @@ def _moments(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
 
 def _square(values: Tensor) -> Tensor:
     return norm(values).to(torch.float32) ** 2
+
+
+def weights_of(module: nn.Module) -> Callable[[Tensor], bool]:
+    """What tells the weights of a network from its other parameters.
+
+    Weights are those of linear maps, convolutions and embeddings, by the class of the module that has them, however
+    small; of modules that are none of these what has two dimensions longer than 1. Those of a normalisation are none,
+    nor is a single number.
+    """
+    known: dict[Tensor, bool] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(part, _NORMALISATIONS):
+                known[parameter] = False
+            elif isinstance(part, _LAYERS) and name in ("weight", "bias"):
+                known[parameter] = name == "weight"
+    return lambda parameter: parameter.numel() > 1 and known.get(parameter, is_matrix(parameter))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALMOST_ORTHOGONAL = 0.3
 """The largest cosine of weight and gradient that counts as 0, over that of two random directions, 1 / sqrt(size).
@@ -118,3 +118,21 @@ def _whole(value: Any) -> Tensor:
     """A scalar of a sharded tensor, put together by all ranks."""
     whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole
+
+
+def usual_lengths(module: nn.Module) -> dict[Tensor, float]:
+    """The Euclidean norm that He's initialisation gives the weights of linear maps and convolutions.
+
+    An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
+    inputs.
+
+    References:
+        K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
+    """
+    lengths: dict[Tensor, float] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            lengths[part.weight] = math.sqrt(2 * part.out_features)
+        elif isinstance(part, nn.modules.conv._ConvNd):
+            lengths[part.weight] = math.sqrt(2 * part.out_channels)
+    return lengths

@@ -1,21 +1,15 @@
 """Finds the modules that can be the head of a network that nobody prepared, and measures its weights."""
 
 import difflib
-import math
 import re
-from collections.abc import Callable, Container
-from typing import Any, Literal
+from collections.abc import Container
 
-import torch
 from torch import Tensor, nn
 
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.measurement.optimizer_updates import is_matrix
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
-_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 HEADS = (nn.Linear, *_CONVOLUTIONS)
 """The classes of modules that can be a head."""
 
@@ -67,41 +61,6 @@ def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> T
     return outputs.reshape(-1, 1 if outputs.numel() % width else width)
 
 
-def weights_of(module: nn.Module) -> Callable[[Tensor], bool]:
-    """What tells the weights of a network from its other parameters.
-
-    Weights are those of linear maps, convolutions and embeddings, by the class of the module that has them, however
-    small; of modules that are none of these what has two dimensions longer than 1. Those of a normalisation are none,
-    nor is a single number.
-    """
-    known: dict[Tensor, bool] = {}
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            if isinstance(part, _NORMALISATIONS):
-                known[parameter] = False
-            elif isinstance(part, _LAYERS) and name in ("weight", "bias"):
-                known[parameter] = name == "weight"
-    return lambda parameter: parameter.numel() > 1 and known.get(parameter, is_matrix(parameter))
-
-
-def usual_lengths(module: nn.Module) -> dict[Tensor, float]:
-    """The Euclidean norm that He's initialisation gives the weights of linear maps and convolutions.
-
-    An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
-    inputs.
-
-    References:
-        K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
-    """
-    lengths: dict[Tensor, float] = {}
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            lengths[part.weight] = math.sqrt(2 * part.out_features)
-        elif isinstance(part, nn.modules.conv._ConvNd):
-            lengths[part.weight] = math.sqrt(2 * part.out_channels)
-    return lengths
-
-
 def head_candidates(
     module: nn.Module, name: str = "auto", owned: Container[Tensor] | None = None
 ) -> dict[str, nn.Module]:
@@ -147,36 +106,3 @@ def head_candidates(
             f"{type(modules[name]).__name__}; pass the name of the last affine map"
         )
     return {name: modules[name]}
-
-
-Weights = Literal["decayed", "parameters", "all"]
-
-
-def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
-    """Largest Euclidean norm of a weight tensor.
-
-    Args:
-        optimizer: Whose parameters.
-        module: Whose tensors.
-        which: ``"decayed"`` are the parameters in groups with weight decay, or all where no group has any;
-            ``"parameters"`` all parameters of the optimizer; ``"all"`` every floating-point tensor of the module,
-            BatchNorm's moving statistics included, as in the scripts of the papers' authors.
-
-    Returns:
-        A scalar of dtype float32, on the tensors' device.
-    """
-    groups = optimizer.param_groups
-    if which == "decayed":
-        groups = [group for group in groups if group.get("weight_decay", 0)] or groups
-    tensors = [p.detach() for group in groups for p in group["params"]]
-    if which == "all":
-        tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
-    # A sharded tensor's norm is put together from its parts, by all ranks.
-    sharded: list[Any] = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
-    norms: list[Tensor] = [torch.linalg.vector_norm(tensor).full_tensor() for tensor in sharded]
-    whole = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
-    if whole:
-        # torch takes no norm in a narrower type than the tensor's.
-        double = any(tensor.dtype == torch.float64 for tensor in whole)
-        norms += torch._foreach_norm(whole, dtype=torch.float64 if double else torch.float32)
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()

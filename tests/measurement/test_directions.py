@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lit_lipschitz.measurement.optimizer_updates import DIRECTIONS, lengths, lengths_of_weights
+from lit_lipschitz.measurement.optimizer_updates import DIRECTIONS, lengths, lengths_of_weights, weights_of
 from lit_lipschitz.measurement.step_scale import StepReadings
-from lit_lipschitz.recognition.heads import weights_of
 from lit_lipschitz.rules.registry import StepScale
 
 OPTIMIZERS = {

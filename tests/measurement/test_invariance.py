@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.measurement.optimizer_updates import lengths_of_weights
-from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
-from lit_lipschitz.recognition.heads import usual_lengths
+from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, usual_lengths
 
 
 def adamw(parameters):

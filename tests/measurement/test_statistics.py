@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_lipschitz.measurement import running_maximum as statistics
+from lit_lipschitz.measurement import norms
 from lit_lipschitz.measurement.running_maximum import RunningMaximum
 
 
@@ -187,7 +187,7 @@ def peak_memory(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_copy_of_the_activations_is_made(norm, dtype, monkeypatch):
-    monkeypatch.setattr(statistics, "PART", 2**14)
+    monkeypatch.setattr(norms, "PART", 2**14)
     peaks = []
     for rows in (2048, 4096):
         activations = torch.randn(rows, 512).to(dtype)
@@ -207,7 +207,7 @@ def test_parts_and_layouts_change_nothing_but_the_rounding(norm, dtype, monkeypa
     rows = channels_first.movedim(1, -1).reshape(-1, 5)
     whole, parts, scattered = (RunningMaximum(norm, 5, bias=True, squares=norm != "spectral") for _ in range(3))
     whole.update(rows)
-    monkeypatch.setattr(statistics, "PART", 35)
+    monkeypatch.setattr(norms, "PART", 35)
     parts.update(rows)
     scattered.update(channels_first.movedim(1, -1))
     for other in (parts, scattered):

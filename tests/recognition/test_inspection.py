@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.measurement import norms
 from lit_lipschitz.recognition import heads as inspection
 
 HEAD = nn.Linear(4, 3)
@@ -62,12 +63,12 @@ def test_the_weight_norm_is_the_largest_tensors():
     groups = [{"params": [p]} for p in parameters]
     module = nn.BatchNorm1d(4)
     module.running_var.fill_(10)
-    assert inspection.weight_norm(torch.optim.SGD(groups, lr=1.0), module).item() == 5
+    assert norms.weight_norm(torch.optim.SGD(groups, lr=1.0), module).item() == 5
     groups = [{"params": [p], "weight_decay": p.ndim - 1} for p in parameters]
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    assert inspection.weight_norm(optimizer, module).item() == 1
-    assert inspection.weight_norm(optimizer, module, "parameters").item() == 5
-    assert inspection.weight_norm(optimizer, module, "all").item() == 20
+    assert norms.weight_norm(optimizer, module).item() == 1
+    assert norms.weight_norm(optimizer, module, "parameters").item() == 5
+    assert norms.weight_norm(optimizer, module, "all").item() == 20
 
 
 def test_outputs_have_the_rows_of_the_inputs():

@@ -1,0 +1,175 @@
+"""Norms of the output layer's inputs and of the weights, in fp32 and on the device."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+PART = 2**20
+"""Largest number of activations that are copied to fp32 at a time on the CPU (4 MiB)."""
+PART_OF_DEVICE = 2**23
+"""The same on other devices (32 MiB), in fewer kernels."""
+POWER_ITERATIONS = 3
+"""Power iterations per batch. The vector is kept from batch to batch, so the estimate improves further."""
+
+
+def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
+    """Frobenius norm of a batch of activations, in fp32.
+
+    Args:
+        activations: Shape (rows, width), or with more dimensions in place of the rows; any floating type and layout.
+        bias: Whether every row carries an extra 1, the input of the head's bias.
+
+    Returns:
+        A scalar of dtype float32.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    rows = _check_rows(activations)
+    norm = _norm(activations, 2)
+    return torch.sqrt(norm * norm + rows) if bias else norm
+
+
+def sample(activations: Tensor, bias: bool = False) -> Tensor:
+    """Largest Euclidean norm of a row; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    parts = _reduced_in_parts(activations)
+    largest = [torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32).max() for part in parts]
+    norm = largest[0] if len(largest) == 1 else torch.stack(largest).max()
+    return torch.sqrt(norm * norm + 1) if bias else norm
+
+
+def unit(activations: Tensor, bias: bool = False) -> Tensor:
+    """Largest absolute activation; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    norm = _norm(activations, float("inf"))
+    return norm.clamp(min=1.0) if bias else norm
+
+
+def squares(activations: Tensor) -> Tensor:
+    """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
+    _check_rows(activations)
+    norm = _norm(activations, 4)
+    return norm * norm
+
+
+def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+    """Largest singular value of a batch of activations, by power iteration from a given vector.
+
+    Args:
+        activations: As for :func:`frobenius`.
+        direction: Vector to start from, shape (width + bias,), float32, not 0.
+        bias: Whether every row carries an extra 1.
+
+    Returns:
+        The singular value (a scalar; from below, since the iteration is cut off) and the unit vector reached.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    _check_rows(activations)
+    width = activations.shape[-1]
+    scattered = activations.ndim > 2 and not activations.is_contiguous()
+    parts = _parts(activations, copied=scattered or activations.dtype != torch.float32)
+
+    def image_of(matrix: Tensor, vector: Tensor) -> Tensor:
+        return torch.addmv(vector[width], matrix, vector[:width]) if bias else matrix @ vector
+
+    for _ in range(POWER_ITERATIONS):
+        total: Tensor | None = None
+        for part in parts:  # each is read, and made fp32, once for both products
+            matrix = _matrix(part)
+            image = image_of(matrix, direction)
+            back = matrix.T @ image
+            if bias:
+                back = torch.cat([back, image.sum().reshape(1)])
+            total = back if total is None else total.add_(back)
+        assert total is not None
+        direction = _unit_vector(total)
+    lengths = [torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts]
+    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(lengths)), direction
+
+
+def _norm(activations: Tensor, order: float) -> Tensor:
+    """Norm of all entries as one vector, in fp32."""
+    parts = _reduced_in_parts(activations)
+    norms = [torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _reduced_in_parts(activations: Tensor) -> Sequence[Tensor]:
+    """Activations in the parts that a norm is taken of, so that no fp32 copy of all of them is made."""
+    # CUDA's reductions read the narrower types as they are; the others, and torch for doubles, make a copy first.
+    narrow = (torch.bfloat16, torch.float16) if activations.is_cuda else ()
+    return _parts(activations, copied=activations.dtype not in (torch.float32, *narrow))
+
+
+def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
+    """The activations whole, or where they are copied in parts of some rows."""
+    if not copied:
+        return (activations,)
+    limit = PART if activations.device.type == "cpu" else PART_OF_DEVICE
+    if activations.numel() <= limit:
+        return (activations,)
+    if activations.is_contiguous():
+        activations = activations.flatten(0, -2)
+    return torch.split(activations, max(1, limit * len(activations) // activations.numel()))
+
+
+def _matrix(part: Tensor) -> Tensor:
+    """A part in fp32, shape (rows, width)."""
+    return part.float().flatten(0, -2)
+
+
+def _single(activations: Tensor) -> Tensor:
+    """Activations that a norm can be taken of in fp32, which torch does not do for doubles."""
+    return activations.float() if activations.dtype == torch.float64 else activations
+
+
+def _check_rows(activations: Tensor) -> int:
+    """How many there are."""
+    if activations.ndim < 2 or not activations.numel():
+        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
+    return activations.numel() // activations.shape[-1]
+
+
+def _unit_vector(vector: Tensor) -> Tensor:
+    """The vector at length 1, or as it is where it is all zeros."""
+    tiny = torch.finfo(torch.float32).tiny
+    vector = vector / torch.linalg.vector_norm(vector, float("inf")).clamp(min=tiny)  # whose squares may overflow
+    return vector / torch.linalg.vector_norm(vector).clamp(min=tiny)
+
+
+Weights = Literal["decayed", "parameters", "all"]
+
+
+def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
+    """Largest Euclidean norm of a weight tensor.
+
+    Args:
+        optimizer: Whose parameters.
+        module: Whose tensors.
+        which: ``"decayed"`` are the parameters in groups with weight decay, or all where no group has any;
+            ``"parameters"`` all parameters of the optimizer; ``"all"`` every floating-point tensor of the module,
+            BatchNorm's moving statistics included, as in the scripts of the papers' authors.
+
+    Returns:
+        A scalar of dtype float32, on the tensors' device.
+    """
+    groups = optimizer.param_groups
+    if which == "decayed":
+        groups = [group for group in groups if group.get("weight_decay", 0)] or groups
+    tensors = [p.detach() for group in groups for p in group["params"]]
+    if which == "all":
+        tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
+    # A sharded tensor's norm is put together from its parts, by all ranks.
+    sharded: list[Any] = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
+    norms: list[Tensor] = [torch.linalg.vector_norm(tensor).full_tensor() for tensor in sharded]
+    whole = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
+    if whole:
+        # torch takes no norm in a narrower type than the tensor's.
+        double = any(tensor.dtype == torch.float64 for tensor in whole)
+        norms += torch._foreach_norm(whole, dtype=torch.float64 if double else torch.float32)
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
