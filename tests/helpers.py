@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -98,3 +99,8 @@ def mean_of_matrices(gradients: list[Tensor], updates: list[Tensor]) -> float:
     """Mean over the matrices of how long the gradient is beside the update."""
     ratios = [length([g]) / length([u]) for g, u in zip(gradients, updates, strict=True) if g.dim() == 2]
     return sum(ratios) / len(ratios)
+
+
+def explained(outputs: Tensor, targets: Tensor) -> float:
+    """R^2 by scikit-learn, of the variance of all outputs together."""
+    return float(r2_score(targets.double(), outputs.double(), multioutput="variance_weighted"))

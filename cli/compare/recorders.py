@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.optim.lr_writer import RateWriter
+from lit_lipschitz.optim.lr_writer import LRWriter
 
 _LOWER = ("loss", "err", "mse", "mae", "perplexity", "nll")
 
@@ -80,7 +80,7 @@ class FixedRate(L.Callback):
 
     def __init__(self, rate: float, positions: Literal["auto"] | Sequence[int] = "auto") -> None:
         self._rate, self._positions = rate, positions
-        self._writers: list[RateWriter] = []
+        self._writers: list[LRWriter] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attaches to the optimizers."""
@@ -95,7 +95,7 @@ class FixedRate(L.Callback):
         keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         for optimizer in (trainer.optimizers[int(position)] for position in positions):
             own = [one.scheduler for one in trainer.lr_scheduler_configs if one.scheduler.optimizer is optimizer]
-            writer = RateWriter(optimizer, own, keep_nominal=keep)
+            writer = LRWriter(optimizer, own, keep_scheduled=keep)
             if writer.reference == self._rate:
                 writer.close()  # it is what the optimizer and its schedulers do by themselves, to the last bit
             else:

@@ -18,7 +18,7 @@ def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
     """Frobenius norm of a batch of activations, in fp32.
 
     Args:
-        activations: Shape (rows, width), or with more dimensions in place of the rows; any floating type and layout.
+        activations: Shape (rows, width), or (..., width); any floating type and layout.
         bias: Whether every row carries an extra 1, the input of the head's bias.
 
     Returns:
@@ -41,14 +41,7 @@ def sample(activations: Tensor, bias: bool = False) -> Tensor:
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
-def unit(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest absolute activation; arguments, result and errors as for :func:`frobenius`."""
-    _check_rows(activations)
-    norm = _norm(activations, float("inf"))
-    return norm.clamp(min=1.0) if bias else norm
-
-
-def squares(activations: Tensor) -> Tensor:
+def fourth_moment_norm(activations: Tensor) -> Tensor:
     """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
     _check_rows(activations)
     norm = _norm(activations, 4)
@@ -56,15 +49,15 @@ def squares(activations: Tensor) -> Tensor:
 
 
 def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
-    """Largest singular value of a batch of activations, by power iteration from a given vector.
+    """Largest singular value of a batch of activations, by power iteration from a start vector.
 
     Args:
         activations: As for :func:`frobenius`.
-        direction: Vector to start from, shape (width + bias,), float32, not 0.
+        direction: Start vector, shape (width + bias,), float32, not 0.
         bias: Whether every row carries an extra 1.
 
     Returns:
-        The singular value (a scalar; from below, since the iteration is cut off) and the unit vector reached.
+        The singular value (a scalar; a lower estimate, since the number of iterations is fixed) and the last unit vector.
 
     Raises:
         ValueError: There are no rows.
@@ -79,7 +72,7 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
 
     for _ in range(POWER_ITERATIONS):
         total: Tensor | None = None
-        for part in parts:  # each is read, and made fp32, once for both products
+        for part in parts:  # converted to fp32 once for both products
             matrix = _matrix(part)
             image = image_of(matrix, direction)
             back = matrix.T @ image
@@ -100,14 +93,14 @@ def _norm(activations: Tensor, order: float) -> Tensor:
 
 
 def _reduced_in_parts(activations: Tensor) -> Sequence[Tensor]:
-    """Activations in the parts that a norm is taken of, so that no fp32 copy of all of them is made."""
-    # CUDA's reductions read the narrower types as they are; the others, and torch for doubles, make a copy first.
+    """Activations in parts, so that no fp32 copy of all of them is made at once."""
+    # CUDA reduces bf16 and fp16 without a copy; other devices, and torch for float64, copy first.
     narrow = (torch.bfloat16, torch.float16) if activations.is_cuda else ()
     return _parts(activations, copied=activations.dtype not in (torch.float32, *narrow))
 
 
 def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
-    """The activations whole, or where they are copied in parts of some rows."""
+    """The activations as one part, or in parts of some rows if they are copied."""
     if not copied:
         return (activations,)
     limit = PART if activations.device.type == "cpu" else PART_OF_DEVICE
@@ -124,21 +117,21 @@ def _matrix(part: Tensor) -> Tensor:
 
 
 def _single(activations: Tensor) -> Tensor:
-    """Activations that a norm can be taken of in fp32, which torch does not do for doubles."""
+    """Activations in a type that torch reduces in fp32, which float64 is not."""
     return activations.float() if activations.dtype == torch.float64 else activations
 
 
 def _check_rows(activations: Tensor) -> int:
-    """How many there are."""
+    """The number of rows."""
     if activations.ndim < 2 or not activations.numel():
         raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
     return activations.numel() // activations.shape[-1]
 
 
 def _unit_vector(vector: Tensor) -> Tensor:
-    """The vector at length 1, or as it is where it is all zeros."""
+    """The normalised vector; a vector of zeros is returned unchanged."""
     tiny = torch.finfo(torch.float32).tiny
-    vector = vector / torch.linalg.vector_norm(vector, float("inf")).clamp(min=tiny)  # whose squares may overflow
+    vector = vector / torch.linalg.vector_norm(vector, float("inf")).clamp(min=tiny)  # its squares may overflow
     return vector / torch.linalg.vector_norm(vector).clamp(min=tiny)
 
 
@@ -146,14 +139,14 @@ Weights = Literal["decayed", "parameters", "all"]
 
 
 def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
-    """Largest Euclidean norm of a weight tensor.
+    """Largest Euclidean norm of a weight tensor, W in the L2 term.
 
     Args:
-        optimizer: Whose parameters.
-        module: Whose tensors.
-        which: ``"decayed"`` are the parameters in groups with weight decay, or all where no group has any;
-            ``"parameters"`` all parameters of the optimizer; ``"all"`` every floating-point tensor of the module,
-            BatchNorm's moving statistics included, as in the scripts of the papers' authors.
+        optimizer: The optimizer.
+        module: The network.
+        which: ``"decayed"``: parameters in groups with weight decay, or all parameters if no group has any;
+            ``"parameters"``: all parameters of the optimizer; ``"all"``: every floating-point tensor of the module,
+            including BatchNorm's moving statistics, as in the scripts of the paper's authors.
 
     Returns:
         A scalar of dtype float32, on the tensors' device.
@@ -164,12 +157,12 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     tensors = [p.detach() for group in groups for p in group["params"]]
     if which == "all":
         tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
-    # A sharded tensor's norm is put together from its parts, by all ranks.
+    # The norm of a sharded tensor is combined over all ranks.
     sharded: list[Any] = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
     norms: list[Tensor] = [torch.linalg.vector_norm(tensor).full_tensor() for tensor in sharded]
     whole = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
     if whole:
-        # torch takes no norm in a narrower type than the tensor's.
+        # torch computes no norm in a narrower type than the tensor's.
         double = any(tensor.dtype == torch.float64 for tensor in whole)
         norms += torch._foreach_norm(whole, dtype=torch.float64 if double else torch.float32)
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()

@@ -1,4 +1,4 @@
-"""How steep a loss is in the head's outputs: the slopes of its examples, seen in the backward."""
+"""Per-example norms of the loss's gradient with respect to the logits, captured during the backward."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,102 +8,102 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
-from lit_lipschitz.recognition.loss_graph import Edge, Reading
+from lit_lipschitz.recognition.loss_graph import BatchLoss, LogitEdge
 
-Rows = Callable[[Tensor, int | None], Tensor]
-"""From outputs, and the dimension of the classes where there is one, to the shape (examples, outputs)."""
+ToRows = Callable[[Tensor, int | None], Tensor]
+"""Reshapes logits, given the dimension of the classes (None if there is none), to (examples, outputs)."""
 
 
-class Slopes:
-    """Watches the backwards of the batches that make one optimizer step; nothing is read to the host.
+class LogitGradientNorms:
+    """Captures the gradient norms of the batches that make one optimizer step, without a host synchronisation.
 
-    The gradient of a mean over m examples in the head's outputs has a row of each example, which is 1/m of the gradient
-    of the example's own loss; the norm of that is the example's slope. Factors of the loss, as Lightning's division by
-    the accumulated batches and a GradScaler's, are taken out.
+    The gradient of a mean over m examples with respect to the logits has one row an example, 1/m times the gradient of
+    the example's own loss. Factors of the loss, such as Lightning's division by the number of accumulated batches or
+    the scale of a GradScaler, are divided out.
     """
 
     def __init__(self) -> None:
         self._batches: list[tuple[list[Tensor], Any, Any]] = []
-        self._before = 0  # how many of them were there when another optimizer stepped
+        self._num_before = 0  # batches before the last step of another optimizer
 
-    def pass_turn(self) -> None:
-        """Another optimizer steps: what was watched so far is its loss, if more comes before the own step.
+    def on_other_optimizer_step(self) -> None:
+        """Marks the batches so far as the other optimizer's, if more follow before the own step.
 
-        The generator's loss goes through the discriminator's head, and is none of the discriminator's.
+        A GAN's generator loss goes through the discriminator's head and is not a loss of the discriminator.
         """
-        self._before = len(self._batches)
+        self._num_before = len(self._batches)
 
-    def watch(self, reading: Reading, edges: Sequence[Edge], reduction: Reduction, rows: Rows) -> None:
-        """Has the backward of a loss, which is about to begin, add its slopes.
+    def watch(self, batch: BatchLoss, edges: Sequence[LogitEdge], reduction: Reduction, to_rows: ToRows) -> None:
+        """Registers hooks on the graph of a loss whose backward is about to begin.
 
         Args:
-            reading: What the loss is taken of.
-            edges: Where its gradients go.
-            reduction: Whether it is a mean or a sum over the examples.
-            rows: Brings what is shaped like the outputs that the loss is taken of to the shape (examples, outputs).
+            batch: The loss of the batch.
+            edges: Where the gradients with respect to the logits enter the graph below.
+            reduction: Whether the loss is a mean or a sum over the examples.
+            to_rows: Reshapes the gradient to (examples, outputs).
         """
         norms: list[Tensor] = []
-        summed: Any = reading.elements if reduction == "sum" else 1
-        factor: Any = abs(reading.scale) * summed
-        self._batches.append((norms, factor, reading.count))
+        num_summed: Any = batch.elements if reduction == "sum" else 1
+        factor: Any = abs(batch.scale) * num_summed
+        self._batches.append((norms, factor, batch.count))
         for edge in edges:
-            edge.node.register_prehook(_keeper(norms, edge, rows))
+            edge.node.register_prehook(_norm_hook(norms, edge, to_rows))
 
-    def slots(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """This rank's slopes since the last call, which are forgotten, beside -1 for the others.
+    def pack(self, rank: int, world_size: int, device: torch.device) -> Tensor:
+        """This rank's contribution to a MAX all-reduce, over the batches since the last call, which are forgotten.
 
         Args:
-            rank: This rank.
-            world_size: How many there are; the MAX over all of them has the slopes of each.
-            device: Where the result is wanted.
+            rank: Index of this process.
+            world_size: Number of processes.
+            device: Device of the result.
 
         Returns:
-            The squares' mean and the mean of the slopes, of batches that count alike; shape (2, world_size), float32.
-            -1 where no backward was seen.
+            The mean squared norm and the mean norm of the examples' gradients, in this rank's column; -1 in the other
+            columns, and if no backward was captured. Shape (2, world_size), float32.
         """
-        batches = self._batches[self._before :] or self._batches
-        self._batches, self._before = [], 0
-        found: list[Tensor] = []
+        batches = self._batches[self._num_before :] or self._batches
+        self._batches, self._num_before = [], 0
+        captured: list[Tensor] = []
         for norms, factor, count in batches:
             if norms:
-                # Gradients of several losses of the same outputs add up to no more than their norms do.
+                # The norm of a sum of gradients with respect to the same logits is at most the sum of the norms.
                 root, total = torch.stack(norms).sum(dim=0) / factor
-                found.append(torch.stack([root * root * count, total]).to(device))
-        slots = torch.full((2, world_size), -1.0, device=device)
-        if found:
-            slots[:, rank] = torch.stack(found).mean(dim=0)
-        return slots
+                captured.append(torch.stack([root * root * count, total]).to(device))
+        packed = torch.full((2, world_size), -1.0, device=device)
+        if captured:
+            packed[:, rank] = torch.stack(captured).mean(dim=0)
+        return packed
 
 
-def slopes_of_all(slots: Sequence[float]) -> tuple[float, float]:
-    """The root mean square of all ranks' slopes and their mean; zeros where none has seen any.
+def grad_norms_of_ranks(reduced: Sequence[float]) -> tuple[float, float]:
+    """Root mean square and mean of the gradient norms of all ranks; zeros if no rank captured any.
 
     Args:
-        slots: The MAX over the ranks of :meth:`Slopes.slots`, flattened.
+        reduced: The MAX over the ranks of :meth:`LogitGradientNorms.pack`, flattened.
     """
-    count = len(slots) // 2
-    seen = [pair for pair in zip(slots[:count], slots[count:], strict=True) if pair[0] >= 0]
-    if not seen:
+    count = len(reduced) // 2
+    known = [pair for pair in zip(reduced[:count], reduced[count:], strict=True) if pair[0] >= 0]
+    if not known:
         return 0.0, 0.0
-    squares, means = zip(*seen, strict=True)
-    return math.sqrt(sum(squares) / len(seen)), sum(means) / len(seen)
+    squares, means = zip(*known, strict=True)
+    return math.sqrt(sum(squares) / len(known)), sum(means) / len(known)
 
 
-def _keeper(norms: list[Tensor], edge: Edge, rows: Rows) -> Callable[[tuple[Tensor | None, ...]], None]:
-    """A hook of a node that keeps, of one of the gradients that come in, its norm and the sum of its rows' norms."""
-    seen, place, dim = False, edge.place, edge.dim  # a node that its own hook holds would not be freed
+def _norm_hook(norms: list[Tensor], edge: LogitEdge, to_rows: ToRows) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """A hook of a node that appends the Frobenius norm of an incoming gradient and the sum of its row norms."""
+    seen, index, dim = False, edge.index, edge.dim  # holding the node would keep it from being freed
 
-    def keep(grads: tuple[Tensor | None, ...]) -> None:
+    def append_norms(grads: tuple[Tensor | None, ...]) -> None:
         nonlocal seen
-        grad: Any = grads[place]
-        if grad is None or seen:  # a graph that is retained may have other backwards
+        grad: Any = grads[index]
+        if grad is None or seen:  # a retained graph may have more backwards
             return
         seen = True
         grad = grad.detach()
-        if hasattr(grad, "full_tensor"):  # of outputs that are sharded, put together by all ranks
+        if hasattr(grad, "full_tensor"):  # of sharded outputs, combined over all ranks
             grad = grad.full_tensor()
         grad = grad.float() if grad.dtype == torch.float64 else grad
-        lengths: Tensor = torch.linalg.vector_norm(rows(grad, dim), dim=1, dtype=torch.float32)
-        norms.append(torch.stack([torch.linalg.vector_norm(lengths), lengths.sum()]))
+        row_norms: Tensor = torch.linalg.vector_norm(to_rows(grad, dim), dim=1, dtype=torch.float32)
+        norms.append(torch.stack([torch.linalg.vector_norm(row_norms), row_norms.sum()]))
 
-    return keep
+    return append_norms

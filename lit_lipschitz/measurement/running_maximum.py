@@ -1,39 +1,35 @@
-"""Running maxima of the size of the head's inputs, kept on the device: no host synchronisation per batch."""
+"""Running maximum over batches of a norm of the output layer's inputs, kept on the device."""
+
+import math
 
 import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Norm
-from lit_lipschitz.measurement.norms import frobenius, sample, spectral, squares, unit
+from lit_lipschitz.measurement.norms import frobenius, fourth_moment_norm, sample, spectral
 
-
-def _raise_to(largest: Tensor, value: Tensor) -> None:
-    """Replaces a number by a larger one; by one that is not finite never."""
-    torch.maximum(largest, torch.nan_to_num(value, nan=0.0, posinf=0.0), out=largest)
-
-
-_NORMS = {"frobenius": frobenius, "sample": sample, "unit": unit}
+_NORMS = {"frobenius": frobenius, "sample": sample}
 
 
 class RunningMaximum:
-    """Maximum over batches of one norm of the activations, as tensors on the device that are updated in place.
+    """Maximum over batches of one norm of the activations, updated in place without a host synchronisation.
 
-    A batch may come in several calls of the head: :meth:`add` takes in a call, :meth:`finish` ends the batch, which has
-    the size of the largest one. A call whose size is not finite is left out of the maximum and counted.
+    A batch may come in several calls of the output layer: :meth:`add` takes in a call, :meth:`finish` ends the batch,
+    whose norm is that of the largest call. A call whose norm is not finite is dropped and counted.
 
     Args:
-        norm: Which norm is taken of each batch.
+        norm: The norm of each batch.
         width: Features of one activation, d.
-        bias: Whether the head has a bias, whose input is a 1 appended to every row.
-        mean: Divide the norm of a batch by the root of the number of examples in the loss, which makes batches of
-            different sizes comparable (for ``frobenius`` the root mean square norm of a row).
-        squares: Whether to keep the largest :func:`squares` as well.
+        bias: Whether the layer has a bias, whose input is a 1 appended to every row.
+        mean: Divide the norm of a batch by the square root of the number of examples in the loss, so that batches of
+            different sizes can be compared (for ``frobenius`` this is the root mean square norm of a row).
+        fourth_moment: Whether to keep the largest :func:`~lit_lipschitz.measurement.norms.fourth_moment_norm` as well.
         device: Where the tensors live.
 
     Attributes:
-        values: Largest norm of a batch, most examples, calls left out, largest :func:`squares`, and largest norm of
-            the outputs plus that of the targets; shape (5,), float32.
-        direction: Where the next power iteration starts, for ``spectral``.
+        values: Largest norm of a batch, largest number of examples, dropped calls, largest fourth-moment norm, and
+            largest norm of the outputs plus that of the targets; shape (5,), float32.
+        direction: Start vector of the next power iteration, for ``spectral``.
     """
 
     def __init__(
@@ -43,23 +39,26 @@ class RunningMaximum:
         *,
         bias: bool = False,
         mean: bool = False,
-        squares: bool = False,
+        fourth_moment: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.norm = norm
         self.bias = bias
         self.mean = mean
-        self.squares = squares
+        self.fourth_moment = fourth_moment
         self.values = torch.zeros(5, dtype=torch.float32, device=device)
         self.direction = torch.ones(width + bias if norm == "spectral" else 0, dtype=torch.float32, device=device)
-        # Of the batch so far, the largest call: size, rows, squares.
+        # The largest call of the batch so far: norm, rows, fourth-moment norm.
         self._batch = torch.zeros(3, dtype=torch.float32, device=device)
-        self._size, self._rows, self._squares = self._batch.unbind()
-        self._largest, self._most, self._dropped, self._most_squares, self._most_outputs = self.values.unbind()
+        self._size, self._rows, self._fourth = self._batch.unbind()
+        self._max_size, self._max_count, self._dropped, self._max_fourth, self._max_outputs = self.values.unbind()
 
     @torch.no_grad()
     def add(self, activations: Tensor) -> None:
-        """Take in a call of the head, activations of shape (rows, width) or (..., width).
+        """Takes in a call of the layer.
+
+        Args:
+            activations: Shape (rows, width) or (..., width).
 
         Raises:
             ValueError: There are no rows.
@@ -73,12 +72,12 @@ class RunningMaximum:
             value = _NORMS[self.norm](activations, self.bias)
         torch.maximum(self._size, self._count_dropped(value), out=self._size)
         self._rows.clamp_(min=activations.numel() // activations.shape[-1])
-        if self.squares:
-            _raise_to(self._squares, squares(activations))
+        if self.fourth_moment:
+            _raise_to(self._fourth, fourth_moment_norm(activations))
 
     def _count_dropped(self, value: Tensor) -> Tensor:
-        """The value, or -1 where it is not finite, which is counted."""
-        # The same few operations everywhere, which the caches hold then.
+        """The value, or -1 if it is not finite, which is counted."""
+        # The same few kernels for every batch, so that caches stay warm.
         value = torch.nan_to_num(value, nan=-1.0, posinf=-1.0)
         self._dropped.sub_(value.clamp(max=0.0))
         return value
@@ -91,58 +90,60 @@ class RunningMaximum:
         calls: int = 1,
         weight: float | Tensor = 1.0,
     ) -> None:
-        """End a batch; without a call there is nothing to end.
+        """Ends a batch; has no effect without a call.
 
         Args:
-            count: Examples that the loss averages over; None is the number of rows.
-            outputs: The head's outputs and the targets, shape (rows, outputs), for losses that depend on their sizes.
-            calls: Calls whose outputs the loss is taken of together; none is larger than the largest, so the norm of a
-                matrix of them all is at most the root of ``calls`` times that.
-            weight: A factor of the batch's norm.
+            count: Examples that the loss averages over; None for the number of rows.
+            outputs: The layer's outputs and the targets, each of shape (rows, outputs), for losses whose constant
+                depends on their norms.
+            calls: Calls of the layer whose outputs enter the loss together. The norm of the matrix of all of them is at
+                most sqrt(calls) times that of the largest call.
+            weight: Factor of the batch's norm.
         """
-        of_matrix = self.norm in ("frobenius", "spectral")
-        if calls > 1 and of_matrix:
+        whole_batch = self.norm in ("frobenius", "spectral")
+        if calls > 1 and whole_batch:
             weight = weight * calls**0.5
-        given = isinstance(count, Tensor)
+        on_device = isinstance(count, Tensor)
         if count is None:
             count = self._rows
         elif isinstance(count, Tensor):
             count = count.float()
-        value = self._size / count**0.5 if self.mean else self._size
-        if given and self.mean:  # not finite for a count of 0
-            value = self._count_dropped(value)
-        elif given:
-            self._dropped.add_(count == 0)
-        plain = isinstance(weight, float) and weight == 1.0
-        if plain and given and self.mean:  # it is finite, or -1
-            torch.maximum(self._largest, value, out=self._largest)
-        else:
-            _raise_to(self._largest, value if plain else value * weight)
+        self._finish_size(count, on_device, weight)
         if isinstance(count, Tensor):
-            torch.maximum(self._most, count, out=self._most)
+            torch.maximum(self._max_count, count, out=self._max_count)
         else:
-            self._most.clamp_(min=count)
-        if self.squares:
-            _raise_to(self._most_squares, self._squares * weight**2)
+            self._max_count.clamp_(min=count)
+        if self.fourth_moment:
+            _raise_to(self._max_fourth, self._fourth * weight**2)
         if outputs:
             total = torch.stack([_NORMS.get(self.norm, frobenius)(part) for part in outputs]).sum()
-            if of_matrix:
+            if whole_batch:
                 # As many rows as the activations have, or are divided by.
                 total = total * (1.0 if self.mean else count**0.5) / len(outputs[0]) ** 0.5
-            _raise_to(self._most_outputs, total)
+            _raise_to(self._max_outputs, total)
         self._batch.zero_()
 
-    def update(self, activations: Tensor) -> None:
-        """Take in a batch of one call, activations of shape (rows, width).
+    def _finish_size(self, count: int | Tensor, on_device: bool, weight: float | Tensor) -> None:
+        """Raises the maximum to the batch's norm; ``on_device``: the count is a tensor that may be 0."""
+        value = self._size / count**0.5 if self.mean else self._size
+        if on_device and self.mean:  # not finite for a count of 0
+            value = self._count_dropped(value)
+        elif on_device:
+            assert isinstance(count, Tensor)
+            self._dropped.add_(count == 0)
+        plain = isinstance(weight, float) and weight == 1.0
+        if plain and on_device and self.mean:  # finite, or -1
+            torch.maximum(self._max_size, value, out=self._max_size)
+        else:
+            _raise_to(self._max_size, value if plain else value * weight)
 
-        Raises:
-            ValueError: There are no rows.
-        """
+    def update(self, activations: Tensor) -> None:
+        """Takes in a batch of one call; arguments and errors as for :meth:`add`."""
         self.add(activations)
         self.finish()
 
-    def drop(self) -> None:
-        """Forget the batch so far."""
+    def discard(self) -> None:
+        """Discards the batch so far."""
         self._batch.zero_()
 
     @property
@@ -155,12 +156,40 @@ class RunningMaximum:
         """Norm of the largest call of the batch so far, on the device."""
         return self._size
 
-    def merge(self, other: "RunningMaximum") -> None:
-        """Take in what another statistic has seen."""
-        self.values.copy_(torch.maximum(self.values, other.values))
+    def pack(self, scale: float, rank: int) -> Tensor:
+        """This rank's contribution to a MAX all-reduce.
+
+        Args:
+            scale: Factor of the norm; the fourth-moment norm has its square.
+            rank: Index of this process.
+
+        Returns:
+            :attr:`values`, then the power iteration's vector of rank 0 (-inf on other ranks); shape
+            (5 + len(direction),), float32.
+        """
+        values = self.values.clone()
+        values[0] *= scale
+        values[3] *= scale**2
+        direction = torch.full_like(self.direction, -math.inf) if rank else self.direction
+        return torch.cat([values, direction])
+
+    def unpack(self, reduced: Tensor) -> Tensor:
+        """Gives all ranks the same values and vector; the number of dropped calls stays each rank's own.
+
+        Args:
+            reduced: MAX over the ranks of :meth:`pack`.
+
+        Returns:
+            The reduced values, with the dropped calls of the rank that has most; shape (5,).
+        """
+        values = reduced[: len(self.values)]
+        for i in (0, 1, 3, 4):
+            self.values[i].copy_(values[i])
+        self.direction.copy_(reduced[len(self.values) :])
+        return values
 
     def reset(self) -> None:
-        """Forget the batches; the direction of the power iteration stays, to start the next one warm."""
+        """Forgets all batches; the vector of the power iteration is kept as a warm start."""
         self.values.zero_()
         self._batch.zero_()
 
@@ -169,12 +198,17 @@ class RunningMaximum:
         return {"values": self.values.cpu().clone(), "direction": self.direction.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy the tensors of :meth:`state_dict` in.
+        """Copies the tensors of :meth:`state_dict` in.
 
         Raises:
-            ValueError: They belong to another head or another norm.
+            ValueError: They belong to another layer or another norm.
         """
         for name, own in (("values", self.values), ("direction", self.direction)):
             if state[name].shape != own.shape:
                 raise ValueError(f"{name}: expected shape {tuple(own.shape)}, found {tuple(state[name].shape)}")
             own.copy_(state[name])
+
+
+def _raise_to(largest: Tensor, value: Tensor) -> None:
+    """Raises a running maximum to a value, unless the value is not finite."""
+    torch.maximum(largest, torch.nan_to_num(value, nan=0.0, posinf=0.0), out=largest)

@@ -1,4 +1,4 @@
-"""Writes a learning rate into an optimizer's parameter groups, together with whatever schedulers do to them."""
+"""Writes a learning rate into an optimizer's parameter groups, composed with its schedulers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,24 +10,28 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from lit_lipschitz.errors import ConfigurationError
 
 
-class RateWriter:
-    """Keeps an optimizer's rates at ``rate * (group's rate / reference)``.
+class LRWriter:
+    """Keeps the learning rates of an optimizer at ``rate * (group's lr / reference)``.
 
-    The reference is the first group's configured rate, so the ratios between groups are kept, and a scheduler's value
-    over it is a factor. A scheduler computes its next value from the one in the group, so with one the rate stands
-    there only while the optimizer steps; without one it stays.
+    The reference is the configured lr of the first group. So the ratios between the groups are kept, and a scheduler's
+    value over the reference is a factor. A scheduler computes its next value from the one in the group; with a
+    scheduler the written rate therefore stands there only while the optimizer steps, without one it stays.
 
-    Without a scheduler, a group that is added while training, and a later group that something else gives another rate,
-    count relative to the first group's rate at that time.
+    Without a scheduler, the lr of a group that is added during training, or of a later group that other code changes,
+    is relative to the first group's lr at that time.
 
     Args:
-        optimizer: The optimizer, as configured: neither stepped nor restored.
+        optimizer: The optimizer, as configured: neither stepped nor restored from a checkpoint.
         schedulers: Its learning-rate schedulers.
-        stored: :attr:`references` of the run that is resumed, for the groups that were added in it.
-        keep_nominal: Treat the optimizer as one with schedulers, since some will come while it trains.
+        stored: :attr:`references` of the run that is resumed, for groups that were added during training.
+        keep_scheduled: Treat the optimizer as one with schedulers, which will be added during training.
+
+    Attributes:
+        steps: Optimizer steps since the writer was made.
+        scheduled: Whether the optimizer has schedulers.
 
     Raises:
-        ConfigurationError: The reference is 0.
+        ConfigurationError: The reference is not positive.
     """
 
     def __init__(
@@ -35,15 +39,15 @@ class RateWriter:
         optimizer: Optimizer,
         schedulers: Sequence[Any] = (),
         stored: Sequence[float] = (),
-        keep_nominal: bool = False,
+        keep_scheduled: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.steps = 0
-        schedulers = list(_flat(schedulers))
+        schedulers = list(_flatten(schedulers))
         self.scheduled = (
-            keep_nominal or bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
+            keep_scheduled or bool(schedulers) or any("initial_lr" in group for group in optimizer.param_groups)
         )
-        self._references = [_reference(group, i, schedulers) for i, group in enumerate(optimizer.param_groups)]
+        self._references = [_configured_lr(group, i, schedulers) for i, group in enumerate(optimizer.param_groups)]
         self._stored = list(stored)
         if self._references[0] <= 0:
             raise ConfigurationError(
@@ -51,8 +55,8 @@ class RateWriter:
                 f"{self._references[0]}, expected a positive number (its size does not matter, ratios do)"
             )
         self._rate: float | None = None
-        self._nominal: list[float] | None = None
-        self._written: list[float] = []  # what stands in the groups since the last write
+        self._scheduled_lrs: list[float] | None = None  # while the optimizer steps
+        self._written: list[float] = []
         self._stepping = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -61,57 +65,57 @@ class RateWriter:
 
     @property
     def reference(self) -> float:
-        """The rate that counts as a factor of 1."""
+        """The learning rate that is a factor of 1."""
         return self._references[0]
 
     @property
     def references(self) -> list[float]:
-        """The configured rate of every group."""
+        """The configured learning rate of each group."""
         return list(self._references)
 
     @property
     def ratios(self) -> list[float]:
-        """Every group's rate over the first one's, now, or as they are configured where that is 0."""
+        """Each group's current learning rate over the first group's, or the configured ratios if that is 0."""
         rates = self.rates(1.0)
         if not rates[0]:
             rates = self._references
         return [rate / rates[0] for rate in rates]
 
     def write(self, rate: float | None) -> list[float]:
-        """Sets the rate for the step that is under way or comes next.
+        """Sets the learning rate of the current or next optimizer step.
 
         Args:
-            rate: Rate of the first group at a factor of 1, or None to leave the groups as they are.
+            rate: Learning rate of the first group at a schedule factor of 1; None leaves the groups unchanged.
 
         Returns:
-            The rates that the step uses, one a group.
+            The learning rates of the step, one a group.
         """
-        self._look_at_groups()
+        self._sync_groups()
         self._rate = rate
-        # A GradScaler runs the closure before the optimizer's step, and perhaps no step at all; else it runs inside.
+        # With a GradScaler the closure runs before the optimizer's step, which may be skipped; otherwise within it.
         if self._stepping or not self.scheduled:
             self._apply()
             return [float(group["lr"]) for group in self.optimizer.param_groups]
         return self.rates(rate)
 
     def close(self) -> None:
-        """Takes the hooks off the optimizer, and restores what a step that broke off has left."""
+        """Removes the hooks, and restores the scheduled rates if a step was interrupted."""
         for handle in self._handles:
             handle.remove()
         self._restore()
 
     def rates(self, rate: float | None) -> list[float]:
-        """What the groups' rates are, now, for a rate of the first group at a factor of 1; None leaves them."""
+        """The groups' learning rates now, for a rate of the first group at a factor of 1; None leaves them as is."""
         groups = self.optimizer.param_groups
-        nominal = self._nominal or [float(group["lr"]) for group in groups]
+        scheduled = self._scheduled_lrs or [float(group["lr"]) for group in groups]
         if rate is None:
-            return nominal
+            return scheduled
         if not self.scheduled:
-            nominal = self._references
-        return [rate * (lr / self.reference) for lr in nominal]
+            scheduled = self._references
+        return [rate * (lr / self.reference) for lr in scheduled]
 
-    def _look_at_groups(self) -> None:
-        """Takes in groups that were added, or given another rate, since the last step."""
+    def _sync_groups(self) -> None:
+        """Takes over groups that were added, or given another lr, since the last step."""
         groups = self.optimizer.param_groups
         if self._rate is not None and not self.scheduled and self._written[:1] == [float(groups[0]["lr"])]:
             for i, written in enumerate(self._written):
@@ -122,19 +126,19 @@ class RateWriter:
             if i < len(self._stored):
                 lr = self._stored[i]
             elif self._rate is not None and not self.scheduled:
-                # Whoever adds a group sees the written rate in the first one, and measures by it.
+                # Code that adds a group chooses its lr relative to the written one.
                 lr *= self.reference / self._rate
             self._references.append(lr)
 
     def _apply(self) -> None:
         for group, lr in zip(self.optimizer.param_groups, self.rates(self._rate), strict=True):
-            _set(group, lr)
+            _set_lr(group, lr)
         self._written = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def _before_step(self, *_: Any) -> None:
         self._stepping = True
         if self.scheduled:
-            self._nominal = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self._scheduled_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
             self._apply()
 
     def _after_step(self, *_: Any) -> None:
@@ -143,21 +147,21 @@ class RateWriter:
         self._restore()
 
     def _restore(self) -> None:
-        if self._nominal is not None:
-            for group, lr in zip(self.optimizer.param_groups, self._nominal, strict=True):
-                _set(group, lr)
-            self._nominal = None
+        if self._scheduled_lrs is not None:
+            for group, lr in zip(self.optimizer.param_groups, self._scheduled_lrs, strict=True):
+                _set_lr(group, lr)
+            self._scheduled_lrs = None
 
 
-def _flat(schedulers: Sequence[Any]) -> Iterator[Any]:
-    """The schedulers, with those that SequentialLR and ChainedScheduler hold."""
+def _flatten(schedulers: Sequence[Any]) -> Iterator[Any]:
+    """The schedulers, and those within SequentialLR and ChainedScheduler."""
     for scheduler in schedulers:
         yield scheduler
-        yield from _flat(getattr(scheduler, "_schedulers", ()))
+        yield from _flatten(getattr(scheduler, "_schedulers", ()))
 
 
-def _reference(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> float:
-    """The configured rate of a group, which most schedulers keep as initial_lr and cyclic ones as their maximum."""
+def _configured_lr(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> float:
+    """The configured lr of a group: initial_lr of most schedulers, the maximum of cyclic ones."""
     for scheduler in schedulers:
         if isinstance(scheduler, OneCycleLR):
             return float(group["max_lr"])
@@ -166,7 +170,7 @@ def _reference(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> 
     return float(group.get("initial_lr", group["lr"]))
 
 
-def _set(group: dict[str, Any], lr: float) -> None:
+def _set_lr(group: dict[str, Any], lr: float) -> None:
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that the callback composes with as factors, like torch's own."""
+"""Linear warm-up and decay, and Keras' time-based decay, as schedules of the learning rate."""
 
 import math
 
@@ -7,24 +7,24 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def linear_warmup_decay(step: int, total_steps: int, warmup: float = 0.1) -> float:
-    """The factor of :class:`LinearWarmupDecay` at a step; 0 beyond the last one."""
+    """The factor of :class:`LinearWarmupDecay` at a step; 0 after the last step."""
     rise = warmup * total_steps
     return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
 
 
 def linear_warmup(step: int, total_steps: int, warmup: float = 0.1) -> float:
-    """The rise of :func:`linear_warmup_decay` alone."""
+    """The warm-up of :func:`linear_warmup_decay` without the decay."""
     return min((step + 1) / (warmup * total_steps + 1), 1.0)
 
 
 class TimeDecay(LambdaLR):
-    r"""Divides the optimizer's rate by 1 + decay t at step t, the first one being 0; stepped every optimizer step.
+    r"""Divides the learning rate by 1 + decay t at optimizer step t, counted from 0.
 
-    This is the argument ``decay`` of Keras' optimizers, with which the experiments of the papers were run: what their
-    tables call weight decay. The rate that was applied at step t is :math:`\frac{1}{L (1 + decay\, t)}`.
+    This is the argument ``decay`` of Keras' optimizers, which the papers' experiments use and their tables call weight
+    decay. The learning rate applied at step t is :math:`\frac{1}{L (1 + decay\, t)}`.
 
     Args:
-        optimizer: Whose rates to set.
+        optimizer: The optimizer.
         decay: Per optimizer step, not negative.
 
     Raises:
@@ -41,15 +41,15 @@ class TimeDecay(LambdaLR):
 
 
 class LinearWarmupDecay(LambdaLR):
-    r"""A linear rise to the optimizer's rate, then a linear decay to 0, stepped every optimizer step.
+    r"""Linear warm-up to the optimizer's learning rate, then linear decay to 0; stepped every optimizer step.
 
-    At step t of T, with w = warmup T steps of warm-up, the factor is :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It
-    is above 0 at every step of the run, the first and the last included.
+    At step t of T, with w = warmup T, the factor is :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It is positive at
+    every step of the run, including the first and the last.
 
     Args:
-        optimizer: Whose rates to set.
+        optimizer: The optimizer.
         total_steps: Optimizer steps of the run, T. ``ImageClassifier`` fills it in.
-        warmup: Fraction of the run that the rise takes, in [0, 1).
+        warmup: Fraction of the run used for warm-up, in [0, 1).
 
     Raises:
         ValueError: An argument is out of its range.

@@ -1,4 +1,4 @@
-"""An optimizer as the papers write it, where torch's differs."""
+"""SGD with a momentum buffer that starts at zero, as in the papers' AdaMo."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch.optim import SGD
 
 
 class ZeroStartSGD(SGD):
-    """torch's SGD with a velocity that starts at 0, as in the AdaMo of the LipschitzLR papers.
+    """torch's SGD with a momentum buffer that starts at 0, as in the AdaMo of the LipschitzLR papers.
 
-    torch starts the velocity at the first gradient, undamped: with momentum and dampening 0.9, so that the velocity
-    averages gradients, the first step is ten times as long as the average's, and the excess adds up to nine first
+    torch starts the buffer at the first gradient, without dampening. With momentum and dampening 0.9, so that the buffer
+    averages the gradients, its first step is ten times that of the average, and the excess adds up to nine first
     gradients. Arguments are those of ``torch.optim.SGD``.
 
     References:

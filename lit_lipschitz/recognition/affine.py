@@ -1,4 +1,4 @@
-"""The affine map that made the outputs a loss is taken of, looked for in the autograd graph."""
+"""Traces a loss's input back to the affine layer that produced it, in the autograd graph."""
 
 import re
 from dataclasses import dataclass, replace
@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_lipschitz.bounds.loss_spec import LossName
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
     Factors,
@@ -17,134 +16,162 @@ from lit_lipschitz.recognition.autograd_nodes import (
     take_factors,
 )
 
-# Slopes of 0 and 1, so that neither a gradient nor a curvature is larger behind them.
-_CUTS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "MaskedFillBackward0")
-# Slopes of at most 1 that bend: no gradient is larger behind them, but a curvature may be.
-_BENDS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
-_MOVES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
-# Where the weight stands among the inputs of each.
+# Derivatives of 0 and 1: neither a gradient nor a curvature is larger behind them.
+_MASKS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "MaskedFillBackward0")
+# Derivatives of at most 1 that vary: no gradient is larger behind them, but a curvature may be.
+_ACTIVATIONS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
+_PERMUTATIONS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
+# Position of the weight among the inputs of each.
 AFFINE = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
 _POOLS = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0")
-_WRITTEN = "torch::autograd::CopySlices"
+_ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What has made the outputs.
+class AffineSource:
+    """The affine layer that produced the outputs.
 
     Attributes:
-        weight: The affine map's weight, or a view of it where it is frozen; None where the graph does not tell.
-        chain: What stands between, or in its place, where that is no affine map; else empty.
-        pooled: Whether its outputs were averaged over places, or enlarged.
-        calls: Calls of the map whose outputs were put together.
-        outputs: How many of its outputs the loss is taken of, or None where the graph does not tell.
-        bent: What stands between, where that is an activation with slopes of at most 1; else empty.
-        call: The node of the one call, or None.
-        joined: Whether the outputs were put together, of one call or several.
+        weight: Its weight, or a view of it if it is frozen; None if the graph does not show it.
+        unrecognised: Names of the nodes between the outputs and any affine layer, if they are not understood.
+        pooled: Whether its outputs are averaged over positions, or upsampled.
+        calls: Calls of the layer whose outputs are concatenated.
+        num_outputs: How many of its outputs are used; None if the graph does not tell.
+        behind_activation: Names of the nodes between, if one is an activation with derivatives of at most 1.
+        node: The node of the call, if there is only one.
+        concatenated: Whether outputs are concatenated, of one call or several.
     """
 
     weight: Tensor | None = None
-    chain: tuple[str, ...] = ()
+    unrecognised: tuple[str, ...] = ()
     pooled: bool = False
     calls: int = 1
-    outputs: int | None = None
-    bent: tuple[str, ...] = ()
-    call: Any = None
-    joined: bool = False
+    num_outputs: int | None = None
+    behind_activation: tuple[str, ...] = ()
+    node: Any = None
+    concatenated: bool = False
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of a tensor along one dimension."""
+class _Slice:
+    """A slice of a tensor along one dimension."""
 
     dim: int
     ndim: int
     size: int
-    left: int
-    selected: bool
+    size_left: int
+    selects_one: bool
+
+
+@dataclass
+class _Path:
+    """The nodes between the outputs and the affine layer."""
+
+    pooled: bool = False
+    behind_activation: bool = False
+    permuted: bool = False
+    slices: tuple[_Slice, ...] = ()
 
 
 def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are one weight, or views of it."""
+    """Whether two tensors are the same weight, or views of it."""
     if one is None or other is None:
         return one is other
     return one is other or (one.data_ptr() == other.data_ptr() != 0 and one.numel() == other.numel())
 
 
-def find_maker(node: Any, loss: LossName) -> Maker:
-    """The affine map behind the outputs that a loss is taken of, or the names of what stands between."""
-    names, pooled, bent, moved, parts = tuple(names_below(node)), False, False, False, list[_Part]()
-    while True:
-        name = node.name()
-        # A part of the rows, or of the outputs, has a part of their gradient.
-        part = _part(node)
-        if part is not None:
-            parts.append(part)
-            node = nodes_below(node)[0]
-        elif name in VIEWS or name in _CUTS:
-            moved = moved or name in _MOVES
-            node = nodes_below(node)[0]
-        elif name == "AddBackward0" and (sum_of := _without_bias(node)) is not None:
-            node = sum_of
-        elif name in _POOLS or (pooled and name == "ReluBackward0") or _is_enlarged(node):
-            pooled = True
-            node = nodes_below(node)[0]
-        elif name in _BENDS and loss != "cross_entropy":
-            bent = True
-            node = nodes_below(node)[0]
-        else:
-            break
-    maker = _joined(node, names, loss) or _mapped(node, names)
-    if maker.chain:
-        return maker
-    outputs = _outputs_left(node, maker, parts, moved)
-    if outputs is None and any(part.selected and part.size > 1 for part in parts):
-        return Maker(chain=names)
-    pooled = pooled or maker.pooled
-    return replace(maker, pooled=pooled, outputs=outputs, bent=names if bent or maker.bent else ())
+def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
+    """Traces outputs back to the affine layer that produced them.
+
+    Args:
+        node: The node that made the outputs.
+        through_activations: Whether activations with derivatives of at most 1 may stand between, which make no gradient
+            larger. Not with the cross-entropy, whose log-softmax they would be an input of.
+
+    Returns:
+        The layer, or the names of the nodes that are not understood.
+    """
+    names, path = tuple(names_below(node)), _Path()
+    while (below := _step(node, path, through_activations)) is not None:
+        node = below
+    source = _concatenated(node, names, through_activations) or _called(node, names)
+    if source.unrecognised:
+        return source
+    num_outputs = _outputs_left(node, source, path)
+    if num_outputs is None and any(part.selects_one and part.size > 1 for part in path.slices):
+        return AffineSource(unrecognised=names)
+    behind_activation = names if path.behind_activation or source.behind_activation else ()
+    pooled = path.pooled or source.pooled
+    return replace(source, pooled=pooled, num_outputs=num_outputs, behind_activation=behind_activation)
 
 
-def _mapped(node: Any, names: tuple[str, ...]) -> Maker:
-    """The affine map that is a node of the graph."""
+def _step(node: Any, path: _Path, through_activations: bool) -> Any:
+    """The node below one that is understood, which is noted in the path; None for any other node."""
+    name = node.name()
+    # A slice of the rows, or of the outputs, has a slice of their gradient.
+    part = _slice(node)
+    if part is not None:
+        path.slices = (*path.slices, part)
+    elif name in VIEWS or name in _MASKS:
+        path.permuted = path.permuted or name in _PERMUTATIONS
+    elif name == "AddBackward0" and (summand := _without_bias(node)) is not None:
+        return summand
+    elif name in _POOLS or (path.pooled and name == "ReluBackward0") or _is_upsampling(node):
+        path.pooled = True
+    elif name in _ACTIVATIONS and through_activations:
+        path.behind_activation = True
+    else:
+        return None
+    return nodes_below(node)[0]
+
+
+def _called(node: Any, names: tuple[str, ...]) -> AffineSource:
+    """The affine layer whose call is a node of the graph."""
     name = node.name()
     if name.startswith("CompiledFunction"):
-        return Maker()
+        return AffineSource()
     if name not in AFFINE:
-        return Maker(chain=names)
+        return AffineSource(unrecognised=names)
     weight = weight_of(node)
     if weight is not None:
-        return Maker(weight, outputs=weight.shape[0] if isinstance(weight, nn.Parameter) else None, call=node)
+        num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
+        return AffineSource(weight, num_outputs=num_outputs, node=node)
     computed = node.next_functions[AFFINE[name]][0]
-    # A weight that is computed, as by weight_norm, from parameters whose gradients are others.
-    return Maker() if computed is None else Maker(chain=(*names, "weight", *names_below(computed)))
+    # A weight computed from other parameters, as by weight_norm, whose gradients differ.
+    return AffineSource() if computed is None else AffineSource(unrecognised=(*names, "weight", *names_below(computed)))
 
 
-def _joined(node: Any, names: tuple[str, ...], loss: LossName) -> Maker | None:
-    """The affine map that was called several times, where a node puts outputs together; None at another node."""
+def _concatenated(node: Any, names: tuple[str, ...], through_activations: bool) -> AffineSource | None:
+    """The affine layer that was called several times, if a node concatenates outputs; None for other nodes."""
     if node.name() in ("CatBackward0", "StackBackward0"):
         nodes = nodes_below(node)
-    elif node.name() == _WRITTEN:
+    elif node.name() == _ASSIGNMENT:
         nodes = []
-        while node is not None and node.name() == _WRITTEN:
-            (base, _), *written = node.next_functions
-            nodes += [part for part, _ in written if part is not None]
+        while node is not None and node.name() == _ASSIGNMENT:
+            (base, _), *assigned = node.next_functions
+            nodes += [part for part, _ in assigned if part is not None]
             node = base
         nodes += [] if node is None else [node]
     else:
         return None
-    makers = [find_maker(part, loss) for part in nodes]
-    first = makers[0]
-    # Outputs that were put together come from one map that was called several times, or from several maps.
+    sources = [trace_to_affine(part, through_activations) for part in nodes]
+    first = sources[0]
+    # Concatenated outputs come from one layer that was called several times, or from several layers.
     if first.weight is None or not all(
-        same_weight(maker.weight, first.weight) and not maker.pooled for maker in makers
+        same_weight(source.weight, first.weight) and not source.pooled for source in sources
     ):
-        return Maker(chain=names)
-    bent = next((maker.bent for maker in makers if maker.bent), ())
-    return Maker(first.weight, (), False, sum(maker.calls for maker in makers), first.outputs, bent, joined=True)
+        return AffineSource(unrecognised=names)
+    return AffineSource(
+        first.weight,
+        calls=sum(source.calls for source in sources),
+        num_outputs=first.num_outputs,
+        behind_activation=next((source.behind_activation for source in sources if source.behind_activation), ()),
+        concatenated=True,
+    )
 
 
-def _part(node: Any) -> _Part | None:
-    """What a node takes of a tensor; None for one that takes no part."""
+def _slice(node: Any) -> _Slice | None:
+    """The slice that a node takes of a tensor; None for other nodes."""
     name = node.name()
     if name == "GatherBackward0":
         sizes, index = node._saved_self.shape, node._saved_index.shape
@@ -163,26 +190,26 @@ def _part(node: Any) -> _Part | None:
         left = min(size, node._saved_split_size)
     elif name == "SplitWithSizesBackward0":
         left = max(node._saved_split_sizes)
-    return _Part(dim, len(sizes), size, left, name in ("SelectBackward0", "GatherBackward0"))
+    return _Slice(dim, len(sizes), size, left, name in ("SelectBackward0", "GatherBackward0"))
 
 
-def _outputs_left(node: Any, maker: Maker, parts: list[_Part], moved: bool) -> int | None:
-    """How many of a map's outputs the loss is taken of; None where the graph does not tell, or takes one place."""
-    outputs = maker.outputs
+def _outputs_left(node: Any, source: AffineSource, path: _Path) -> int | None:
+    """How many of a layer's outputs are used; None if the graph does not tell, or selects one position."""
+    num_outputs = source.num_outputs
     last = node.name() != "ConvolutionBackward0"
-    for part in reversed(parts):
-        here = moved or part.dim == (part.ndim - 1 if last else 1)
-        if outputs is not None and here and part.size == outputs:
-            outputs = part.left
-        elif part.selected and part.size > 1:
+    for part in reversed(path.slices):
+        of_outputs = path.permuted or part.dim == (part.ndim - 1 if last else 1)
+        if num_outputs is not None and of_outputs and part.size == num_outputs:
+            num_outputs = part.size_left
+        elif part.selects_one and part.size > 1:
             return None
-    return outputs
+    return num_outputs
 
 
-def _is_enlarged(node: Any) -> bool:
-    """Whether a map is enlarged by whole numbers, so that each place has the same share in what it becomes.
+def _is_upsampling(node: Any) -> bool:
+    """Whether a node upsamples by whole factors, so that each position has the same weight in the result.
 
-    No row of the enlarged matrix is longer than the longest one, and its norms grow by no more than the root of the
+    No row of the result is longer than the longest row, and norms of the whole grow at most by the square root of the
     number of rows.
     """
     name = node.name()
@@ -195,29 +222,29 @@ def _is_enlarged(node: Any) -> bool:
     return whole and {*given} <= {None, *ratios} and not getattr(node, "_saved_align_corners", False)
 
 
-def stretch_of(node: Any) -> "Factors":
-    """The numbers that an affine map's outputs are multiplied by; none where the graph shows more than that."""
-    stretch: Factors = []
+def logit_scale_of(node: Any) -> Factors:
+    """The scalar factors of a layer's outputs, such as a temperature; empty if the graph has more than that."""
+    scale: Factors = []
     while node.name() not in AFFINE:
         factors, below = take_factors(node)
-        stretch += factors
+        scale += factors
         if below is node:
-            if not (node.name() in VIEWS or node.name() in _CUTS or _part(node) is not None):
+            if not (node.name() in VIEWS or node.name() in _MASKS or _slice(node) is not None):
                 return []
             below = nodes_below(node)[0]
         node = below
-    return stretch
+    return scale
 
 
 def inputs_of(node: Any) -> Tensor | None:
-    """The input of an affine map, as its node keeps it for the weight's gradient."""
+    """The input of an affine layer, as its node saves it for the weight's gradient."""
     names = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
     inputs = None if node is None else getattr(node, names.get(node.name(), "_saved_input"), None)
     return None if inputs is None else inputs.detach()
 
 
 def weight_of(node: Any) -> Tensor | None:
-    """The weight of an affine map; where it is frozen, the view that the graph keeps of it."""
+    """The weight of an affine layer; if it is frozen, the view that the graph saves."""
     for leaf in map(leaf_of, nodes_below(node)):
         if isinstance(leaf, nn.Parameter) and leaf.ndim > 1:
             return leaf
@@ -226,14 +253,14 @@ def weight_of(node: Any) -> Tensor | None:
     return getattr(node, "_saved_mat2", None) if "mm" in node.name() or "Mm" in node.name() else node._saved_weight
 
 
-def multiplied_by(node: Any) -> Tensor | None:
-    """The parameter that torch.einsum or a product of batches multiplies by."""
+def bmm_parameter(node: Any) -> Tensor | None:
+    """The parameter that a batched matrix product or torch.einsum multiplies by; None for other nodes."""
     leaves = map(leaf_of, nodes_below(node)) if node.name() == "BmmBackward0" else ()
     return next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
 
 
 def _without_bias(node: Any) -> Any:
-    """What a bias, or something that needs no gradient, is added to; None where it is more than that."""
+    """The summand beside a bias or a constant; None if there are several."""
     others = [
         part for part in nodes_below(node) if not (isinstance(leaf := leaf_of(part), nn.Parameter) and leaf.ndim == 1)
     ]

@@ -1,26 +1,27 @@
-"""Recognises a loss, and the head behind it, in the autograd graph of the loss's value.
+"""Recognises a loss, and the output layer behind it, in the autograd graph of the loss's value.
 
-Names and saved tensors of the nodes are torch's (2.8 to 2.14); what is not recognised is refused with the names that
-were seen, never guessed.
+Names and saved attributes of the nodes are those of torch 2.8 to 2.14. A graph that is not recognised is refused with
+the names of its nodes, never guessed.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_lipschitz.bounds.loss_spec import LOSSES, Loss, LossName
+from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.affine import (
     AFFINE,
-    Maker,
-    find_maker,
+    AffineSource,
+    bmm_parameter,
     inputs_of,
-    multiplied_by,
+    logit_scale_of,
     same_weight,
-    stretch_of,
+    trace_to_affine,
     weight_of,
 )
 from lit_lipschitz.recognition.autograd_nodes import (
@@ -34,61 +35,66 @@ from lit_lipschitz.recognition.autograd_nodes import (
     short_name,
     take_factors,
 )
-from lit_lipschitz.recognition.loss_patterns import BY_HAND, Match, find_match
+from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
 
-_Term = tuple[Factors, Match]
+
+class LossTerm(NamedTuple):
+    """A recognised loss and the factors in front of it."""
+
+    factors: Factors
+    match: LossMatch
 
 
 @dataclass(frozen=True)
 class FoundLoss:
-    """What the autograd graph tells of a loss.
+    """A loss that was recognised in the graph.
 
     Attributes:
         loss: The loss.
-        scale: The factor in front of its mean or its sum.
-        head_weight: The weight of the affine map that made the outputs, or a view of it where it is frozen; None where
-            the graph can't name it, as in a compiled network.
-        chain: What made the outputs, from the loss down, where that is no affine map; else empty.
-        bent: The same where an activation with slopes of at most 1 stands between, as it may before some losses.
-        rows: Examples, tokens or pixels that the loss looks at, ignored ones included.
-        head_rows: Rows of the affine map's outputs that the loss looks at; more than ``rows`` where its classes are
-            places.
-        width: Outputs of the head that the loss is taken of, or classes, where the loss tells, or None.
-        group: Rows of the affine map's outputs that one target of a cross-entropy is chosen among.
-        pooled: Whether the affine map's outputs are averaged over places, or enlarged, before the loss.
-        calls: Calls of the affine map whose outputs were put together.
-        joined: Whether the outputs were put together, of one call or several.
-        inputs: The input of the affine map, where it was called once and the graph keeps it.
+        scale: Factor of its mean or sum.
+        head_weight: Weight of the affine layer that made the logits, or a view of it if it is frozen; None if the graph
+            does not show it, as in a compiled network.
+        unrecognised: Names of the nodes between the loss and any affine layer, if they are not understood.
+        behind_activation: The same if an activation with derivatives of at most 1 stands between, which some losses
+            allow.
+        rows: Examples, tokens or pixels in the loss, including ignored ones.
+        head_rows: Rows of the affine layer's outputs in the loss; more than ``rows`` if its classes are positions.
+        num_outputs: Outputs of the layer that enter the loss, or classes; None if unknown.
+        rows_per_target: Rows of the layer's outputs among which one target of a cross-entropy is chosen.
+        pooled: Whether the layer's outputs are averaged over positions, or upsampled, before the loss.
+        calls: Calls of the layer whose outputs are concatenated.
+        concatenated: Whether outputs are concatenated, of one call or several.
+        inputs: Input of the layer, if it was called once and the graph saves it.
     """
 
     loss: Loss
     scale: float
     head_weight: Tensor | None
-    chain: tuple[str, ...]
-    bent: tuple[str, ...]
+    unrecognised: tuple[str, ...]
+    behind_activation: tuple[str, ...]
     rows: int
     head_rows: int
-    width: int | None
-    group: int
+    num_outputs: int | None
+    rows_per_target: int
     pooled: bool
     calls: int
-    joined: bool
+    concatenated: bool
     inputs: Tensor | None
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a loss was taken of in one batch; tensors are on their device, and were not read.
+class BatchLoss:
+    """A loss in one batch; tensors stay on their device.
 
     Attributes:
-        count: Examples, tokens or pixels that it averages over, or sums up.
-        elements: The same times the outputs that it averages over too: all that are divided by in a mean.
-        scale: The factor in front of the mean or the sum.
-        rows: Examples, tokens or pixels that it looks at, ignored ones included.
-        outputs: The head's outputs and the targets, where their sizes matter; else empty.
-        terms: Losses that are added up; the outputs of several are no smaller than any of theirs.
-        calls: Calls of the head whose outputs were put together.
-        stretch: The factor of the head's outputs, as of a temperature.
+        count: Examples, tokens or pixels that are reduced.
+        elements: The same times the outputs, if the mean is over these too.
+        scale: Factor of the mean or the sum.
+        rows: Examples, tokens or pixels, including ignored ones.
+        outputs: Outputs and targets of losses whose constant depends on their norms; else empty.
+        calls: Calls of the affine layer whose outputs are concatenated.
+        logit_scale: Factor of the layer's outputs, such as a temperature.
+        terms: Losses of the same logits that are added up.
     """
 
     count: int | Tensor
@@ -97,316 +103,304 @@ class Reading:
     rows: int
     outputs: tuple[Tensor, ...] = ()
     calls: int = 1
-    stretch: float | Tensor = 1.0
+    logit_scale: float | Tensor = 1.0
     terms: int = 1
 
 
 @dataclass(frozen=True)
-class Edge:
-    """Where the gradient in the outputs that a loss is taken of enters the graph below.
+class LogitEdge:
+    """Where the gradient with respect to the logits enters the graph below the loss.
 
     Attributes:
-        node: The node that made the outputs.
-        place: Which of its results they are.
-        dim: The dimension of the classes in what a cross-entropy is taken of, from 0; None for the other losses.
-        head_weight: The weight of the affine map behind them, None where the graph does not tell.
+        node: The node that made the logits.
+        index: Which of its results they are.
+        dim: Dimension of the classes in the logits of a cross-entropy, counted from 0; None for other losses.
+        head_weight: Weight of the affine layer behind them; None if the graph does not show it.
     """
 
     node: Any
-    place: int
+    index: int
     dim: int | None
     head_weight: Tensor | None
 
 
-def find_loss(loss: Tensor) -> FoundLoss:
-    """Recognises a loss by the autograd graph of its value.
+class LossGraph:
+    """The autograd graph of a loss, walked once for all questions about one backward.
 
     Args:
-        loss: A scalar with a graph, as torch's functions return it, multiplied or divided by single numbers; or a sum
-            of several of one kind that are taken of the same outputs, as in mixup.
-
-    Returns:
-        What was found.
-
-    Raises:
-        ConfigurationError: The graph is missing or shows anything else.
+        loss: The loss, a scalar: a recognised one, multiplied or divided by scalars; or a sum of several of one kind
+            with the same logits, as in mixup.
+        name: The loss's name if the user named it; only terms of that name in a sum are considered then.
     """
-    if loss.grad_fn is None:
-        raise ConfigurationError(
-            "LipschitzLR looked for the loss in its autograd graph and found a tensor without one: the loss that "
-            f"training_step returns must depend on trainable parameters; return one that does, or pass loss= with one "
-            f"of {_quoted()} if that is what it is"
-        )
-    found = [_found(*term) for term in _terms(loss.grad_fn, None)]
-    if found and all(term.loss == found[0].loss for term in found):
-        return replace(found[0], scale=sum(abs(term.scale) for term in found)) if len(found) > 1 else found[0]
-    _, node = take_factors(loss.grad_fn)
-    if node.name().startswith("CompiledFunction"):
-        raise ConfigurationError(
-            "LipschitzLR looked for the loss in its autograd graph and found one compiled function, which hides it; "
-            f"compile the network rather than the whole module, or pass loss= with one of {_quoted()}"
-        )
-    raise ConfigurationError(
-        f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if it is a mean of one in "
-        "other words, or if what is added to one is to be disregarded"
-    )
 
+    def __init__(self, loss: Tensor, name: str | None = None) -> None:
+        self._root, self._name = loss.grad_fn, name
+        self._traced: dict[Any, AffineSource] = {}
 
-def find_term(loss: Tensor, name: LossName, head: Tensor | None = None) -> FoundLoss | None:
-    """Looks for a loss of one name among the terms of a sum.
+    @cached_property
+    def _terms(self) -> list[LossTerm]:
+        return [] if self._root is None else self._terms_below(self._root)
 
-    Args:
-        loss: As for :func:`find_loss`.
-        name: The loss's name.
-        head: The weight of the head that it must be taken of, or None for any.
+    def found(self, head: Tensor | None = None) -> FoundLoss | None:
+        """The loss, with the sum of the factors if several terms have the same logits.
 
-    Returns:
-        What was found, with the sum of the factors where several terms have one head; None where there is no such term.
+        Args:
+            head: Weight of the head that a named loss must belong to; None for any.
 
-    Raises:
-        ConfigurationError: There are terms with different heads.
-    """
-    terms = _terms(loss.grad_fn, name) if loss.grad_fn is not None else []
-    found = [_found(*term, named=True) for term in _of_head(terms, head)]
-    if not found:
-        return None
-    first = found[0]
-    if any(not same_weight(term.head_weight, first.head_weight) or term.loss != first.loss for term in found[1:]):
-        raise ConfigurationError(
-            f"LipschitzLR(loss={name!r}) looked for one such term of the loss and found {len(found)} of different "
-            "heads or kinds; pass head= with the name of the affine map to go by"
-        )
-    return replace(first, scale=sum(abs(term.scale) for term in found))
+        Returns:
+            The loss; None if the user named one and there is no such term.
 
+        Raises:
+            ConfigurationError: There is no graph, the loss is not recognised, or terms have different heads.
+        """
+        if self._name is not None:
+            return self._found_named(head)
+        if self._root is None:
+            raise ConfigurationError(
+                "LipschitzLR looked for the loss in its autograd graph and found a tensor without one: the loss that "
+                "training_step returns must depend on trainable parameters; return one that does, or pass loss= with "
+                f"one of {_quoted()} if that is what it is"
+            )
+        terms = [self._describe(term) for term in self._terms]
+        if terms and all(term.loss == terms[0].loss for term in terms):
+            return replace(terms[0], scale=sum(abs(term.scale) for term in terms)) if len(terms) > 1 else terms[0]
+        raise ConfigurationError(_not_recognised(self._root))
 
-def read_loss(
-    loss: Tensor,
-    name: LossName,
-    num_outputs: int,
-    *,
-    among_terms: bool = False,
-    head: Tensor | None = None,
-    joined: bool = True,
-) -> Reading | None:
-    """What a loss was taken of in this batch, without reading anything of the device to the host.
+    def _found_named(self, head: Tensor | None) -> FoundLoss | None:
+        terms = [self._describe(term) for term in self._of_head(self._terms, head)]
+        if not terms:
+            return None
+        first = terms[0]
+        if any(not same_weight(term.head_weight, first.head_weight) or term.loss != first.loss for term in terms[1:]):
+            raise ConfigurationError(
+                f"LipschitzLR(loss={self._name!r}) looked for one such term of the loss and found {len(terms)} of "
+                "different heads or kinds; pass head= with the name of the affine map to go by"
+            )
+        return replace(first, scale=sum(abs(term.scale) for term in terms))
 
-    Args:
-        loss: As for :func:`find_loss`.
-        name: Which loss it was found to be.
-        num_outputs: Outputs of the head.
-        among_terms: Whether to look for it as :func:`find_term` does.
-        head: As for :func:`find_term`.
-        joined: Whether to look for the calls and the factor of the outputs, which takes as long as all the rest.
+    def batch(self, name: str, num_outputs: int, head: Tensor | None = None, trace: bool = True) -> BatchLoss | None:
+        """The loss in this batch, without a host synchronisation.
 
-    Returns:
-        The reading, or None where the graph shows another loss.
-    """
-    if loss.grad_fn is None:
-        return None
-    terms = _terms(loss.grad_fn, name if among_terms else None)
-    terms = [term for term in terms if term[1].name == name]
-    terms = _of_head(terms, head) if len(terms) > 1 else terms
-    readings = [_reading(match, num_outputs, product_of(factors), joined) for factors, match in terms]
-    return _together(readings) if len(readings) > 1 else next(iter(readings), None)
+        Args:
+            name: The recognised loss.
+            num_outputs: Outputs of the head.
+            head: As for :meth:`found`.
+            trace: Whether to count the calls of the affine layer and to find the factor of its outputs, which takes as
+                long as everything else.
 
+        Returns:
+            The loss; None if the graph shows another one.
+        """
+        terms = [term for term in self._terms if term.match.name == name]
+        terms = self._of_head(terms, head) if len(terms) > 1 else terms
+        losses = [self._read(term, num_outputs, trace) for term in terms]
+        return _combine(losses) if len(losses) > 1 else next(iter(losses), None)
 
-def find_edges(loss: Tensor, name: LossName, *, among_terms: bool = False) -> list[Edge]:
-    """Where the gradients in the outputs that the terms of a loss are taken of go, each once.
+    def edges(self, name: str) -> list[LogitEdge]:
+        """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
+        edges = [self._edge(term.match) for term in self._terms if term.match.name == name]
+        return list({(edge.node, edge.index): edge for edge in edges}.values())
 
-    Args:
-        loss: As for :func:`find_loss`.
-        name: Which loss it was found to be.
-        among_terms: As for :func:`read_loss`.
-    """
-    terms = _terms(loss.grad_fn, name if among_terms else None) if loss.grad_fn is not None else []
-    edges = [_edge(match) for _, match in terms if match.name == name]
-    return list({(edge.node, edge.place): edge for edge in edges}.values())
+    @cached_property
+    def first_affine_maps(self) -> list[Tensor]:
+        """The weights of the affine layers that the graph meets first on each path; views of frozen ones."""
+        stack, seen, weights = [self._root], set(), list[Tensor]()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            weight = weight_of(node) if node.name() in AFFINE else bmm_parameter(node)
+            if weight is None:
+                stack.extend(nodes_below(node))
+            elif not any(same_weight(weight, other) for other in weights):
+                weights.append(weight)
+        return weights
 
-
-def _edge(match: Match) -> Edge:
-    """Where the gradient in the outputs goes."""
-    node, weight = match.log_softmax or match.node, find_maker(match.below, match.name).weight
-    dim = None if match.log_softmax is None else dim_of(match.log_softmax, match.log_softmax._saved_result.ndim)
-    while True:
-        for below, place in node.next_functions:
-            if below is match.below:
-                return Edge(below, place, dim, weight)
-        node = nodes_below(node)[0]
-
-
-def _reading(match: Match, num_outputs: int, scale: float | Tensor, joined: bool) -> Reading:
-    """What the loss was taken of."""
-    rows, maker = match.rows(num_outputs), find_maker(match.below, match.name) if joined else Maker()
-    stretch: Any = abs(product_of(stretch_of(match.below))) if maker.chain else 1.0
-    if match.name != "cross_entropy":
-        outputs: tuple[Tensor, ...] = ()
-        if match.name == "mean_squared_error":
-            outputs = (match.node._saved_self.detach(), match.node._saved_target.detach())
-            if match.node.next_functions[0][0] is None:  # the first argument has no gradient: it is the targets
-                outputs = outputs[::-1]
-        return Reading(rows, match.elements, scale, rows, outputs, maker.calls, stretch)
-    count: int | Tensor = match.elements
-    if not match.each and match.probabilities is None:
-        count = match.node._saved_total_weight
-        if match.node._saved_weight is not None:
-            count = (match.node._saved_target != match.node._saved_ignore_index).sum()
-    return Reading(count, count, scale, rows, calls=maker.calls, stretch=stretch)
-
-
-def _of_head(terms: list[_Term], head: Tensor | None) -> list[_Term]:
-    """The terms that are taken of a head; where the graph shows none to be, those of which it does not tell."""
-    if head is None:
+    def _terms_below(self, node: Any) -> list[LossTerm]:
+        """The loss that a graph begins with, or several with the same logits; of a named loss, its terms in a sum."""
+        factors, node = take_factors(node)
+        match = match_loss(node)
+        if match is not None and self._name in (None, match.name):
+            if match.divisor != 1:
+                factors = [*factors, (torch.tensor(float(match.divisor)), True)]
+            return [LossTerm(factors, match)]
+        below = _same_gradient(node)
+        if below is not None:
+            return [LossTerm([*factors, *more], found) for more, found in self._terms_below(below)]
+        if node.name() not in ("AddBackward0", "SubBackward0") or node._saved_alpha != 1:
+            return []
+        parts = [self._terms_below(part) for part in nodes_below(node)]
+        terms = [LossTerm([*factors, *more], found) for part in parts for more, found in part]
+        if self._name is None and not (all(parts) and all(self._alike(terms[0].match, t.match) for t in terms[1:])):
+            return []
         return terms
-    weights = [find_maker(match.below, match.name).weight for _, match in terms]
-    own = [term for term, weight in zip(terms, weights, strict=True) if same_weight(weight, head)]
-    return own or [term for term, weight in zip(terms, weights, strict=True) if weight is None]
+
+    def _alike(self, one: LossMatch, other: LossMatch) -> bool:
+        """Whether two losses are of one kind and of the outputs of one call, so that their gradients have one bound."""
+        kinds = [(match.name, match.reduction, match.num_classes, match.elements) for match in (one, other)]
+        calls = [self._source(match).node for match in (one, other)]
+        return kinds[0] == kinds[1] and (one.below is other.below or (calls[0] is calls[1] is not None))
+
+    def _source(self, match: LossMatch) -> AffineSource:
+        """The affine layer behind a loss, traced once."""
+        source = self._traced.get(match.below)
+        if source is None:
+            source = trace_to_affine(match.below, through_activations=match.log_softmax is None)
+            self._traced[match.below] = source
+        return source
+
+    def _of_head(self, terms: list[LossTerm], head: Tensor | None) -> list[LossTerm]:
+        """The terms with a head; if there are none, those whose head the graph does not show."""
+        if head is None:
+            return terms
+        weights = [self._source(term.match).weight for term in terms]
+        own = [term for term, weight in zip(terms, weights, strict=True) if same_weight(weight, head)]
+        return own or [term for term, weight in zip(terms, weights, strict=True) if weight is None]
+
+    def _describe(self, term: LossTerm) -> FoundLoss:
+        match, source = term.match, self._source(term.match)
+        num_outputs = match.num_classes or source.num_outputs
+        top = "LogSoftmax" if match.log_softmax is not None else short_name(match.node)
+        unrecognised, behind_activation = (
+            (top, *names) if names else () for names in (source.unrecognised, source.behind_activation)
+        )
+        rows = match.rows(num_outputs or 1)
+        head_rows, rows_per_target = rows, 1
+        if match.num_classes and source.num_outputs and match.num_classes % source.num_outputs == 0:
+            head_rows = match.num_logits // source.num_outputs
+            rows_per_target = match.num_classes // source.num_outputs
+        return FoundLoss(
+            loss=_loss_of(match, named=self._name is not None),
+            scale=float(product_of(term.factors)),
+            head_weight=source.weight,
+            unrecognised=unrecognised,
+            behind_activation=behind_activation,
+            rows=rows,
+            head_rows=head_rows,
+            num_outputs=num_outputs,
+            rows_per_target=rows_per_target,
+            pooled=source.pooled,
+            calls=source.calls,
+            concatenated=source.concatenated,
+            inputs=inputs_of(source.node),
+        )
+
+    def _edge(self, match: LossMatch) -> LogitEdge:
+        node, weight = match.log_softmax or match.node, self._source(match).weight
+        dim = None if match.log_softmax is None else dim_of(match.log_softmax, match.log_softmax._saved_result.ndim)
+        while True:
+            for below, index in node.next_functions:
+                if below is match.below:
+                    return LogitEdge(below, index, dim, weight)
+            node = nodes_below(node)[0]
+
+    def _read(self, term: LossTerm, num_outputs: int, trace: bool) -> BatchLoss:
+        match, scale = term.match, product_of(term.factors)
+        source = self._source(match) if trace else AffineSource()
+        logit_scale: Any = abs(product_of(logit_scale_of(match.below))) if source.unrecognised else 1.0
+        rows = match.rows(num_outputs)
+        if match.log_softmax is None:
+            outputs = _outputs_and_targets(match) if LOSSES[match.name].needs_output_norm else ()
+            return BatchLoss(rows, match.elements, scale, rows, outputs, source.calls, logit_scale)
+        count: int | Tensor = match.elements
+        if not match.unreduced and match.probabilities is None:
+            count = match.node._saved_total_weight
+            if match.node._saved_weight is not None:
+                count = (match.node._saved_target != match.node._saved_ignore_index).sum()
+        return BatchLoss(count, count, scale, rows, calls=source.calls, logit_scale=logit_scale)
 
 
-def _together(readings: list[Reading]) -> Reading:
-    """What several losses of the same outputs have together: none is larger than the largest, nor of fewer targets."""
-    first = readings[0]
-    scale: Any = sum(abs(reading.scale) for reading in readings)
-    count, elements = first.count, first.elements
-    for reading in readings[1:]:
-        count, elements = _least(count, reading.count), _least(elements, reading.elements)
-    outputs = first.outputs
-    for reading in readings[1:]:
-        if [part.shape for part in reading.outputs] == [part.shape for part in outputs]:
-            pairs = zip(outputs, reading.outputs, strict=True)
+def _outputs_and_targets(match: LossMatch) -> tuple[Tensor, ...]:
+    """The outputs and the targets, which is whichever argument has no gradient."""
+    outputs = (match.node._saved_self.detach(), match.node._saved_target.detach())
+    return outputs[::-1] if match.node.next_functions[0][0] is None else outputs
+
+
+def _combine(losses: list[BatchLoss]) -> BatchLoss:
+    """Several losses of the same logits as one, an upper bound: the smallest count, the largest outputs."""
+    first = losses[0]
+    scale: Any = sum(abs(loss.scale) for loss in losses)
+    count, elements, outputs = first.count, first.elements, first.outputs
+    for loss in losses[1:]:
+        count, elements = _minimum(count, loss.count), _minimum(elements, loss.elements)
+        if [part.shape for part in loss.outputs] == [part.shape for part in outputs]:
+            pairs = zip(outputs, loss.outputs, strict=True)
             outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
-    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, terms=len(readings))
+    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, terms=len(losses))
 
 
-def _least(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+def _minimum(one: int | Tensor, other: int | Tensor) -> int | Tensor:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return torch.minimum(torch.as_tensor(one), torch.as_tensor(other))
     return min(one, other)
 
 
-def first_heads(loss: Tensor) -> list[Tensor]:
-    """The weights of the affine maps that a loss is made from with no other in between.
-
-    Args:
-        loss: A tensor.
-
-    Returns:
-        The weights, or views of them where they are frozen, of which the graph knows.
-    """
-    stack, seen, weights = [loss.grad_fn], set(), list[Tensor]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        weight = weight_of(node) if node.name() in AFFINE else multiplied_by(node)
-        if weight is None:
-            stack.extend(nodes_below(node))
-        elif not any(same_weight(weight, other) for other in weights):
-            weights.append(weight)
-    return weights
-
-
-def _found(factors: Factors, match: Match, named: bool = False) -> FoundLoss:
-    maker = find_maker(match.below, match.name)
-    width = match.width or maker.outputs
-    top = "LogSoftmax" if match.name == "cross_entropy" else short_name(match.node)
-    chain, bent = ((top, *names) if names else () for names in (maker.chain, maker.bent))
-    rows = match.rows(width or 1)
-    head_rows, group = rows, 1
-    if match.width and maker.outputs and match.width % maker.outputs == 0:
-        head_rows, group = match.logits // maker.outputs, match.width // maker.outputs
-    return FoundLoss(
-        loss=_loss(match, named),
-        scale=float(product_of(factors)),
-        head_weight=maker.weight,
-        chain=chain,
-        bent=bent,
-        rows=rows,
-        head_rows=head_rows,
-        width=width,
-        group=group,
-        pooled=maker.pooled,
-        calls=maker.calls,
-        joined=maker.joined,
-        inputs=inputs_of(maker.call),
-    )
-
-
-def _loss(match: Match, named: bool) -> Loss:
-    """The loss's arguments, read to the host; what has no constant is disregarded where the user has named the loss."""
-    node, name, reduction = match.node, match.name, match.reduction
-    if name == "cross_entropy":
-        probabilities = match.probabilities
-        if probabilities is not None:
-            totals = probabilities.float().sum(dim=dim_of(match.log_softmax, probabilities.ndim))
-            if not named and not torch.allclose(totals, torch.ones_like(totals), atol=1e-2):
-                raise ConfigurationError(
-                    "LipschitzLR found a cross-entropy whose targets are probabilities that do not sum to 1 (the first "
-                    f"ones' sum is {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to 1, "
-                    "or pass loss='cross_entropy' to have that disregarded"
-                )
-            return Loss(name, reduction)
-        weights = node._saved_weight
-        if named and match.each:
-            weights = None
-        if weights is not None and match.each:
+def _loss_of(match: LossMatch, named: bool) -> Loss:
+    """The loss with its arguments, read to the host; of a loss that the user named, unknown arguments are ignored."""
+    node, spec, reduction = match.node, LOSSES[match.name], match.reduction
+    if match.probabilities is not None:
+        _check_probabilities(match, match.probabilities, named)
+        return spec.loss(reduction)
+    if match.log_softmax is not None:
+        weights = None if named and match.unreduced else node._saved_weight
+        if weights is not None and match.unreduced:
             raise ConfigurationError(
                 "LipschitzLR found a cross-entropy with class weights and reduction='none' that is averaged by hand, "
                 "for which it has no constant; use reduction='mean', or pass loss='cross_entropy' to have the weights "
                 "disregarded"
             )
         values = None if weights is None else tuple(float(weight) for weight in weights.tolist())
-        return Loss(name, reduction, label_smoothing=match.label_smoothing, class_weights=values)
-    if name == "binary_cross_entropy":
-        if node._saved_weight is not None and not named:
-            raise ConfigurationError(
-                "LipschitzLR found a binary cross-entropy with weight=, for which it has no constant; use pos_weight= "
-                "or none, or pass loss='binary_cross_entropy' to have the weights disregarded"
-            )
-        positive = getattr(node, "_saved_pos_weight", None)
-        return Loss(name, reduction, pos_weight=1.0 if positive is None else float(positive.max()))
-    threshold = getattr(node, "_saved_delta", None) or getattr(node, "_saved_beta", None) or 1.0
-    return Loss(name, reduction, threshold=float(threshold))
+        return spec.loss(reduction, label_smoothing=match.label_smoothing, class_weights=values)
+    if getattr(node, "_saved_weight", None) is not None and "_saved_weight" not in spec.arguments.values() and not named:
+        raise ConfigurationError(
+            f"LipschitzLR found a {match.name} with weight=, for which it has no constant; leave it out, or pass "
+            f"loss={match.name!r} to have the weights disregarded"
+        )
+    saved = {argument: getattr(node, attribute, None) for argument, attribute in spec.arguments.items()}
+    arguments = {
+        argument: float(value.max() if isinstance(value, Tensor) else value)
+        for argument, value in saved.items()
+        if value is not None
+    }
+    return spec.loss(reduction, **arguments)
+
+
+def _check_probabilities(match: LossMatch, probabilities: Tensor, named: bool) -> None:
+    totals = probabilities.float().sum(dim=dim_of(match.log_softmax, probabilities.ndim))
+    if not named and not torch.allclose(totals, torch.ones_like(totals), atol=1e-2):
+        raise ConfigurationError(
+            "LipschitzLR found a cross-entropy whose targets are probabilities that do not sum to 1 (the first "
+            f"ones' sum is {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to 1, "
+            "or pass loss='cross_entropy' to have that disregarded"
+        )
 
 
 def _same_gradient(node: Any) -> Any:
-    """What a node leaves as it is, up to its sign or a constant; None where it does more."""
+    """The node below one that changes the gradient by its sign at most; None for other nodes."""
     name, below = node.name(), only_below(node)
     if below is None:
         return None
     if name in ("AddBackward0", "SubBackward0", "RsubBackward1"):
         return below if node._saved_alpha == 1 else None
-    if name in BY_HAND:
+    if name in MANUAL_REDUCTIONS:
         return below if math.prod(node._saved_self_sym_sizes) == 1 else None
     return below if name in VIEWS or name == "NegBackward0" else None
 
 
-def _terms(node: Any, name: LossName | None) -> list[_Term]:
-    """The loss that a graph begins with, or several of the same outputs; for a name, those of that name in a sum."""
-    factors, node = take_factors(node)
-    match = find_match(node)
-    if match is not None and name in (None, match.name):
-        if match.divisor != 1:
-            factors = [*factors, (torch.tensor(float(match.divisor)), True)]
-        return [(factors, match)]
-    below = _same_gradient(node)
-    if below is not None:
-        return [([*factors, *more], found) for more, found in _terms(below, name)]
-    if node.name() not in ("AddBackward0", "SubBackward0") or node._saved_alpha != 1:
-        return []
-    parts = [_terms(part, name) for part in nodes_below(node)]
-    terms = [([*factors, *more], found) for part in parts for more, found in part]
-    if name is None and not (all(parts) and all(_are_alike(terms[0][1], found) for _, found in terms[1:])):
-        return []
-    return terms
-
-
-def _are_alike(one: Match, other: Match) -> bool:
-    """Whether two losses are of one kind and of outputs of one call, so that their gradients have one bound."""
-    kinds = [(match.name, match.reduction, match.width, match.elements) for match in (one, other)]
-    calls = [find_maker(match.below, match.name).call for match in (one, other)]
-    return kinds[0] == kinds[1] and (one.below is other.below or (calls[0] is calls[1] is not None))
+def _not_recognised(root: Any) -> str:
+    """The message for a graph that is not recognised."""
+    _, node = take_factors(root)
+    if node.name().startswith("CompiledFunction"):
+        return (
+            "LipschitzLR looked for the loss in its autograd graph and found one compiled function, which hides it; "
+            f"compile the network rather than the whole module, or pass loss= with one of {_quoted()}"
+        )
+    return (
+        f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
+        f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if it is a mean of one in "
+        "other words, or if what is added to one is to be disregarded"
+    )
 
 
 def _quoted() -> str:

@@ -1,4 +1,4 @@
-"""A loss whose autograd graph begins with a node: torch's functions, and what is written by hand in their place."""
+"""Patterns of autograd nodes by which a loss is recognised: torch's functions, and manual reductions of them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,18 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
-from lit_lipschitz.bounds.loss_spec import LossName
+from lit_lipschitz.bounds.loss_spec import LOSSES, find_spec
 from lit_lipschitz.recognition.autograd_nodes import VIEWS, dim_of, nodes_below, only_below
 
-_BY_NODE: dict[str, LossName] = {
-    "BinaryCrossEntropyWithLogitsBackward0": "binary_cross_entropy",
-    "BinaryCrossEntropyBackward0": "binary_cross_entropy",
-    "MseLossBackward0": "mean_squared_error",
-    "HuberLossBackward0": "huber",
-    "SmoothL1LossBackward0": "smooth_l1",
-}
-_REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}
-BY_HAND: dict[str, Reduction] = {
+_REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}  # torch's numbers
+MANUAL_REDUCTIONS: dict[str, Reduction] = {
     "MeanBackward0": "mean",
     "MeanBackward1": "mean",
     "SumBackward0": "sum",
@@ -28,39 +21,41 @@ _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "Unsque
 
 
 @dataclass(frozen=True)
-class Match:
-    """The nodes of a recognised loss.
+class LossMatch:
+    """A recognised loss in the graph.
 
     Attributes:
-        name: The loss's name.
-        node: The node whose saved tensors tell the loss's arguments; of the products, for probabilities as targets.
-        below: The node that made the outputs that it is taken of.
-        reduction: How the losses of the examples were put together.
-        each: Whether that was a mean or a sum over what was not reduced, with the ignored targets as zeros.
-        label_smoothing: Probability that is spread over all classes.
-        log_softmax: The node of a cross-entropy's log-softmax.
-        divisor: Of a sum, where it is made in steps of which some are means.
+        name: Its name in :data:`lit_lipschitz.bounds.LOSSES`.
+        node: The node whose saved tensors hold the loss's arguments; the product with the log-probabilities, if the
+            targets are probabilities.
+        below: The node that made the logits.
+        reduction: Reduction over the examples.
+        unreduced: Whether the loss was computed with ``reduction="none"`` and reduced afterwards, with ignored targets
+            as zeros.
+        label_smoothing: Label smoothing.
+        log_softmax: The log-softmax node of a cross-entropy.
+        divisor: Divisor of a sum that is made in several steps of which some are means.
     """
 
-    name: LossName
+    name: str
     node: Any
     below: Any
     reduction: Reduction
-    each: bool = False
+    unreduced: bool = False
     label_smoothing: float = 0.0
     log_softmax: Any = None
     divisor: int = 1
 
     @property
     def probabilities(self) -> Tensor | None:
-        """The targets, where they are probabilities of classes."""
+        """The targets of a cross-entropy, if they are probabilities of the classes."""
         if self.name != "cross_entropy" or self.node.name().startswith("NllLoss"):
             return None
         return self.node._saved_self if self.node._saved_other is None else self.node._saved_other
 
     @property
     def elements(self) -> int:
-        """Losses that are averaged: targets of a cross-entropy, outputs of the others."""
+        """Number of losses that are reduced: targets of a cross-entropy, outputs of other losses."""
         probabilities = self.probabilities
         if probabilities is not None:
             return probabilities.numel() // probabilities.shape[dim_of(self.log_softmax, probabilities.ndim)]
@@ -69,43 +64,43 @@ class Match:
         return self.node._saved_target.numel()
 
     def rows(self, num_outputs: int) -> int:
-        """Examples, tokens or pixels."""
-        return self.elements if self.name == "cross_entropy" else max(1, self.elements // num_outputs)
+        """Number of examples, tokens or pixels."""
+        return max(1, self.elements // num_outputs) if LOSSES[self.name].per_output else self.elements
 
     @property
-    def width(self) -> int | None:
-        """Classes of a cross-entropy."""
+    def num_classes(self) -> int | None:
+        """Classes of a cross-entropy; None for other losses."""
         if self.log_softmax is None:
             return None
         result = self.log_softmax._saved_result
         return result.shape[dim_of(self.log_softmax, result.ndim)]
 
     @property
-    def logits(self) -> int:
-        """Outputs that the loss is taken of."""
+    def num_logits(self) -> int:
+        """Number of logits."""
         return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
 
 
-def find_match(node: Any) -> Match | None:
-    """The loss whose graph begins with a node."""
-    if node.name() in BY_HAND:
-        return _match_by_hand(node)
+def match_loss(node: Any) -> LossMatch | None:
+    """The loss whose graph begins with a node, or None."""
+    if node.name() in MANUAL_REDUCTIONS:
+        return _match_manual_reduction(node)
     if node.name() == "AddBackward0":
-        return _match_smoothed(node)
+        return _match_label_smoothing(node)
     if node.name().startswith("DivBackward"):
         return _match_probabilities(node)
     reduction = _REDUCTIONS.get(getattr(node, "_saved_reduction", None) or 0)
-    return None if reduction is None else _match_reduced(node, reduction)
+    return None if reduction is None else _match_function(node, reduction)
 
 
-def _match_by_hand(node: Any) -> Match | None:
-    """The mean or the sum, in one step or several, of losses that were not reduced."""
+def _match_manual_reduction(node: Any) -> LossMatch | None:
+    """The mean or the sum, in one or several steps, of losses that were not reduced."""
     below, divisor, means, sums = node, 1, 0, 0
-    while below is not None and (below.name() in BY_HAND or below.name() in _RESHAPES):
-        if below.name() in BY_HAND:
-            mean = BY_HAND[below.name()] == "mean"
+    while below is not None and (below.name() in MANUAL_REDUCTIONS or below.name() in _RESHAPES):
+        if below.name() in MANUAL_REDUCTIONS:
+            mean = MANUAL_REDUCTIONS[below.name()] == "mean"
             means, sums = means + mean, sums + (not mean)
-            divisor *= _reduced(below) if mean else 1
+            divisor *= _num_reduced(below) if mean else 1
         below = only_below(below)
     if below is None:
         return None
@@ -114,44 +109,46 @@ def _match_by_hand(node: Any) -> Match | None:
     if below.name() == "AbsBackward0":
         difference = only_below(below)
         outputs = only_below(difference) if difference is not None and difference.name() == "SubBackward0" else None
-        return None if outputs is None else Match("mean_absolute_error", below, outputs, reduction, divisor=divisor)
+        return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, divisor=divisor)
     if getattr(below, "_saved_reduction", None) != 0:
         return None
-    match = _match_reduced(below, reduction, each=True)
+    match = _match_function(below, reduction, unreduced=True)
     return None if match is None else replace(match, divisor=divisor)
 
 
-def _reduced(node: Any) -> int:
+def _num_reduced(node: Any) -> int:
     """How many numbers each result of a mean is the mean of."""
     sizes, dims = node._saved_self_sym_sizes, getattr(node, "_saved_dim", None)
     return math.prod(sizes[dim if dim < 2**63 else dim - 2**64] for dim in dims) if dims else math.prod(sizes)
 
 
-def _match_reduced(node: Any, reduction: Reduction, each: bool = False, smoothing: float = 0.0) -> Match | None:
-    """A loss that torch has a function for."""
+def _match_function(
+    node: Any, reduction: Reduction, unreduced: bool = False, label_smoothing: float = 0.0
+) -> LossMatch | None:
+    """A loss that torch computes in one node, possibly of a log-softmax or a sigmoid."""
+    below = only_below(node)
     if node.name().startswith("NllLoss"):
-        below = only_below(node)
-        # Log-probabilities that are clamped have the gradient of the cross-entropy, or none: the constants hold.
+        # Clamped log-probabilities have the gradient of the cross-entropy, or none: the constants hold.
         while below is not None and below.name() in (*VIEWS, "ClampBackward0", "ClampBackward1"):
             below = nodes_below(below)[0]
         if below is None or below.name() != "LogSoftmaxBackward0":
             return None
-        return Match("cross_entropy", node, nodes_below(below)[0], reduction, each, smoothing, below)
-    name = _BY_NODE.get(node.name())
-    below = only_below(node)
-    if name is None or below is None:
+        logits = nodes_below(below)[0]
+        return LossMatch("cross_entropy", node, logits, reduction, unreduced, label_smoothing, below)
+    if below is None:
         return None
     if node.name() == "BinaryCrossEntropyBackward0":
         while below.name() in VIEWS:
             below = nodes_below(below)[0]
         if below.name() != "SigmoidBackward0":
             return None
-        below = nodes_below(below)[0]
-    return Match(name, node, below, reduction, each)
+        return LossMatch("binary_cross_entropy", node, nodes_below(below)[0], reduction, unreduced)
+    spec = find_spec(node.name())
+    return None if spec is None else LossMatch(spec.name, node, below, reduction, unreduced)
 
 
-def _match_smoothed(node: Any) -> Match | None:
-    """Label smoothing: (1 - s) * nll + s / k * sum of the log-probabilities; torch makes both terms by MulBackward1."""
+def _match_label_smoothing(node: Any) -> LossMatch | None:
+    """(1 - s) * nll + s / k * sum of the log-probabilities; torch makes both terms by MulBackward1."""
     terms = nodes_below(node)
     if len(terms) != 2 or any(term.name() != "MulBackward1" for term in terms):
         return None
@@ -159,17 +156,15 @@ def _match_smoothed(node: Any) -> Match | None:
     reduction = _REDUCTIONS.get(getattr(nll, "_saved_reduction", None) or 0)
     if reduction is None or not nll.name().startswith("NllLoss") or rest.name() not in ("DivBackward0", "SumBackward0"):
         return None
-    return _match_reduced(nll, reduction, smoothing=1 - float(terms[0]._saved_other))
+    return _match_function(nll, reduction, label_smoothing=1 - float(terms[0]._saved_other))
 
 
-def _match_probabilities(node: Any) -> Match | None:
-    """Probabilities as targets: minus the sum of target times log-probability, over the rows."""
-    names = ("NegBackward0", "SumBackward0", "MulBackward0", "LogSoftmaxBackward0")
-    below = node
-    product = None
-    for name in names:
+def _match_probabilities(node: Any) -> LossMatch | None:
+    """Probabilities as targets: minus the sum of target times log-probability, over the number of rows."""
+    below, product = node, None
+    for name in ("NegBackward0", "SumBackward0", "MulBackward0", "LogSoftmaxBackward0"):
         below = only_below(below)
         if below is None or below.name() != name:
             return None
         product = below if name == "MulBackward0" else product
-    return Match("cross_entropy", product, nodes_below(below)[0], "mean", log_softmax=below)
+    return LossMatch("cross_entropy", product, nodes_below(below)[0], "mean", log_softmax=below)

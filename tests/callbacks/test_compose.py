@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from test_audit import Curves
-from test_writing import SCHEDULERS
+from test_lr_writer import SCHEDULERS
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import swa_utils

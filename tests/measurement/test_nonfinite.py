@@ -1,4 +1,4 @@
-"""A loss that is not finite: who is told, when, and what becomes of the rate and the parameters."""
+"""Non-finite losses: what is reported and when, and what happens to the rate and the parameters."""
 
 import math
 import warnings
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
-from lit_lipschitz.measurement.nonfinite import KEPT, LossWatch
+from lit_lipschitz.measurement.nonfinite import WINDOW, NonfiniteLosses
 
 
 class Spiking(Classifier):
@@ -82,7 +82,7 @@ def test_on_one_cpu_raise_ends_the_run_before_the_parameters_move(settings, step
 
 
 @pytest.mark.parametrize("settings", [{"update": 4}, {"measure": "pass"}, {"initial_lr": 0.01, "update": 100}])
-def test_the_end_of_an_epoch_looks_at_what_no_update_has(settings):
+def test_the_end_of_an_epoch_evaluates_what_no_update_has(settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(LipschitzLR(schedule="none", **settings), max_epochs=1).fit(Spiking(5), loader())
@@ -96,36 +96,36 @@ def test_accumulated_batches_count_as_their_step():
 
 
 def test_it_costs_no_value_on_the_host(monkeypatch):
-    watch = LossWatch(0, 1, 0)
+    monitor = NonfiniteLosses(0, 1, 0)
     for name in ("item", "tolist", "__bool__", "__float__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("read a tensor"))
     for step in range(5):
-        watch.see(torch.full((), math.nan), step)
-    watch.slots()
+        monitor.update(torch.full((), math.nan), step)
+    monitor.pack()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_large_losses_are_no_spikes_and_steps_are_exact(dtype):
-    watch = LossWatch(1, 3, 10)
+    monitor = NonfiniteLosses(1, 3, 10)
     for step in range(10, 2_000_000, 150_001):
-        watch.see(torch.tensor(torch.finfo(dtype).max, dtype=dtype), step)
-    assert watch.read() is None
-    watch.see(torch.tensor(math.inf, dtype=dtype), 2_000_003)
-    watch.see(torch.tensor(math.inf, dtype=dtype), 2_000_004)
-    assert watch.read() == (2_000_003, [1])
-    watch.reset(2_000_005)
-    assert watch.read() is None
+        monitor.update(torch.tensor(torch.finfo(dtype).max, dtype=dtype), step)
+    assert monitor.first_nonfinite() is None
+    monitor.update(torch.tensor(math.inf, dtype=dtype), 2_000_003)
+    monitor.update(torch.tensor(math.inf, dtype=dtype), 2_000_004)
+    assert monitor.first_nonfinite() == (2_000_003, [1])
+    monitor.reset(2_000_005)
+    assert monitor.first_nonfinite() is None
 
 
 def test_the_ranks_agree_on_the_earliest_step_and_who_had_it():
-    watches = [LossWatch(rank, 3, 5) for rank in range(3)]
-    for watch, bad in zip(watches, (7, 6, 6), strict=True):
+    monitors = [NonfiniteLosses(rank, 3, 5) for rank in range(3)]
+    for monitor, bad in zip(monitors, (7, 6, 6), strict=True):
         for step in (5, 6, 7):
-            watch.see(torch.tensor(math.nan if step == bad else 1.0), step)
-    agreed = torch.stack([watch.slots() for watch in watches]).amax(dim=0)
-    for watch in watches:
-        watch.take(agreed)
-        assert watch.read() == (6, [1, 2])
+            monitor.update(torch.tensor(math.nan if step == bad else 1.0), step)
+    agreed = torch.stack([monitor.pack() for monitor in monitors]).amax(dim=0)
+    for monitor in monitors:
+        monitor.unpack(agreed)
+        assert monitor.first_nonfinite() == (6, [1, 2])
 
 
 def test_two_ranks_keep_the_same_rate_after_a_loss_of_one_of_them(monkeypatch):
@@ -147,19 +147,19 @@ def test_two_ranks_both_end_after_a_loss_of_one_of_them():
         two_ranks(LipschitzLR(schedule="none", on_nonfinite="raise"), Spiking(4, rank=1), 8, max_epochs=2)
 
 
-@pytest.mark.parametrize("step", [0, 5, KEPT - 1, KEPT, KEPT + 3, 5 * KEPT + 7])
+@pytest.mark.parametrize("step", [0, 5, WINDOW - 1, WINDOW, WINDOW + 3, 5 * WINDOW + 7])
 def test_the_watch_knows_the_first_of_many_steps(step):
-    watch = LossWatch(rank=1, world_size=3, step=2)
-    for i in range(6 * KEPT):
-        for bad in (False, i in (step, step + 1, step + KEPT)):
-            watch.see(torch.tensor(-math.inf if bad else 1e38), 2 + i)
-    assert watch.read() == (2 + step, [1])
-    watch.reset(6 * KEPT)
-    watch.see(torch.tensor(1.0), 6 * KEPT + 1000)
-    assert watch.read() is None
-    watch.see(torch.tensor(math.nan), 6 * KEPT + 1000)
-    watch.see(torch.tensor(1.0), 6 * KEPT + 1001)
-    assert watch.read() == (6 * KEPT + 1000, [1])
+    monitor = NonfiniteLosses(rank=1, world_size=3, step=2)
+    for i in range(6 * WINDOW):
+        for bad in (False, i in (step, step + 1, step + WINDOW)):
+            monitor.update(torch.tensor(-math.inf if bad else 1e38), 2 + i)
+    assert monitor.first_nonfinite() == (2 + step, [1])
+    monitor.reset(6 * WINDOW)
+    monitor.update(torch.tensor(1.0), 6 * WINDOW + 1000)
+    assert monitor.first_nonfinite() is None
+    monitor.update(torch.tensor(math.nan), 6 * WINDOW + 1000)
+    monitor.update(torch.tensor(1.0), 6 * WINDOW + 1001)
+    assert monitor.first_nonfinite() == (6 * WINDOW + 1000, [1])
 
 
 class TwoHeads(Classifier):
@@ -255,18 +255,18 @@ def test_a_checkpoint_behind_a_report_tells_of_nothing():
 
 
 def test_a_checkpoint_of_one_rank_tells_of_another_ranks_loss():
-    watches = [LossWatch(rank, 2, 5) for rank in range(2)]
-    watches[1].see(torch.tensor(math.nan), 7)
-    agreed = torch.stack([watch.slots() for watch in watches]).amax(dim=0)
-    watches[0].take(agreed)
-    resumed = LossWatch(0, 1, 0)
-    resumed.load_state_dict(watches[0].state_dict())
-    resumed.see(torch.tensor(math.nan), 9)
-    again = LossWatch(0, 1, 0)
+    monitors = [NonfiniteLosses(rank, 2, 5) for rank in range(2)]
+    monitors[1].update(torch.tensor(math.nan), 7)
+    agreed = torch.stack([monitor.pack() for monitor in monitors]).amax(dim=0)
+    monitors[0].unpack(agreed)
+    resumed = NonfiniteLosses(0, 1, 0)
+    resumed.load_state_dict(monitors[0].state_dict())
+    resumed.update(torch.tensor(math.nan), 9)
+    again = NonfiniteLosses(0, 1, 0)
     again.load_state_dict(resumed.state_dict())
-    assert resumed.read() == again.read() == (7, [1])
+    assert resumed.first_nonfinite() == again.first_nonfinite() == (7, [1])
     again.reset(10)
-    assert again.read() is None
+    assert again.first_nonfinite() is None
 
 
 @pytest.fixture
@@ -278,16 +278,16 @@ def mesh():
     dist.destroy_process_group()
 
 
-def test_a_loss_of_several_devices_is_looked_at_where_it_lies(mesh):
+def test_a_sharded_loss_is_evaluated_where_it_lies(mesh):
     for placement in (Replicate(), Partial()):
-        watch = LossWatch(0, 1, 0)
-        watch.see(DTensor.from_local(torch.tensor(1.0), mesh, [placement]), 0)
-        assert watch.read() is None
-        watch.see(DTensor.from_local(torch.tensor(math.inf), mesh, [placement]), 1)
-        assert watch.read() == (1, [0])
-    watch = LossWatch(0, 1, 0)
-    watch.see(DTensor.from_local(torch.tensor([1.0, math.nan]), mesh, [Shard(0)]), 3)
-    assert watch.read() == (3, [0])
+        monitor = NonfiniteLosses(0, 1, 0)
+        monitor.update(DTensor.from_local(torch.tensor(1.0), mesh, [placement]), 0)
+        assert monitor.first_nonfinite() is None
+        monitor.update(DTensor.from_local(torch.tensor(math.inf), mesh, [placement]), 1)
+        assert monitor.first_nonfinite() == (1, [0])
+    monitor = NonfiniteLosses(0, 1, 0)
+    monitor.update(DTensor.from_local(torch.tensor([1.0, math.nan]), mesh, [Shard(0)]), 3)
+    assert monitor.first_nonfinite() == (3, [0])
 
 
 def test_a_fit_whose_loss_is_of_several_devices(mesh):

@@ -1,3 +1,5 @@
+"""Norms of activations and their running maximum, compared with NumPy."""
+
 import math
 
 import numpy as np
@@ -24,7 +26,6 @@ def with_ones(batch):
 REFERENCE = {
     "frobenius": lambda a: math.sqrt((a**2).sum()),
     "sample": lambda a: max(math.sqrt((row**2).sum()) for row in a),
-    "unit": lambda a: np.abs(a).max(),
 }
 
 
@@ -64,9 +65,9 @@ def test_half_precision_does_not_overflow(dtype):
     assert statistic.values[2].item() == 0
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "spectral"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_batch_that_is_not_finite_is_left_out_and_counted(norm, poison):
+def test_a_non_finite_batch_is_dropped_and_counted(norm, poison):
     statistic, clean = RunningMaximum(norm, 5), RunningMaximum(norm, 5)
     for i, batch in enumerate(batches()):
         batch = torch.from_numpy(batch).float()
@@ -105,8 +106,8 @@ def test_power_iteration_at_any_scale_and_after_a_batch_of_zeros(scale):
     assert statistic.values[0].item() == pytest.approx(before, rel=1e-5)
 
 
-def test_the_squares_are_the_frobenius_norm_of_the_squared_matrix():
-    statistic = RunningMaximum("frobenius", 5, squares=True)
+def test_the_fourth_moment_norm_is_the_frobenius_norm_of_the_squared_matrix():
+    statistic = RunningMaximum("frobenius", 5, fourth_moment=True)
     for batch in batches():
         statistic.update(torch.from_numpy(batch).float())
     statistic.update(torch.full((1, 5), math.nan))
@@ -114,20 +115,36 @@ def test_the_squares_are_the_frobenius_norm_of_the_squared_matrix():
     assert statistic.values[3].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "spectral"])
 def test_an_empty_batch_is_refused(norm):
     with pytest.raises(ValueError, match=r"shape \(0, 5\): expected \(rows, width\) with at least 1 row"):
         RunningMaximum(norm, 5).update(torch.zeros(0, 5))
 
 
-def test_merging_is_seeing_both():
+def test_after_a_reduction_all_ranks_hold_the_maximum_over_all_batches():
     first, second, both = (RunningMaximum("sample", 5) for _ in range(3))
     for i, batch in enumerate(batches()):
         batch = torch.from_numpy(batch).float()
         (first if i % 2 else second).update(batch)
         both.update(batch)
-    first.merge(second)
-    assert first.values.tolist() == both.values.tolist()
+    second.update(torch.full((2, 5), math.nan))
+    reduced = torch.maximum(first.pack(1.0, rank=0), second.pack(1.0, rank=1))
+    assert first.unpack(reduced)[2] == second.unpack(reduced)[2] == 1
+    assert (first.values[2], second.values[2]) == (0, 1)  # dropped calls stay each rank's own
+    for rank in (first, second):
+        assert rank.values[[0, 1, 3, 4]].tolist() == both.values[[0, 1, 3, 4]].tolist()
+
+
+def test_the_power_iteration_goes_on_from_the_vector_of_rank_0():
+    ranks = [RunningMaximum("spectral", 5) for _ in range(2)]
+    for statistic, batch in zip(ranks, batches(), strict=False):
+        statistic.update(torch.from_numpy(batch).float())
+    expected = ranks[0].direction.clone()
+    assert not torch.equal(ranks[1].direction, expected)
+    reduced = torch.maximum(*(statistic.pack(1.0, rank) for rank, statistic in enumerate(ranks)))
+    for statistic in ranks:
+        statistic.unpack(reduced)
+        assert torch.equal(statistic.direction, expected)
 
 
 def test_reset_forgets_the_batches():
@@ -159,9 +176,9 @@ def test_no_graph_is_built():
     assert not statistic.values.requires_grad
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "sample", "unit", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "sample", "spectral"])
 def test_double_precision_is_measured_too(norm):
-    double, single = (RunningMaximum(norm, 5, squares=True) for _ in range(2))
+    double, single = (RunningMaximum(norm, 5, fourth_moment=True) for _ in range(2))
     for batch in batches():
         double.update(torch.from_numpy(batch).double())
         single.update(torch.from_numpy(batch).float())
@@ -169,7 +186,7 @@ def test_double_precision_is_measured_too(norm):
     torch.testing.assert_close(double.values, single.values)
 
 
-NORMS = ["frobenius", "sample", "unit", "spectral"]
+NORMS = ["frobenius", "sample", "spectral"]
 
 
 def peak_memory(function):
@@ -191,7 +208,7 @@ def test_no_copy_of_the_activations_is_made(norm, dtype, monkeypatch):
     peaks = []
     for rows in (2048, 4096):
         activations = torch.randn(rows, 512).to(dtype)
-        statistic = RunningMaximum(norm, 512, bias=True, mean=True, squares=norm == "frobenius")
+        statistic = RunningMaximum(norm, 512, bias=True, mean=True, fourth_moment=norm == "frobenius")
         statistic.update(activations)
         peaks.append(peak_memory(lambda statistic=statistic, of=activations: statistic.update(of)))
     # Two parts in fp32, where they are copied; a number a row, and some vectors. A copy would be 2 MiB a thousand rows.
@@ -205,7 +222,7 @@ def test_no_copy_of_the_activations_is_made(norm, dtype, monkeypatch):
 def test_parts_and_layouts_change_nothing_but_the_rounding(norm, dtype, monkeypatch):
     channels_first = torch.randn(6, 5, 3, 4).to(dtype)
     rows = channels_first.movedim(1, -1).reshape(-1, 5)
-    whole, parts, scattered = (RunningMaximum(norm, 5, bias=True, squares=norm != "spectral") for _ in range(3))
+    whole, parts, scattered = (RunningMaximum(norm, 5, bias=True, fourth_moment=norm != "spectral") for _ in range(3))
     whole.update(rows)
     monkeypatch.setattr(norms, "PART", 35)
     parts.update(rows)

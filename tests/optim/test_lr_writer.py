@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler as schedulers
 
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.optim.lr_writer import RateWriter
+from lit_lipschitz.optim.lr_writer import LRWriter
 
 STEPS = 12
 SCHEDULERS = {
@@ -57,7 +57,7 @@ def test_the_rate_is_ours_times_the_schedulers_factor(name, inside):
     scheduler_alone = make(alone)
     ours = optimizer()
     scheduler = make(ours)
-    writer = RateWriter(ours, [scheduler])
+    writer = LRWriter(ours, [scheduler])
     used = []
     probe = ours.register_step_post_hook(lambda o, *_: used.append(rates(o)))
     ours._optimizer_step_post_hooks.move_to_end(probe.id, last=False)
@@ -81,7 +81,7 @@ def test_the_rate_is_ours_times_the_schedulers_factor(name, inside):
 def test_plateaus_are_measured_from_the_configured_rate():
     ours = optimizer()
     scheduler = schedulers.ReduceLROnPlateau(ours, factor=0.5, patience=0)
-    writer = RateWriter(ours, [scheduler])
+    writer = LRWriter(ours, [scheduler])
     for loss in (1.0, 2.0):
         ours.step(lambda: writer.write(3.0) and None)
         scheduler.step(loss)
@@ -91,7 +91,7 @@ def test_plateaus_are_measured_from_the_configured_rate():
 
 def test_without_a_scheduler_the_rate_stays_to_be_seen():
     ours = optimizer()
-    writer = RateWriter(ours)
+    writer = LRWriter(ours)
     assert writer.write(2.0) == pytest.approx([2.0, 0.4])
     ours.step()
     assert rates(ours) == pytest.approx([2.0, 0.4])
@@ -101,7 +101,7 @@ def test_without_a_scheduler_the_rate_stays_to_be_seen():
 def test_a_step_that_a_scaler_skips_leaves_the_schedulers_value():
     ours = optimizer()
     scheduler = schedulers.ExponentialLR(ours, 0.5)
-    writer = RateWriter(ours, [scheduler])
+    writer = LRWriter(ours, [scheduler])
     writer.write(3.0)
     assert rates(ours) == [0.1, 0.02]
     scheduler.step()
@@ -114,21 +114,21 @@ def add_group(optim, lr):
 
 def test_a_group_added_later_counts_relative_to_the_first_ones_rate():
     ours = optimizer()
-    writer = RateWriter(ours)
+    writer = LRWriter(ours)
     writer.write(4.0)
     add_group(ours, rates(ours)[0] / 10)  # as Lightning's BackboneFinetuning does
     assert writer.write(2.0) == pytest.approx([2.0, 0.4, 0.2])
 
     # A run that is resumed has the group before it has written a rate.
     again = optimizer()
-    resumed = RateWriter(again, stored=writer.references)
+    resumed = LRWriter(again, stored=writer.references)
     add_group(again, 0.2)
     assert resumed.write(2.0) == pytest.approx([2.0, 0.4, 0.2])
 
 
 def test_with_a_scheduler_a_group_added_later_brings_its_configured_rate():
     ours = optimizer()
-    writer = RateWriter(ours, [schedulers.ExponentialLR(ours, 0.5)])
+    writer = LRWriter(ours, [schedulers.ExponentialLR(ours, 0.5)])
     writer.write(4.0)
     add_group(ours, 0.05)
     assert writer.write(2.0) == pytest.approx([2.0, 0.4, 1.0])
@@ -138,21 +138,21 @@ def test_a_tensor_rate_is_written_in_place():
     parameter = torch.nn.Parameter(torch.ones(1))
     ours = torch.optim.SGD([parameter], lr=torch.tensor(0.1))
     lr = ours.param_groups[0]["lr"]
-    RateWriter(ours).write(2.0)
+    LRWriter(ours).write(2.0)
     assert ours.param_groups[0]["lr"] is lr
     assert lr.item() == 2.0
 
 
 def test_no_rate_leaves_the_groups_alone():
     ours = optimizer()
-    assert RateWriter(ours).write(None) == [0.1, 0.02]
+    assert LRWriter(ours).write(None) == [0.1, 0.02]
     assert rates(ours) == [0.1, 0.02]
 
 
 def test_closing_takes_the_hooks_off():
     ours = optimizer()
     scheduler = schedulers.ExponentialLR(ours, 0.5)
-    writer = RateWriter(ours, [scheduler])
+    writer = LRWriter(ours, [scheduler])
     writer.write(3.0)
     writer.close()
     parameter = ours.param_groups[0]["params"][0]
@@ -163,4 +163,4 @@ def test_closing_takes_the_hooks_off():
 
 def test_a_reference_of_zero_is_refused():
     with pytest.raises(ConfigurationError, match=r"first parameter group's is 0\.0"):
-        RateWriter(optimizer((0.0, 0.1)))
+        LRWriter(optimizer((0.0, 0.1)))

@@ -1,0 +1,160 @@
+"""Residual and total sums of squares of a squared error, batch by batch, kept on the device."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_COUNT = 32
+"""Fewest numbers in an interval whose residuals are representative; with fewer, those of the epoch so far are used."""
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Sums of squares of a squared error's residuals and targets, read to the host.
+
+    Attributes:
+        count: Numbers (examples times outputs) since the epoch began.
+        total_ss: Total sum of squares since then: squared deviations of the targets from the mean of their output.
+        residual_ss: Residual sum of squares since then: squared differences of outputs and targets.
+        interval_count: Numbers since the interval began.
+        interval_residual_ss: Residual sum of squares since then.
+        interval_factor: Sum, over these numbers, of the factor in front of the mean.
+    """
+
+    count: float = 0.0
+    total_ss: float = 0.0
+    residual_ss: float = 0.0
+    interval_count: float = 0.0
+    interval_residual_ss: float = 0.0
+    interval_factor: float = 0.0
+
+    @property
+    def root_mean_square(self) -> float:
+        """Root mean square residual of the interval, or of the epoch if the interval has fewer than MIN_COUNT numbers.
+
+        0 if there are none, or if they are not finite.
+        """
+        whole_epoch = self.interval_count < MIN_COUNT
+        total, count = (
+            (self.residual_ss, self.count) if whole_epoch else (self.interval_residual_ss, self.interval_count)
+        )
+        mean = total / count if count else 0.0
+        return math.sqrt(mean) if math.isfinite(mean) else 0.0
+
+    @property
+    def factor(self) -> float:
+        """Mean factor in front of the squared error in the interval; 1 if the interval is empty."""
+        return self.interval_factor / self.interval_count if self.interval_count else 1.0
+
+    @property
+    def fraction_unexplained(self) -> float | None:
+        """Fraction of variance unexplained, 1 - R^2; None if the targets do not vary."""
+        share = self.residual_ss / self.total_ss if self.total_ss > 0 else math.inf
+        return share if math.isfinite(share) else None
+
+
+class RunningResiduals:
+    """Accumulates the sums of :class:`Residuals` on the device, without a host synchronisation.
+
+    Args:
+        width: Outputs of an example; 0 ignores all batches, for losses that are not a squared error.
+        device: Where the sums live.
+
+    Attributes:
+        values: The fields of :class:`Residuals`; shape (6,), float32.
+        mean: Mean of the epoch's targets, one an output; shape (width,), float32.
+    """
+
+    def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
+        self.values = torch.zeros(6, dtype=torch.float32, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float32, device=device)
+
+    @property
+    def width(self) -> int:
+        """Outputs of an example; 0 if batches are ignored."""
+        return len(self.mean)
+
+    @torch.no_grad()
+    def add(self, outputs: Tensor, targets: Tensor, factor: float | Tensor = 1.0) -> None:
+        """Adds a batch; one with values that are not finite is ignored.
+
+        The sums are updated pairwise, by T. F. Chan, G. H. Golub, R. J. LeVeque: Updating Formulae and a Pairwise
+        Algorithm for Computing Sample Variances, 1979.
+
+        Args:
+            outputs: Shape (rows, width); a batch of another width is ignored.
+            targets: Shape (rows, width).
+            factor: Factor in front of the mean over the batch.
+        """
+        rows, width = targets.shape
+        # No rank has all of a sharded tensor.
+        if width != self.width or not rows or hasattr(outputs, "full_tensor") or hasattr(targets, "full_tensor"):
+            return
+        targets = targets.to(self.mean.device)
+        variance, mean = torch.var_mean(targets.float(), dim=0, correction=0)
+        residual_ss = torch.linalg.vector_norm((outputs.to(self.mean.device) - targets).float()).square()
+        rows_before = self.values[0] / width
+        share = rows / (rows_before + rows)
+        # A variance below the precision of the targets is rounding.
+        variance = torch.where(variance > (1e-6 * mean).square(), variance, 0.0)
+        shift = mean - self.mean
+        total_ss = rows * variance.sum() + rows_before * share * shift.square().sum()
+        count = torch.full_like(residual_ss, rows * width)
+        batch = torch.stack([count, total_ss, residual_ss, count, residual_ss, count * factor])
+        values = self.values + batch
+        usable = torch.isfinite(values).all()
+        self.values.copy_(torch.where(usable, values, self.values))
+        self.mean.add_(torch.where(usable, shift * share, 0.0))
+
+    def end_interval(self) -> None:
+        """Resets the sums of the interval."""
+        self.values[3:].zero_()
+
+    def end_epoch(self) -> None:
+        """Resets the sums of the epoch."""
+        self.values[:3].zero_()
+        self.mean.zero_()
+
+    def pack(self, rank: int, world_size: int) -> Tensor:
+        """This rank's contribution to a MAX all-reduce.
+
+        Returns:
+            This rank's sums beside zeros for the other ranks, then the mean of rank 0 (-inf on other ranks); shape
+            (6 * world_size + width,), float32; shape (0,) if batches are ignored.
+        """
+        if not self.width:
+            return self.mean
+        slots = self.values.new_zeros(world_size, len(self.values))
+        slots[rank] = self.values
+        mean = torch.full_like(self.mean, -math.inf) if rank else self.mean
+        return torch.cat([slots.flatten(), mean])
+
+    def unpack(self, reduced: Tensor) -> Tensor:
+        """Gives all ranks the same sums, the mean over the ranks, so that any rank's checkpoint has them.
+
+        The distance between the ranks' means is ignored: all ranks draw their examples from the same distribution.
+
+        Args:
+            reduced: MAX over the ranks of :meth:`pack`.
+
+        Returns:
+            The fields of :class:`Residuals`, summed over the ranks; shape (6,).
+        """
+        if not self.width:
+            return self.values
+        slots = reduced[: -self.width].reshape(-1, len(self.values))
+        self.mean.copy_(reduced[-self.width :])
+        self.values.copy_(slots.mean(dim=0))
+        return slots.sum(dim=0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU."""
+        return {"values": self.values.cpu().clone(), "mean": self.mean.cpu().clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the tensors of :meth:`state_dict`."""
+        self.values.copy_(state["values"])
+        self.mean = state["mean"].to(self.mean)
