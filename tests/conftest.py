@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCRIPT
+
+from lit_lipschitz.cli.main import main
 
 REAL_DATA = os.environ.get("LIT_LIPSCHITZ_DATA")
 
@@ -49,3 +52,22 @@ def figure(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             print(f"\n    {text}", end="")
 
     return show
+
+
+@pytest.fixture
+def lit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str | int | None, str, str]]:
+    """Runs the command in this process; returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[str | int | None, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        code: str | int | None
+        try:
+            code = main()
+        except SystemExit as end:  # argparse ends so after --help and --print_config
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

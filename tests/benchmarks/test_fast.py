@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
-from test_cli import lit  # noqa: F401  # a fixture
-from test_data import write_cifar
+from helpers import ROOT, write_cifar
 
 from lit_lipschitz.cli.configs import find_config
 from lit_lipschitz.cli.main import main
@@ -42,7 +40,7 @@ def test_the_two_configs_differ_in_the_rate_and_its_warm_up_alone():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fast_config_trains_and_is_tested(lit, small, name):  # noqa: F811
+def test_a_fast_config_trains_and_is_tested(lit, small, name):
     code, out, err = lit("fit", "--config", name, *small, "--json_lines")
     assert code == 0, err
     first, second, end = map(json.loads, out.splitlines())
@@ -57,7 +55,7 @@ def test_a_fast_config_trains_and_is_tested(lit, small, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_is_an_option_of_the_command(lit, small, name):  # noqa: F811
+def test_bfloat16_is_an_option_of_the_command(lit, small, name):
     code, _, err = lit("fit", "--config", name, *small, "--config", "short", "--trainer.precision", "bf16-mixed")
     assert code == 0, err
 

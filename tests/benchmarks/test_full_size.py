@@ -10,10 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
-from test_cli import lit  # noqa: F401  # a fixture
-from test_data import write_cifar
-from test_survival import last, same
+from helpers import ROOT, last, same, write_cifar
 
 from lit_lipschitz.cli.configs import bundled_configs
 from lit_lipschitz.cli.main import main
@@ -100,7 +97,7 @@ def test_a_run_in_pieces_ends_as_the_run_in_one_go(full_size, small, capsys):
     assert "2 of 2 done, about 0.0 min left" in capsys.readouterr().out
 
 
-def test_recording_the_curve_changes_nothing_and_its_figures_are_the_commands(full_size, small, lit, capsys):  # noqa: F811
+def test_recording_the_curve_changes_nothing_and_its_figures_are_the_commands(full_size, small, lit, capsys):
     script, _ = full_size
     script.main(["--only", "default_resnet20_30", "--work", "work", "--output", "out", "--", *small])
     capsys.readouterr()

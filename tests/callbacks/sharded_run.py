@@ -4,9 +4,8 @@ import ast
 import sys
 
 import torch
-from helpers import Classifier, trainer
+from helpers import OPTIMIZERS, Classifier, Keep, Slices, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_distributed import OPTIMIZERS, Keep, Slices
 from torch.distributed.fsdp import fully_shard
 
 from lit_lipschitz import LipschitzLR

@@ -7,8 +7,7 @@ from datetime import timedelta
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, examples, loader, trainer
-from lightning.pytorch.loggers import Logger
+from helpers import CLASSES, WIDTH, Classifier, Curves, examples, loader, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
@@ -19,24 +18,6 @@ from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit, _Ledger, _re
 
 LARGEST = ("audit/largest_is_head", "audit/largest_layer")
 LAYERS = ("net.0", "net.2")
-
-
-class Curves(Logger):
-    """Keeps what is logged, by step, and of it that of the audit."""
-
-    name, version = "curves", 0
-
-    def __init__(self):
-        super().__init__()
-        self.points, self.everything = [], []
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.everything.append((step, metrics))
-        if any(name.startswith("audit/") for name in metrics):
-            self.points.append((step, metrics))
 
 
 class Gradients(L.Callback):

@@ -6,7 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Steps, examples, loader, trainer
+from helpers import CLASSES, SCHEDULERS, WIDTH, Classifier, Curves, Steps, examples, loader, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -22,8 +22,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from test_audit import Curves
-from test_lr_writer import SCHEDULERS
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import swa_utils

@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, Classifier, Steps, examples, trainer
+from helpers import CLASSES, OPTIMIZERS, SCRIPT, Classifier, Keep, Slices, ranks, trainer, two_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from schedulefree import AdamWScheduleFree
@@ -24,39 +24,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import MLP, DigitsDataModule, ImageClassifier, LipschitzLR
-from lit_lipschitz.data import DeviceLoader
-
-
-class Slices(L.LightningDataModule):
-    """The project's own loader over somebody's module: R ranks of B see the global batches of one rank of R B."""
-
-    def __init__(self, batch_size):
-        super().__init__()
-        self.batch_size = batch_size
-
-    def train_dataloader(self):
-        return DeviceLoader(
-            *examples().tensors,
-            self.batch_size,
-            lambda batch, _: batch,
-            shuffle=True,
-            epoch=lambda: self.trainer.current_epoch,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
-
-    def lipschitz_dataloader(self):
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        tensors = examples().tensors
-        return DeviceLoader(*tensors, self.batch_size, lambda batch, _: batch, rank=rank, world_size=world_size)
-
-
-class Keep(Steps):
-    """Leaves each rank's rates and weights in a file."""
-
-    def on_train_end(self, trainer, pl_module):
-        weights = [p.detach().clone() for p in pl_module.parameters()]
-        torch.save({"rates": self.rates, "weights": weights}, f"rank{trainer.global_rank}.pt")
 
 
 class Saves(L.Callback):
@@ -70,20 +37,6 @@ class Saves(L.Callback):
             trainer.save_checkpoint("stopped.ckpt")
 
 
-def ranks(count, callback, module, batch_size, *more, ckpt_path=None, ddp=None, **settings):
-    settings.setdefault(
-        "strategy",
-        DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60), **(ddp or {})),
-    )
-    run = trainer(callback, Keep(), *more, devices=count, **settings)
-    run.fit(module, datamodule=Slices(batch_size), ckpt_path=ckpt_path)
-    return [torch.load(f"rank{rank}.pt") for rank in range(count)]
-
-
-def two_ranks(*arguments, **settings):
-    return ranks(2, *arguments, **settings)
-
-
 def assert_alike(first, *others):
     for other in others:
         assert first["rates"] == other["rates"]
@@ -94,23 +47,6 @@ def one_rank(callback, module, batch_size, **settings):
     run = trainer(callback, Keep(), **settings)
     run.fit(module, datamodule=Slices(batch_size))
     return torch.load("rank0.pt")
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=0.1)
-
-
-def schedule_free(parameters):
-    optimizer = AdamWScheduleFree(parameters)
-    optimizer.train()
-    return optimizer
-
-
-OPTIMIZERS = {"momentum": momentum, "adamw": adamw, "schedule_free": schedule_free}
 
 
 def model(optimizer="momentum"):
@@ -242,7 +178,7 @@ def test_a_run_resumed_in_mid_epoch_has_the_same_rates_and_weights_on_both_ranks
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)] if scheduled else []
 
     torch.manual_seed(1)
-    module = Scheduled(momentum)
+    module = Scheduled(OPTIMIZERS["momentum"])
     expected = two_ranks(LipschitzLR(**settings), module, 8, Regular(3), max_epochs=3, enable_checkpointing=True)
     assert_alike(*expected)
     for step in (3, 9, 15):
@@ -250,7 +186,7 @@ def test_a_run_resumed_in_mid_epoch_has_the_same_rates_and_weights_on_both_ranks
         path = f"all/step={step}.ckpt"
         found = two_ranks(
             LipschitzLR(**settings),
-            Scheduled(momentum),
+            Scheduled(OPTIMIZERS["momentum"]),
             8,
             Regular(3),
             ckpt_path=path,
@@ -319,7 +255,7 @@ def test_no_collective_outside_of_training_steps():
 def test_a_sharded_network_has_the_rate_of_a_whole_one(settings, optimizer):
     expected = two_ranks(LipschitzLR(**settings), model(optimizer), 8, max_epochs=2)[0]["rates"]
     code = Path(__file__).with_name("sharded_run.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [
         sys.executable,
         "-m",
@@ -366,8 +302,7 @@ def free_port():
 
 
 def command(*arguments, **environment):
-    script = Path(sys.executable).with_name("lit-lipschitz")
-    return [str(script), *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return [str(SCRIPT), *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
 
 
 FIT = ("fit", "--config", "digits.yaml", "--data.augment", "false", "--trainer.max_epochs", "2")

@@ -5,46 +5,19 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import SCRIPT, error_line, write_idx
 from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_data import write_idx
 
 from lit_lipschitz.cli.configs import bundled_configs, find_config, resolve_configs
 from lit_lipschitz.cli.fit.parser_messages import condense
-from lit_lipschitz.cli.main import main
 
-SCRIPT = Path(sys.executable).with_name("lit-lipschitz")
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
-
-
-@pytest.fixture
-def lit(monkeypatch, capsys):
-    """Runs the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as end:  # argparse ends so after --help and --print_config
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def error_line(err):
-    """The one line of an error, below what Lightning says while it starts."""
-    lines = [line for line in err.splitlines() if line.startswith("lit-lipschitz: error:")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    return lines[0]
 
 
 # -- names of configs --------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import error_line
 from rich.console import Console
 from rich.file_proxy import FileProxy
-from test_cli import error_line, lit  # noqa: F401  # a fixture
 
 from lit_lipschitz.cli.fit import progress as epochs
 from lit_lipschitz.cli.fit.progress import RateBar, table
@@ -20,7 +20,7 @@ from lit_lipschitz.cli.fit.progress import RateBar, table
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2")
 
 
-def test_fit_ends_with_a_table_that_has_the_limit_that_bound(lit):  # noqa: F811
+def test_fit_ends_with_a_table_that_has_the_limit_that_bound(lit):
     _, out, _ = lit(*FIT, "--lipschitz.rule", "inverse", "--lipschitz.max_lr", "0.09")
     lines = out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["epoch"] and "K_z" in line)
@@ -35,7 +35,7 @@ def test_fit_ends_with_a_table_that_has_the_limit_that_bound(lit):  # noqa: F811
     assert lines[-1].startswith("test_loss")
 
 
-def test_json_lines_are_all_that_is_on_stdout(lit):  # noqa: F811
+def test_json_lines_are_all_that_is_on_stdout(lit):
     code, out, _ = lit(*FIT, "--json_lines")
     assert code == 0
     first, second, end = [json.loads(line) for line in out.splitlines()]
@@ -55,7 +55,7 @@ def test_json_has_no_nan(capsys):
     assert json.loads(capsys.readouterr().out) == {"val_loss": None, "rate": None, "lr": 0.5}
 
 
-def test_quiet_leaves_the_result(lit):  # noqa: F811
+def test_quiet_leaves_the_result(lit):
     code, out, err = lit(*FIT, "--quiet")
     assert code == 0
     assert re.fullmatch(r"test_loss \S+  test_acc \S+\n", out)
@@ -64,7 +64,7 @@ def test_quiet_leaves_the_result(lit):  # noqa: F811
     assert re.fullmatch(r"epoch 2/2 .*\n", out)
 
 
-def test_both_modes_are_refused(lit):  # noqa: F811
+def test_both_modes_are_refused(lit):
     code, _, err = lit(*FIT, "--quiet", "--json_lines")
     assert code == 2
     assert "--quiet and --json_lines: expected one of them" in error_line(err)

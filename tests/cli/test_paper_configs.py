@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import SCRIPT
-from test_data import write_cifar, write_idx
+from helpers import SCRIPT, write_cifar, write_idx
 from torchvision import datasets
 
 from lit_lipschitz.cli.configs import bundled_configs, find_config

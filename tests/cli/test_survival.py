@@ -10,14 +10,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from test_cli import error_line, lit  # noqa: F401  # a fixture
+from helpers import error_line, last, same
 
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints
 from lit_lipschitz.errors import LitLipschitzError
 
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--test_after_fit", "false",
        "--model.network.dropout", "0.2", "--trainer.max_epochs", "3")  # fmt: skip
-SCRIPT = Path(sys.executable).with_name("lit-lipschitz")
 
 
 class Send(L.Callback):
@@ -56,16 +55,6 @@ def _signals():
         signal.signal(number, handler)
 
 
-def last(root):
-    """The content of the newest last checkpoint below a folder."""
-    found = sorted(Path(root).glob("lightning_logs/*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return torch.load(found[-1], weights_only=True)
-
-
-def same(first, second):
-    return all(torch.equal(first["state_dict"][name], value) for name, value in second["state_dict"].items())
-
-
 def send(step, number=signal.SIGTERM, validating=False):
     return (
         "--trainer.callbacks+", "test_survival.Send", "--trainer.callbacks.step", str(step),
@@ -83,7 +72,7 @@ def send(step, number=signal.SIGTERM, validating=False):
     ],
 )
 def test_a_signal_in_mid_epoch_saves_a_checkpoint_there_and_resuming_ends_in_the_same_weights(
-    lit, number, code, extra, step  # noqa: F811
+    lit, number, code, extra, step
 ):  # fmt: skip
     assert lit(*FIT, *extra, "--trainer.default_root_dir", "whole")[0] == 0
     found, _, err = lit(*FIT, *extra, *send(step, number), "--trainer.default_root_dir", "parts")
@@ -97,7 +86,7 @@ def test_a_signal_in_mid_epoch_saves_a_checkpoint_there_and_resuming_ends_in_the
     assert same(whole, parts)
 
 
-def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):  # noqa: F811
+def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):
     lit(*FIT, "--trainer.default_root_dir", "whole")
     found, out, _ = lit(*FIT, *send(80, validating=True), "--trainer.default_root_dir", "parts")
     assert found == 143
@@ -107,14 +96,14 @@ def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):  # noqa: F811
     assert same(last("whole"), last("parts"))
 
 
-def test_a_signal_in_the_last_validation_saves_the_end_of_the_run(lit):  # noqa: F811
+def test_a_signal_in_the_last_validation_saves_the_end_of_the_run(lit):
     found, _, err = lit(*FIT, *send(120, validating=True), "--checkpoint.every_n_epochs", "5")
     assert found == 143
     assert last(".")["global_step"] == 120
     assert "SIGTERM after step 120: saved " in err
 
 
-def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(lit):  # noqa: F811
+def test_a_run_that_dies_again_and_again_ends_in_the_same_weights(lit):
     lit(*FIT, "--trainer.default_root_dir", "whole")
     # A checkpoint of an epoch's last step, one in the middle of the next epoch, and one of its last step.
     arguments = (*FIT, "--checkpoint.every_n_train_steps", "8", "--trainer.default_root_dir", "parts")
@@ -147,7 +136,7 @@ class Evil:
         return os.mkdir, ("ran",)
 
 
-def test_code_in_a_checkpoint_does_not_run(lit):  # noqa: F811
+def test_code_in_a_checkpoint_does_not_run(lit):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "evil": Evil()}, "evil.ckpt")
     code, _, err = lit("fit", "--config", "digits", "--ckpt_path", "evil.ckpt")
     assert code == 1
@@ -168,7 +157,7 @@ sys.exit(main())
 """
 
 
-def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):  # noqa: F811
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):
     lit(*FIT[:-1], "1")
     before = last(".")
     run = subprocess.run(
@@ -186,7 +175,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):  # n
 
 
 @pytest.mark.parametrize("size", [500, 3000])
-def test_a_disk_that_is_full_for_curves_is_one_line(lit, size):  # noqa: F811
+def test_a_disk_that_is_full_for_curves_is_one_line(lit, size):
     """The checkpoints are in another folder, and none is due before the end."""
     lit(*FIT[:-1], "1")
     before = last(".")
@@ -209,7 +198,7 @@ def test_no_room_for_temporary_files_is_one_line():
     assert "TMPDIR" in error_line(run.stderr)
 
 
-def test_a_folder_without_write_permission_is_one_line(lit):  # noqa: F811
+def test_a_folder_without_write_permission_is_one_line(lit):
     lit(*FIT[:-1], "1")
     before = last(".")
     Path("locked").mkdir(mode=0o555)
@@ -228,7 +217,7 @@ def test_a_folder_without_write_permission_is_one_line(lit):  # noqa: F811
     assert same(before, last("."))
 
 
-def test_a_truncated_checkpoint_is_one_line_and_leaves_earlier_ones_whole(lit):  # noqa: F811
+def test_a_truncated_checkpoint_is_one_line_and_leaves_earlier_ones_whole(lit):
     lit(*FIT[:-1], "1")
     (whole,) = Path("lightning_logs").rglob("last.ckpt")
     content = whole.read_bytes()
@@ -240,7 +229,7 @@ def test_a_truncated_checkpoint_is_one_line_and_leaves_earlier_ones_whole(lit): 
         assert whole.read_bytes() == content
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(lit):  # noqa: F811
+def test_a_folder_that_can_not_be_written_is_one_line(lit):
     Path("taken").write_text("a file where the folder of runs would be")
     code, _, err = lit(*FIT, "--trainer.default_root_dir", "taken")
     assert code == 1
@@ -252,7 +241,7 @@ def test_a_folder_that_can_not_be_written_is_one_line(lit):  # noqa: F811
 
 
 @pytest.mark.parametrize("length", [("--trainer.max_epochs", "3"), ("--trainer.max_steps", "50")], ids=str)
-def test_the_last_checkpoint_is_of_the_last_step(lit, length):  # noqa: F811
+def test_the_last_checkpoint_is_of_the_last_step(lit, length):
     """Of a run whose checkpoints are between others, and of one that ends in mid-epoch."""
     more = ("--checkpoint.every_n_train_steps", "16") if "epochs" in length[0] else ()
     code, out, _ = lit(*FIT, *more, *length, "--test_after_fit", "true")

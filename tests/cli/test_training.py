@@ -3,17 +3,15 @@
 import math
 import re
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCRIPT
 
 from lit_lipschitz import LipschitzLR
-
-SCRIPT = Path(sys.executable).with_name("lit-lipschitz")
 
 
 def fit(*arguments):

@@ -9,41 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TRAIN_IMAGES, write_cifar, write_idx
 from torchvision import datasets
 
 import lit_lipschitz
 from lit_lipschitz import ConfigurationError, DataError, LitLipschitzError
 from lit_lipschitz.data import sources
-
-TRAIN, TEST = 30, 10
-
-
-def idx(array):
-    """The IDX format of MNIST's files."""
-    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
-
-
-def write_idx(folder, title="MNIST"):
-    raw = folder / title / "raw"
-    raw.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for part, count in (("train", TRAIN), ("t10k", TEST)):
-        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = generator.integers(0, 10, count, dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
-    return raw
-
-
-def write_cifar(folder, dataset=datasets.CIFAR10, key="labels", protocol=2):
-    base = folder / dataset.base_folder
-    base.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name, _ in (*dataset.train_list, *dataset.test_list):
-        count = TRAIN // len(dataset.train_list) if (name, _) in map(tuple, dataset.train_list) else TEST
-        batch = {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), key: list(range(count))}
-        (base / name).write_bytes(pickle.dumps(batch, protocol=protocol))
-    return base
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
@@ -66,9 +37,9 @@ def test_cifar_batches_are_read_in_their_order(name, dataset, key, protocol):
     base = write_cifar(Path("."), dataset, key, protocol)
     images, labels = sources.SOURCES[name].load(Path("."), train=True, verify=False)
     expected = [pickle.loads((base / file).read_bytes())["data"] for file, _ in dataset.train_list]
-    assert images.shape == (TRAIN, 3, 32, 32)
-    assert np.array_equal(images.numpy().reshape(TRAIN, -1), np.concatenate(expected))
-    assert labels.tolist() == list(range(TRAIN // len(dataset.train_list))) * len(dataset.train_list)
+    assert images.shape == (TRAIN_IMAGES, 3, 32, 32)
+    assert np.array_equal(images.numpy().reshape(TRAIN_IMAGES, -1), np.concatenate(expected))
+    assert labels.tolist() == list(range(TRAIN_IMAGES // len(dataset.train_list))) * len(dataset.train_list)
 
 
 def test_a_pickle_that_would_run_code_is_refused():

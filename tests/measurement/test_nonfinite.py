@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Classifier, Steps, loader, trainer
+from helpers import Classifier, Slices, Steps, loader, trainer, two_ranks
 from lightning import Callback
-from test_distributed import Slices, two_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F

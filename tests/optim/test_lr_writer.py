@@ -2,42 +2,11 @@
 
 import pytest
 import torch
+from helpers import SCHEDULER_STEPS, SCHEDULERS
 from torch.optim import lr_scheduler as schedulers
 
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.optim.lr_writer import LRWriter
-
-STEPS = 12
-SCHEDULERS = {
-    "LambdaLR": (lambda o: schedulers.LambdaLR(o, lambda t: 1 / (1 + t)), 0.1),
-    "MultiplicativeLR": (lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.9), 0.1),
-    "StepLR": (lambda o: schedulers.StepLR(o, 3), 0.1),
-    "MultiStepLR": (lambda o: schedulers.MultiStepLR(o, [2, 5]), 0.1),
-    "ConstantLR": (lambda o: schedulers.ConstantLR(o, 0.3, 4), 0.1),
-    "LinearLR": (lambda o: schedulers.LinearLR(o, 0.1, total_iters=6), 0.1),
-    "ExponentialLR": (lambda o: schedulers.ExponentialLR(o, 0.8), 0.1),
-    "PolynomialLR": (lambda o: schedulers.PolynomialLR(o, 8), 0.1),
-    "CosineAnnealingLR": (lambda o: schedulers.CosineAnnealingLR(o, 10, 0.01), 0.1),
-    "CosineAnnealingWarmRestarts": (lambda o: schedulers.CosineAnnealingWarmRestarts(o, 4), 0.1),
-    "CyclicLR": (lambda o: schedulers.CyclicLR(o, 0.01, 0.4, step_size_up=3, cycle_momentum=False), 0.4),
-    "OneCycleLR": (lambda o: schedulers.OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=False), 0.5),
-    "SequentialLR": (
-        lambda o: schedulers.SequentialLR(
-            o, [schedulers.LinearLR(o, 0.1, total_iters=4), schedulers.ExponentialLR(o, 0.9)], [4]
-        ),
-        0.1,
-    ),
-    "ChainedScheduler of OneCycleLR": (
-        lambda o: schedulers.ChainedScheduler(
-            [schedulers.OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=False)]
-        ),
-        0.5,
-    ),
-    "ChainedScheduler": (
-        lambda o: schedulers.ChainedScheduler([schedulers.ConstantLR(o, 0.5, 3), schedulers.ExponentialLR(o, 0.9)]),
-        0.1,
-    ),
-}
 
 
 def optimizer(lrs=(0.1, 0.02)):
@@ -62,7 +31,7 @@ def test_the_rate_is_ours_times_the_schedulers_factor(name, inside):
     probe = ours.register_step_post_hook(lambda o, *_: used.append(rates(o)))
     ours._optimizer_step_post_hooks.move_to_end(probe.id, last=False)
 
-    for t in range(STEPS):
+    for t in range(SCHEDULER_STEPS):
         rate = 3.0 / (1 + t)
         expected = [rate * lr / reference for lr in rates(alone)]
         if inside:

@@ -1,4 +1,4 @@
-"""Shared by the tests: a small task, a trainer that prints nothing, a recorder of learning rates."""
+"""A small task, a trainer that prints nothing, a recorder of learning rates."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 EXAMPLES, WIDTH, CLASSES = 96, 6, 3
 # Without it Lightning gives each rank of a test one thread; more would wait for threads that a fork has left behind.
 if os.environ.get("OMP_NUM_THREADS", "1") != "1":
