@@ -216,14 +216,12 @@ class LipschitzLR(Callback):
         """The name of the head, once the first step has told which module it is."""
         return self._first.head_name if self._first else None
 
-    # -- attach ------------------------------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a second LipschitzLR and starts afresh; a checkpoint's state is loaded after this."""
+        """Refuses a second LipschitzLR and forgets an earlier fit; a checkpoint's state is loaded after this."""
         self._attached = True
         if stage != "fit":
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         same = [callback for callback in callbacks if isinstance(callback, LipschitzLR)]
         if len(same) > 1:
             raise ConfigurationError(
@@ -249,7 +247,13 @@ class LipschitzLR(Callback):
         positions = self._positions(trainer, pl_module)
         self._controllers = {
             i: Controller(
-                self.policy, self.options, trainer, pl_module, i, self._stored.get(i, {}), several=len(positions) > 1
+                self.policy,
+                self.options,
+                target_of(trainer, pl_module, i, f" of optimizer {i}" if len(positions) > 1 else ""),
+                loop_facts(trainer, pl_module),
+                reduce=lambda tensor: _reduce_max(trainer, tensor),
+                notify=rank_zero_info,
+                state=self._stored.get(i),
             )
             for i in positions
         }
@@ -278,129 +282,123 @@ class LipschitzLR(Callback):
             controller.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off a run that was interrupted, which Lightning does not tear down."""
+        """Removes the hooks after an interruption, which Lightning does not tear down."""
         self._detach()
 
-    # -- measure and decide ------------------------------------------------------------------------------------------
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets batches that an epoch left without a step."""
+        """Forgets batches of the last epoch that made no step."""
         for controller in self._controllers.values():
             controller.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measures from here to the batch's end."""
+        """Starts the measurement of a batch."""
         if not self.options.running:
-            # Not in on_train_epoch_start, which Lightning leaves out where it resumes at the end of an epoch.
+            # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
             self._measure_by_pass(trainer, pl_module)
+        loop = loop_facts(trainer, pl_module)
         for controller in self._controllers.values():
-            controller.begin_batch(pl_module)
-            controller.probes.arm("training" if self.options.running else "watching")
+            controller.begin_batch(loop)
 
     def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The pass of an epoch, for the controllers that need one."""
+        """Makes the epoch's pass over the training set, for the controllers that need one."""
         epoch = trainer.current_epoch
         measuring = [controller for controller in self._controllers.values() if controller.needs_pass(epoch)]
         if not measuring:
             return
         for controller in measuring:
-            controller.probes.reset()
-            controller.probes.arm("inference")
+            controller.hooks.reset()
+            controller.hooks.set_mode("inference")
         try:
             inference_pass(trainer, pl_module)
         finally:
             for controller in measuring:
-                controller.probes.arm("off")
+                controller.hooks.set_mode("off")
         for controller in measuring:
-            controller.end_pass(epoch, pl_module)
+            controller.end_pass(epoch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """On the first step, finds out what the loss is and takes the head from its graph; ends a measurement."""
-        for controller in self._watching(loss):
-            controller.watch.see(loss, trainer.global_step)
+        """Ends the measurement of a batch by its loss; the first loss shows the head."""
+        loop, graph = loop_facts(trainer, pl_module), LossGraph(loss, self.options.loss_name)
+        for controller in self._controllers_of(graph):
+            controller.statistics.nonfinite.update(loss, loop.step)
         for controller in self._controllers.values():
-            controller.take_loss(trainer, loss)
-            # What a backward runs again (activation checkpointing) has been measured; by hand, more may come after it.
-            if pl_module.automatic_optimization:
-                controller.probes.arm("off")
+            controller.on_loss(graph, loop)
 
-    def _watching(self, loss: Tensor) -> list[Controller]:
-        """Those whose heads a loss is taken of; all, where its graph tells of none."""
+    def _controllers_of(self, graph: LossGraph) -> list[Controller]:
+        """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
         controllers = list(self._controllers.values())
         if len(controllers) == 1:
             return controllers
-        heads = graph.first_heads(loss)
-        return [one for one in controllers if any(one.probes.owns(head) for head in heads)] or controllers
+        heads = graph.first_affine_maps
+        return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Decides where an update is due, and writes the rate before the parameters move."""
-        # One process on the CPU has nothing to wait for.
-        soon = self.options.on_nonfinite == "raise" and trainer.world_size == 1
+        """Updates the rate if an update is due, and writes it before the parameters move."""
+        loop = loop_facts(trainer, pl_module)
+        # A single process on the CPU can check at once: there is no device to wait for.
+        checks_now = self.options.on_nonfinite == "raise" and loop.world_size == 1 and loop.device.type == "cpu"
         for position, controller in self._controllers.items():
             if controller.optimizer is optimizer:
-                if soon and trainer.strategy.root_device.type == "cpu":
-                    controller.check_losses(trainer)
-                changed = controller.step(trainer, pl_module)
-                if changed or (trainer.global_step + 1) % _logging_interval(trainer) == 0:
+                if checks_now:
+                    controller.check_losses(loop)
+                changed = controller.on_step(loop)
+                if changed or (loop.step + 1) % logging_interval(trainer) == 0:
                     self._log(pl_module, position)
             else:
-                controller.pass_turn()
+                controller.on_other_optimizer_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
+        loop = loop_facts(trainer, pl_module)
+        may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
         for controller in self._controllers.values():
-            controller.probes.arm("off")
-            controller.end_batch(trainer, pl_module, batch_idx)
+            controller.end_batch(loop, may_be_saved)
 
-    def share(self, trainer: Trainer) -> None:
-        """Has all ranks hold the same values, for a checkpoint after a step; all of them must call it then."""
+    def share(self) -> None:
+        """Gives all ranks the same values, for a checkpoint after a step; all ranks must call it."""
         for controller in self._controllers.values():
-            controller.share(trainer)
-
-    # -- log and checkpoint ------------------------------------------------------------------------------------------
+            controller.share()
 
     def _log(self, pl_module: LightningModule, position: int) -> None:
-        # As tensors of the host: Lightning would copy numbers to the device, and wait.
-        metrics = {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in self._named(position, self._controllers[position].metrics()).items()
-        }
+        # As CPU tensors: Lightning would copy numbers to the device, and wait.
+        metrics = self._named(position, self._controllers[position].metrics())
         for name, value in metrics.items():
-            pl_module.log(name, value, prog_bar=name.endswith("/lr"), batch_size=1)
+            tensor = torch.tensor(value, dtype=torch.float64)
+            pl_module.log(name, tensor, prog_bar=name.endswith("/lr"), batch_size=1)
 
     def _named(self, position: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Names for loggers; with several optimizers, each has its position in them."""
+        """Names for loggers; with several optimizers they contain the position."""
         prefix = "lipschitz" if len(self._controllers) == 1 else f"lipschitz/{position}"
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives every logger a point for the epoch's last step, however short the epoch; looks at its last losses."""
+        """Checks the epoch's last losses; gives every logger a point for its last step, however short the epoch."""
+        loop = loop_facts(trainer, pl_module)
         for controller in self._controllers.values():
-            if controller.watch.first != trainer.global_step:
-                agreed: Any = trainer.strategy.reduce(controller.watch.slots(), reduce_op="max")
-                controller.watch.take(agreed)
-                controller.check_losses(trainer)
-        if trainer.global_step % _logging_interval(trainer) == 0:
+            if controller.statistics.nonfinite.first_step != loop.step:
+                controller.statistics.share_nonfinite()
+                controller.check_losses(loop)
+        if loop.step % logging_interval(trainer) == 0:
             return
         for position, controller in self._controllers.items():
             metrics = self._named(position, controller.metrics())
             for logger in trainer.loggers if metrics else ():
-                logger.log_metrics(metrics, step=trainer.global_step - 1)
+                logger.log_metrics(metrics, step=loop.step - 1)
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that was saved."""
+        """What a resumed run must have in common with the saved one."""
         policy = self.policy
         return {
             "bound": policy.bound,
             "norm": policy.norm,
             "rule": policy.rule,
-            "squared": policy.squared,
+            "second_moment": policy.second_moment,
             "weight_decay": policy.weight_decay,
             "measure": self.options.measure,
             "weights": self.options.weights,
@@ -412,37 +410,34 @@ class LipschitzLR(Callback):
         return {"settings": self._settings(), "optimizers": states or dict(self._stored)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the state of :meth:`state_dict`.
+        """Loads the state of :meth:`state_dict`.
 
         Raises:
-            LitLipschitzError: It was saved with other settings of what is measured and computed.
+            LitLipschitzError: It was saved with other settings, or by another version.
         """
         if not self.restore:
             return
         settings = self._settings()
-        states = state_dict.get("optimizers")
-        whole = states is not None and all("readings" in state for state in states.values())
-        if set(state_dict.get("settings", ())) != set(settings) or not whole:
-            raise LitLipschitzError(
-                "LipschitzLR's state in the checkpoint is of another version of lit-lipschitz; resume with the version "
-                "that it was saved with, pass restore=False to measure anew, or start anew without the checkpoint"
-            )
+        if set(state_dict.get("settings", ())) != set(settings) or "optimizers" not in state_dict:
+            raise LitLipschitzError(OTHER_VERSION)
         for name, value in state_dict["settings"].items():
             if value != settings[name]:
                 raise LitLipschitzError(
                     f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
                     f"{name}={settings[name]!r}; resume with the settings that it was saved with, pass restore=False "
-                    "to measure anew, or start anew without the checkpoint"
+                    "to measure again, or start without the checkpoint"
                 )
         self._stored = dict(state_dict["optimizers"])
-        # Some strategies load after on_fit_start, when the controllers are there.
+        # Some strategies load after on_fit_start.
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
 
 
-def _logging_interval(trainer: Trainer) -> int:
-    return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+def _reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
+    reduced = trainer.strategy.reduce(tensor, reduce_op="max")
+    assert isinstance(reduced, Tensor)
+    return reduced
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

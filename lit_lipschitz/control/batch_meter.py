@@ -9,8 +9,8 @@ from lit_lipschitz.control.head_finder import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.measurement.output_gradients import LogitGradientNorms
 from lit_lipschitz.measurement.residuals import RunningResiduals
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.affine import same_weight
 from lit_lipschitz.recognition.heads import output_rows
 from lit_lipschitz.recognition.loss_graph import BatchLoss, LogitEdge, LossGraph
@@ -40,11 +40,11 @@ class BatchMeter:
         trace = found.concatenated or found.graph_incomplete
         return graph.batch(found.loss.name, found.num_outputs, head=head, trace=trace)
 
-    def watch_gradients(self, graph: LossGraph, batch: BatchLoss, norms: LogitGradientNorms) -> None:
+    def watch_gradients(self, graph: LossGraph, batch: BatchLoss, estimator: StepScaleEstimator) -> None:
         """Has the backward that is about to begin capture the gradient norms with respect to the logits."""
         edges = self._own_edges(graph)
         if edges:
-            norms.watch(batch, edges, self._found.loss.reduction, self._to_rows)
+            estimator.watch(batch, edges, self._found.loss.reduction, self._to_rows)
 
     def finish(self, batch: BatchLoss | None, loop: LoopFacts) -> None:
         """Ends the measurement of a batch; without a loss, every row counts as an example."""

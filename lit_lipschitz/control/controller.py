@@ -1,112 +1,119 @@
-"""Controls the rate of one optimizer: measure, reduce, decide, write."""
+"""Controls the learning rate of one optimizer: measure, reduce over the ranks, decide, write."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_lipschitz.bounds.loss_spec import Loss
-from lit_lipschitz.control.builtin_schedule import OwnSchedule
-from lit_lipschitz.control.head_finder import HeadAndLoss
-from lit_lipschitz.control.noise_damping import Progress, Residuals
-from lit_lipschitz.control.options import Options
+from lit_lipschitz.control import diagnostics
+from lit_lipschitz.control.batch_meter import BatchMeter
+from lit_lipschitz.control.builtin_schedule import BuiltinSchedule
+from lit_lipschitz.control.head_finder import FoundHeads, HeadFinder
+from lit_lipschitz.control.loop_facts import LoopFacts
+from lit_lipschitz.control.noise_damping import NoiseDamping
+from lit_lipschitz.control.options import Options, Target
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
+from lit_lipschitz.control.rank_statistics import RankStatistics
+from lit_lipschitz.control.reduction import Reduce
+from lit_lipschitz.control.state import ControllerState
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.measurement import norms, scale_invariance
-from lit_lipschitz.measurement import optimizer_updates as directions
-from lit_lipschitz.measurement.head_hooks import Probes
-from lit_lipschitz.measurement.nonfinite import LossWatch, describe
-from lit_lipschitz.measurement.step_scale import StepReadings
-from lit_lipschitz.optim.lr_writer import RateWriter
-from lit_lipschitz.rules import registry as rules
+from lit_lipschitz.measurement.head_hooks import HeadHooks
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
+from lit_lipschitz.measurement.residuals import RunningResiduals
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
+from lit_lipschitz.optim.lr_writer import LRWriter
+from lit_lipschitz.recognition.loss_graph import LossGraph
 
 
 class Controller:
-    """Decides the rate of one optimizer, and writes it.
+    """Decides the learning rate of one optimizer, and writes it.
+
+    A training loop calls :meth:`begin_batch`, :meth:`on_loss` before the backward, :meth:`on_step` before the optimizer
+    steps, and :meth:`end_batch`.
 
     Args:
-        policy: How a rate follows from a measurement.
+        policy: How a learning rate follows from a measurement.
         options: The other arguments of the callback.
-        trainer: A trainer that begins to fit.
-        module: Its module.
-        position: The place of the optimizer, neither stepped nor restored, among the trainer's.
-        state: :meth:`state_dict` of the run that is resumed, or nothing.
-        several: Whether other optimizers are controlled as well.
+        target: The optimizer, neither stepped nor restored from a checkpoint.
+        loop: State of the training loop when it starts.
+        reduce: Element-wise MAX over the ranks; the identity on one device.
+        notify: Prints a message once for all ranks.
+        state: :meth:`state_dict` of the run that is resumed, or None.
+
+    Attributes:
+        state: What a checkpoint holds; the states of the statistics are added by :meth:`state_dict`.
+        statistics: What this rank measures.
 
     Raises:
-        ConfigurationError: The module or the optimizer is not what can be controlled.
+        ConfigurationError: The network or the optimizer cannot be controlled.
+        LitLipschitzError: The state was saved with another rule or by another version.
     """
 
     def __init__(
         self,
         policy: Policy,
         options: Options,
-        trainer: Trainer,
-        module: LightningModule,
-        position: int,
-        state: Mapping[str, Any],
-        several: bool = False,
+        target: Target,
+        loop: LoopFacts,
+        *,
+        reduce: Reduce,
+        notify: Callable[[str], None],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        optimizer = trainer.optimizers[position]
-        self.policy, self.options, self.optimizer = policy, options, optimizer
-        rule = policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
-        if rule in rules.SCALED and type(optimizer).__name__ not in directions.DIRECTIONS:
-            raise ConfigurationError(
-                f"LipschitzLR(rule={rule!r}) knows the steps of {', '.join(directions.DIRECTIONS)} and found "
-                f"{type(optimizer).__name__}; use one of them, or pass another rule="
-            )
-        self._rule = rule
-        sloped = rule in rules.SLOPED and policy.bound == "strict"
-        scale = rules.SCALED.get(rule)
-        is_weight = directions.weights_of(module) if rule in rules.SLOPED else None
-        usual = scale_invariance.usual_lengths(module) if sloped else None
-        self._readings = StepReadings(optimizer, scale(), sloped, is_weight, usual) if scale else None
-        # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
-        self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
-        self._decision: Decision | None = None
-        self._measured: Measurement | None = None  # behind the decision
-        self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
-        self._steps = 0  # optimizer steps since the interval began
-        self._intervals = 0  # intervals that are over
-        self._epoch = 0  # in which the interval began
-        self._passed = -1  # the last epoch whose pass, or whose rate set by hand, an optimizer step has used
-        self._pass: tuple[int, Tensor] | None = None  # the epoch of a pass that no step has used yet, and W then
+        self.policy, self.options, self.optimizer = policy, options, target.optimizer
+        self._target, self._notify = target, notify
+        self._info = optimizer_info(self.optimizer)
+        self._rule = policy.rule_for(self._info, self.optimizer.param_groups)
+        self._rule_state = self._rule.initial_state(options.initial_lr)
+        self._estimator = self._make_estimator()
+        self.state = ControllerState.from_dict(state) if state else ControllerState(self._rule.name)
+        self.statistics = RankStatistics(policy, options, target, self._estimator, loop, reduce)
+        self._reporter = diagnostics.Reporter(
+            options.on_nonfinite == "raise", loop.rank, target.label, loop.may_overflow
+        )
+        self._damping = NoiseDamping()
+        if state:
+            self._restore()
+        self._writer = LRWriter(
+            self.optimizer, target.schedulers, self.state.references, keep_scheduled=bool(loop.lr_writer)
+        )
+        self._finder = HeadFinder(policy, options, target, loop.device, self.state.head)
+        self._schedule = self._make_schedule(loop)
+        self._found: FoundHeads | None = None
+        self._meter: BatchMeter | None = None
+        self._applied: tuple[Decision, list[float]] | None = None  # of the last step, with the groups' learning rates
+        self._pass_epoch: int | None = None  # epoch of a pass over the training set that no step has used yet
+        self._batch_open = False  # whether a batch has begun that has made no loss yet
         self._micro_batches = 0  # batches since the last optimizer step
-        self._accumulated = 1  # most batches that made one step in this interval
-        self._warned = False
-        self._whose = f" of optimizer {position}" if several else ""
-        self._progress = Progress()  # of a squared error
-        self._epochs = 0  # that are in it
-        self._residuals = Residuals()  # of all ranks, as they last knew
-        device = trainer.strategy.root_device
-        self.watch = LossWatch(trainer.global_rank, trainer.world_size, trainer.global_step, device)
-        self._take(state)
 
-        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        keep = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
-        self.writer = RateWriter(optimizer, schedulers, state.get("references", ()), keep_nominal=keep)
-        self.found = HeadAndLoss(policy, options, trainer, module, position, state.get("measured"))
-        self._take_residuals(state)
-        wanted = options.schedule == "auto" and policy.bound != "paper"
-        if wanted and keep and not schedulers:
-            rank_zero_info(
-                "LipschitzLR: StochasticWeightAveraging brings rates of its own, so there is no warm-up and no decay "
+    def _make_estimator(self) -> StepScaleEstimator | None:
+        """Estimates the step scale, if the rule needs it."""
+        if self._rule.step_scale is None:
+            return None
+        needs_logit_grads = self._rule.needs_logit_grads and self.policy.bound == "strict"
+        return StepScaleEstimator(self.optimizer, self._target.model, self._rule.step_scale, needs_logit_grads)
+
+    def _make_schedule(self, loop: LoopFacts) -> BuiltinSchedule:
+        """The built-in schedule, unless something else changes the learning rate."""
+        wanted = self.options.schedule == "auto" and self.policy.bound != "paper"
+        if wanted and loop.lr_writer and not self._target.schedulers:
+            self._notify(
+                f"LipschitzLR: {loop.lr_writer} brings rates of its own, so there is no warm-up and no decay "
                 "but for these; bring a scheduler to have one before (schedule='none' says that none is wanted)"
             )
-        self._schedule = OwnSchedule(optimizer, wanted and not self.writer.scheduled)
+        return BuiltinSchedule(
+            enabled=wanted and not self._writer.scheduled,
+            averages_weights=self._info.averages_weights,
+            has_warmup=any(group.get("warmup_steps") for group in self.optimizer.param_groups),
+            notify=self._notify,
+        )
 
     @property
-    def probes(self) -> Probes:
-        """The probes of what is or can be the head."""
-        return self.found.probes
+    def hooks(self) -> HeadHooks:
+        """The hooks on what is or can be the head."""
+        return self._finder.hooks
 
     @property
     def decision(self) -> Decision | None:
@@ -115,452 +122,338 @@ class Controller:
 
     @property
     def rates(self) -> list[float]:
-        """The parameter groups' rates in the last optimizer step; empty before the first one."""
+        """Learning rates of the parameter groups in the last optimizer step; empty before the first one."""
         return self._applied[1] if self._applied else []
 
     @property
+    def measurement(self) -> Measurement | None:
+        """The measurement behind the last decision; None if it is not based on one."""
+        return self.state.measurement
+
+    @property
     def head_name(self) -> str | None:
-        """The name of the head, once the first step has told which module it is."""
-        return self.found.chosen.name if self.found.chosen else None
+        """Name of the head, once the first step has shown which module it is."""
+        return self._found.hook.name if self._found else None
 
     @property
     def head(self) -> nn.Module | None:
-        """The head, once the first step has told which module it is."""
-        return self.found.chosen.head if self.found.chosen else None
+        """The head, once the first step has shown which module it is."""
+        return self._found.hook.head if self._found else None
 
     @property
     def loss(self) -> Loss | None:
-        """The loss, once the first step has told which one it is."""
-        return self.found.loss
+        """The loss, once the first step has shown which one it is."""
+        return self._found.loss if self._found else None
 
     @property
-    def measurement(self) -> Measurement | None:
-        """What the last decision was made of; None where none was made of a measurement."""
-        return self._measured
-
-    @property
-    def rule_state(self) -> rules.RuleState:
-        """What the rule remembers of the updates so far."""
-        return self._rule_state
-
-    @property
-    def direction_only(self) -> int | None:
-        """How many weights were taken for such of which only the direction matters; None where no steps are read."""
-        return self._readings.direction_only if self._readings is not None else None
+    def num_scale_invariant(self) -> int | None:
+        """Number of weights detected as scale-invariant; None if the rule needs no step scale."""
+        return self._estimator.num_scale_invariant if self._estimator is not None else None
 
     @property
     def accumulated(self) -> int:
-        """Most batches that made one step in the interval that goes on, as far as is known."""
-        return self._accumulated
+        """Largest number of batches that made one step in the current interval, as far as known."""
+        return self.state.accumulated
 
     @property
     def schedule(self) -> str | None:
-        """What the callback's own schedule is made of, if there is one; known from the first step on."""
-        return self._schedule.parts
+        """Description of the built-in schedule, if it is used; known from the first step on."""
+        return self._schedule.description
 
     @property
-    def unexplained(self) -> float | None:
-        """The share of its targets' variance that a squared error left unexplained in the last epoch, if it is one."""
-        return self._progress.unexplained
+    def fraction_unexplained(self) -> float | None:
+        """Fraction of variance that a squared error left unexplained in the last epoch; None for other losses."""
+        return self._damping.fraction_unexplained
 
     @property
-    def restraint(self) -> float:
-        """What the callback's own schedule multiplies the rate by for that; 1 where there is none of either."""
-        return self._progress.factor if self._schedule.parts else 1.0
+    def damping(self) -> float:
+        """Factor of the noise damping, which is part of the built-in schedule; 1 without one."""
+        return self._damping.factor if self._schedule.description else 1.0
 
     def close(self) -> None:
-        """Takes all hooks off."""
-        self.probes.remove()
-        self.writer.close()
-
-    # -- measure, reduce, decide, write ------------------------------------------------------------------------------
+        """Removes all hooks."""
+        self.hooks.remove()
+        self._writer.close()
 
     def begin_epoch(self) -> None:
-        """Forgets batches that an epoch left without a step."""
+        """Forgets batches of the last epoch that made no step."""
         self._micro_batches = 0
 
     def needs_pass(self, epoch: int) -> bool:
-        """Whether an epoch's pass is to be made: a checkpoint may have interrupted the epoch since."""
-        made = self._pass is not None and self._pass[0] == epoch
-        by_hand = self._passed < 0 and self.options.initial_lr is not None
-        return not (made or by_hand or self._passed == epoch)
+        """Whether a pass over the training set is due; a checkpoint may have interrupted the epoch after it."""
+        fixed_rate = self.state.last_pass_epoch < 0 and self.options.initial_lr is not None
+        return not (self._pass_epoch == epoch or fixed_rate or self.state.last_pass_epoch == epoch)
 
-    def end_pass(self, epoch: int, module: LightningModule) -> None:
-        """Keeps what goes with a pass that was made."""
-        self._pass = epoch, norms.weight_norm(self.optimizer, module, self.options.weights)
+    def end_pass(self, epoch: int) -> None:
+        """Keeps the weight norm that belongs to a pass."""
+        self._pass_epoch, self.statistics.pass_weight_norm = epoch, self.statistics.measure_weight_norm()
 
-    def begin_batch(self, module: LightningModule) -> None:
-        """Counts the batches that make one optimizer step, and drops what has made no loss."""
+    def begin_batch(self, loop: LoopFacts) -> None:
+        """Starts the measurement of a batch; discards a batch that made no loss."""
+        self._loop = loop
         self._micro_batches += 1
-        self.found.begin_batch(module.automatic_optimization)
+        if self._batch_open or not loop.automatic:
+            self.hooks.discard()
+        self._batch_open = self.options.running
+        self.hooks.set_mode("training" if self.options.running else "watching")
 
-    def take_loss(self, trainer: Trainer, loss: Tensor) -> None:
-        """Ends the measurement of a batch with the loss that it has made; the first time, finds out what loss it is."""
-        readings = self._readings if self._readings and self._readings.sloped and self._readings.due else None
-        before = self.found.chosen
-        self.found.take(trainer, loss, first=self._applied is None, readings=readings)
-        if before is None:
-            self._look_at_ratio()
+    def on_loss(self, loss: Tensor, graph: LossGraph, loop: LoopFacts) -> None:
+        """Ends the measurement of a batch by its loss, before the backward; the first one shows the head and the loss.
 
-    def _look_at_ratio(self) -> None:
-        """Says so where the head's steps are longer than the rate, which is the first parameter group's."""
-        chosen = self.found.chosen
-        if chosen is None:
-            return
-        groups = self.optimizer.param_groups
-        own = [i for i, group in enumerate(groups) if any(p is chosen.weight for p in group["params"])]
-        ratio = self.writer.references[own[0]] / self.writer.reference if own else 1.0
-        if ratio > 1:
-            rank_zero_warn(
-                f"LipschitzLR: the head {chosen.name!r} is in parameter group {own[0]}, whose configured rate is "
-                f"{ratio:g} times that of the first group, which has the computed rate: the head has {ratio:g} times "
-                "it. Put its group first in the optimizer to have the others follow by their ratios to it"
-            )
+        Args:
+            loss: The loss, shape ().
+            graph: Its autograd graph.
+            loop: The loop's state.
+        """
+        # With several optimizers, the last loss before the first step is the one that the step uses.
+        if self._meter is None or (self._applied is None and not self._target.is_only):
+            found = self._finder.find(graph, loop)
+            if found is not None:
+                self._measure_by(found, loop)
+                if self._meter is not None and not self.options.running:
+                    self.statistics.pass_factor = self._meter.pass_factor(graph, loop)
+        if self._meter is not None:
+            self._measure(self._meter, graph, loop)
+        # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
+        if loop.automatic:
+            self.hooks.set_mode("off")
 
-    def step(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Decides where an update is due, and writes the rate before the parameters move.
+    def _measure_by(self, found: FoundHeads, loop: LoopFacts) -> None:
+        """Measures by a head and a loss that were found from now on."""
+        width = found.num_outputs if found.loss.name == "mean_squared_error" else 0
+        if width != self.statistics.residuals.width:  # a checkpoint may have restored them
+            self.statistics.residuals = RunningResiduals(width, loop.device)
+        warning = diagnostics.lr_ratio_warning(found.hook, self.optimizer, self._writer.references)
+        if self._found is None and warning is not None:
+            self._reporter.warn(warning)
+        self._found, self.statistics.activations = found, found.hook.statistic
+        self._meter = BatchMeter(
+            found,
+            self.policy,
+            self.statistics.residuals,
+            only_optimizer=self._target.is_only,
+            named_loss=self.options.named,
+        )
+
+    def _measure(self, meter: BatchMeter, graph: LossGraph, loop: LoopFacts) -> None:
+        """Measures a batch by its loss."""
+        estimator = self._estimator
+        watches = estimator is not None and estimator.needs_logit_grads and estimator.due
+        batch = meter.read(graph) if self.options.running or watches else None
+        if estimator is not None and watches and batch is not None:
+            meter.watch_gradients(graph, batch, estimator)
+        if self.options.running:
+            self._batch_open = False
+            meter.finish(batch, loop)
+
+    def on_other_optimizer_step(self) -> None:
+        """Another optimizer is about to step."""
+        self._finder.on_other_optimizer_step()
+        if self._estimator is not None:
+            self._estimator.on_other_optimizer_step()
+
+    def on_step(self, loop: LoopFacts) -> bool:
+        """Updates the rate if an update is due, and writes it before the optimizer steps.
 
         Returns:
             Whether there is something new to log.
         """
-        by_hand = not module.automatic_optimization
-        if self.found.chosen is None:
-            # No on_before_backward has come. The batch was skipped, or manual optimization has a backward of its own.
-            if not by_hand:
+        if self._found is None:
+            # No loss has come: the batch was skipped, or manual optimization calls backward itself.
+            if loop.automatic:
                 return False
-            self.found.take_named()
-            self._look_at_ratio()
-        self.found.raise_if_refused(first=self._applied is None)
-        if by_hand:
-            self.found.close_batch()
-        self._steps += 1
-        if self._steps == 1:
-            self._epoch = trainer.current_epoch
-        accumulated = max(1, self._micro_batches) if by_hand else trainer.accumulate_grad_batches
-        running = self.options.running
-        self._accumulated = max(self._accumulated, accumulated) if running else accumulated
-        self._micro_batches = 0
-        first = self._intervals == 0
-        before = self._decision
-        read = self._read_step(trainer)
-        if self._pass is not None:
-            self._decide(trainer, interval_over=True, read=read)
-            self._pass = None
-        elif first and self.options.initial_lr is not None and self._measured is None:
-            self._decision = self._decision or Decision(self.options.initial_lr)
-        elif running and (self._decision is None or (first and self._steps & (self._steps - 1) == 0)):
-            self._decide(trainer, interval_over=False, read=read)
-        elif read and self._measured is not None:
-            self._settle(replace(self._measured, **self._seen()), keep=True)
-        self._passed = trainer.current_epoch
-        factor = self._schedule.factor(trainer, module) * self.restraint
-        rate = self._decision.lr * factor if self._decision else None
-        rates = self.writer.write(None if self.options.dry_run else rate)
+            self._measure_by(self._finder.find_named(), loop)
+        self._finder.raise_deferred_error(first_step=self._applied is None)
+        if not loop.automatic and self._batch_open and self.statistics.activations is not None:
+            self.statistics.activations.finish()  # of a batch that made a step without a loss
+            self._batch_open = False
+        self._count_step(loop)
+        before = self.state.decision
+        self._update(loop)
+        self.state.last_pass_epoch = loop.epoch
+        factor = self._schedule.factor(loop) * self.damping
+        rate = self.state.decision.lr * factor if self.state.decision else None
+        rates = self._writer.write(None if self.options.dry_run else rate)
         if self.options.dry_run and rate is not None:
-            rates = self.writer.rates(rate)
-        self._applied = (self._decision or Decision(rates[0]), rates)
-        return self._steps == 1 or self._decision is not before
+            rates = self._writer.rates(rate)
+        self._applied = (self.state.decision or Decision(rates[0]), rates)
+        return self.state.steps == 1 or self.state.decision is not before
 
-    def pass_turn(self) -> None:
-        """Another optimizer is about to step."""
-        self.found.pass_turn()
-        if self._readings is not None:
-            self._readings.pass_turn()
+    def _count_step(self, loop: LoopFacts) -> None:
+        """Counts a step of the interval, and the batches that it accumulates."""
+        state = self.state
+        state.steps += 1
+        if state.steps == 1:
+            state.epoch = loop.epoch
+        accumulated = loop.accumulated if loop.automatic else max(1, self._micro_batches)
+        state.accumulated = max(state.accumulated, accumulated) if self.options.running else accumulated
+        self._micro_batches = 0
 
-    def _read_step(self, trainer: Trainer) -> bool:
-        """Reads the step, where the rule asks for it and it is due; one reduction."""
-        if self._readings is None:
-            return False
-        due = self._readings.begin_step()
-        if self._readings.anew:
-            self._rule_state = rules.RuleState()
-        if not due:
-            return False
-        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        grad_scale = scaler.get_scale() if scaled else 1.0
-        read = self._readings.measure(grad_scale, self.writer.ratios, trainer.global_rank, trainer.world_size)
-        reduced: Any = trainer.strategy.reduce(read.to(trainer.strategy.root_device), reduce_op="max")
-        self._readings.take(reduced)
-        return True
+    def _update(self, loop: LoopFacts) -> None:
+        """Measures the step scale and decides on a rate, whichever is due, with one all-reduce."""
+        state, first_interval = self.state, self.state.intervals == 0
+        measures_scale = self._estimator is not None and self._estimator.begin_step()
+        if self._estimator is not None and self._estimator.restarted:
+            self._rule_state = self._rule.initial_state()
+        has_pass = self._pass_epoch is not None
+        is_fixed = first_interval and self.options.initial_lr is not None and state.measurement is None
+        in_first_interval = state.decision is None or (first_interval and state.steps & (state.steps - 1) == 0)
+        updates = has_pass or (self.options.running and not is_fixed and in_first_interval)
+        ratios = self._writer.ratios if measures_scale else None
+        values = self.statistics.reduce(loop, update=updates, lr_ratios=ratios)
+        if updates:
+            self._decide(values, loop, interval_over=has_pass, scale_measured=measures_scale)
+            self._pass_epoch = self.statistics.pass_weight_norm = None
+        elif is_fixed and self.options.initial_lr is not None:
+            state.decision = state.decision or Decision(self.options.initial_lr)
+        elif measures_scale and state.measurement is not None:
+            self._settle(self.statistics.with_step_scale(state.measurement), keep_state=True)
 
-    def end_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
-        if self._applied is None and self.writer.steps and not module.automatic_optimization:
+    def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
+        """Ends the interval with its last step.
+
+        Args:
+            loop: The loop's state.
+            may_be_saved: Whether a checkpoint may be saved after the batch, which all ranks know alike.
+        """
+        self.hooks.set_mode("off")
+        if self._applied is None and self._writer.steps and not loop.automatic:
             raise ConfigurationError(
                 "LipschitzLR writes the rate when Lightning's optimizer steps, and a step went past it; call "
                 "self.optimizers().step(), not the step of the optimizer inside"
             )
-        if self.found.chosen is None or not self.options.running:
+        if self._found is None or not self.options.running:
             return
-        update = self.options.update
-        over = self._steps >= int(update) if update != "epoch" else self._epoch_over(trainer)
-        if over and self._steps:
-            self._decide(trainer, interval_over=True)
-            self.found.chosen.statistic.reset()
-            self.found.residuals.end_interval()
-            if self._epoch_over(trainer):
-                self._end_epoch(trainer)
-            self._steps = 0
-            self._accumulated = 1
-            self._intervals += 1
-        elif trainer.world_size > 1 and _may_be_saved(trainer, batch_idx):
-            self._reduce(trainer)
+        state, update = self.state, self.options.update
+        # If the last batch is unknown or the rest of an epoch is skipped, the next epoch's first step ends it.
+        epoch_over = loop.is_last_batch or loop.epoch > state.epoch
+        interval_over = state.steps >= int(update) if update != "epoch" else epoch_over
+        if interval_over and state.steps:
+            self._decide(self.statistics.reduce(loop, update=True), loop, interval_over=True, scale_measured=False)
+            self.statistics.end_interval()
+            if epoch_over:
+                self._end_epoch(loop)
+            state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
+        elif may_be_saved:
+            self.share(loop)
 
-    def _end_epoch(self, trainer: Trainer) -> None:
-        """Looks at what a squared error explains, after an epoch or an interval that is longer."""
-        before, self._epochs = self._epochs, trainer.current_epoch + trainer.is_last_batch
-        if self.found.residuals.width:
+    def _end_epoch(self, loop: LoopFacts) -> None:
+        """Adds an epoch, or an interval that is longer, to the noise damping."""
+        state, residuals = self.state, self.statistics.residuals
+        before, state.damped_epochs = state.damped_epochs, loop.epochs_completed
+        if residuals.width:
             trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-            parameters = sum(parameter.numel() for parameter in trained)
-            epochs = max(1, self._epochs - before)
-            self._progress.add(self._residuals, trainer.global_step, parameters, epochs)
-            self.found.residuals.end_epoch()
+            num_parameters = sum(parameter.numel() for parameter in trained)
+            num_epochs = max(1, state.damped_epochs - before)
+            self._damping.add_epoch(self.statistics.all_residuals, loop.step, num_parameters, num_epochs)
+            residuals.end_epoch()
 
-    def share(self, trainer: Trainer) -> None:
-        """Has all ranks hold the same running maximum, for a checkpoint between two updates."""
-        if trainer.world_size > 1 and self.found.chosen is not None and self.options.running:
-            self._reduce(trainer)
+    def share(self, loop: LoopFacts) -> None:
+        """Gives all ranks the same statistics, for a checkpoint between two updates."""
+        if loop.world_size > 1 and self._found is not None and self.options.running:
+            self.statistics.share()
 
-    def _epoch_over(self, trainer: Trainer) -> bool:
-        # Where the last batch can't be known or the rest of an epoch is skipped, the next epoch's first step ends it.
-        return trainer.is_last_batch or trainer.current_epoch > self._epoch
-
-    def _decide(self, trainer: Trainer, interval_over: bool, read: bool = False) -> None:
-        """One reduction, then a decision that every rank makes alike."""
-        assert self.found.chosen is not None
-        measured = self._measurement(trainer, self._reduce(trainer), interval_over)
+    def _decide(
+        self, values: dict[str, list[float]], loop: LoopFacts, *, interval_over: bool, scale_measured: bool
+    ) -> None:
+        """Decides on a rate from values that all ranks agree on."""
+        assert self._found is not None
+        measured = self.statistics.measurement(values, self.state.accumulated, interval_over)
+        if not interval_over:
+            self._damping.add_first_batches(self.statistics.all_residuals, loop.step)
         if not self.options.running and not measured.batch_size and not measured.dropped:
             raise ConfigurationError(
-                f"LipschitzLR(measure='pass') called {type(trainer.lightning_module).__name__} with the inputs of "
-                f"the training batches, and the head {self.found.chosen.name!r} did not run; let forward() go "
+                f"LipschitzLR(measure='pass') called {type(self._target.model).__name__} with the inputs of "
+                f"the training batches, and the head {self._found.hook.name!r} did not run; let forward() go "
                 "through the head, or use measure='running'"
             )
-        if self.check_losses(trainer) and self._decision is not None:
+        if self.check_losses(loop) and self.state.decision is not None:
             return
-        self._settle(measured, keep=interval_over if self._readings is None else read)
+        self._settle(measured, keep_state=interval_over if self._estimator is None else scale_measured)
 
-    def _settle(self, measured: Measurement, keep: bool) -> None:
-        """Decides, and lets the rule remember it or not."""
-        assert self.found.loss is not None
+    def _settle(self, measured: Measurement, keep_state: bool) -> None:
+        """Decides on a rate from a measurement; ``keep_state``: whether the rule's state is updated."""
+        assert self._found is not None
+        state = self.state
         outcome = self.policy.decide(
             measured,
-            loss=self.found.loss,
-            num_outputs=self.found.outputs,
-            optimizer=type(self.optimizer).__name__,
+            loss=self._found.loss,
+            num_outputs=self._found.num_outputs,
+            optimizer=self._info,
             groups=self.optimizer.param_groups,
             state=self._rule_state,
-            last=self._decision,
+            last=state.decision,
         )
-        self._report(measured, usable=outcome is not None)
-        if self._readings is not None and (not keep if outcome is not None else not measured.scale):
-            self._measured = measured  # for the next reading, with which the rate changes
+        self._reporter.check_measurement(measured, outcome is not None, state.decision)
+        if self._estimator is not None and (not keep_state if outcome is not None else not measured.step_scale):
+            state.measurement = measured  # for the next measurement of the step scale, which updates the rate
             return
         if outcome is None:
             return
         decision, rule_state = outcome
-        if decision.cap and (self._decision is None or self._decision.cap != decision.cap):
-            rank_zero_info(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
-        self._decision, self._measured = decision, measured
-        if keep:
+        if decision.cap and (state.decision is None or state.decision.cap != decision.cap):
+            self._notify(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
+        state.decision, state.measurement = decision, measured
+        if keep_state:
             self._rule_state = rule_state
 
-    def _reduce(self, trainer: Trainer) -> Tensor:
-        """The one collective of an update: MAX over ranks of the statistic's values and W, which all ranks keep.
+    def check_losses(self, loop: LoopFacts) -> bool:
+        """Reports non-finite losses since the last check; returns whether there were any.
 
-        Where power iteration goes on from a vector, it is rank 0's from here on.
+        Raises:
+            LitLipschitzError: There were, and ``on_nonfinite`` is ``"raise"``.
         """
-        assert self.found.chosen is not None
-        statistic = self.found.chosen.statistic
-        if self._pass is not None:
-            _, weights = self._pass
-        else:
-            weights = norms.weight_norm(self.optimizer, trainer.lightning_module, self.options.weights)
-        weights = weights.to(statistic.values.device).reshape(1)
-        # A NaN's fate in a MAX depends on the order of the ranks; -1 stands for it until all agree.
-        weights = torch.where(torch.isfinite(weights), weights, -1.0)
-        values = statistic.values.clone()
-        values[0] *= self.found.factor
-        values[3] *= self.found.factor**2
-        direction = statistic.direction
-        if trainer.global_rank > 0:
-            direction = torch.full_like(direction, -math.inf)
-        slots = self.watch.slots()
-        residuals = self.found.residuals.slots(trainer.global_rank, trainer.world_size)
-        together = torch.cat([weights, values, direction, residuals, slots])
-        reduced = trainer.strategy.reduce(together, reduce_op="max")
-        assert isinstance(reduced, Tensor)
-        reduced, agreed = reduced[: -len(slots)], reduced[-len(slots) :]
-        self.watch.take(agreed)
-        size = len(statistic.values)
-        shared = reduced[1 : 1 + size]
-        for i in (0, 1, 3, 4):  # how many batches were left out stays each rank's own
-            statistic.values[i].copy_(shared[i])
-        size += 1
-        statistic.direction.copy_(reduced[size : size + len(direction)])
-        return torch.cat([reduced[:size], self.found.residuals.share(reduced[size + len(direction) :])])
-
-    def _measurement(self, trainer: Trainer, reduced: Tensor, interval_over: bool) -> Measurement:
-        """What the ranks agree on, read to the host; a residual of whole intervals alone, as it falls in the first."""
-        assert self.found.chosen is not None
-        weight_norm, largest, count, dropped, squares, outputs, *residuals = reduced.tolist()
-        self._residuals = Residuals(*residuals)
-        if not interval_over:
-            self._progress.begin(self._residuals, trainer.global_step)
-        pieces = trainer.world_size * self._accumulated
-        batch_size = int(count) * pieces
-        if self.found.chosen.statistic.mean:
-            largest *= math.sqrt(batch_size)
-            outputs *= math.sqrt(batch_size)
-        elif self.policy.of_batch:
-            largest *= math.sqrt(pieces)
-            outputs *= math.sqrt(pieces)
-        return Measurement(
-            activation_norm=largest,
-            weight_norm=weight_norm if weight_norm >= 0 else math.nan,
-            batch_size=batch_size,
-            dropped=int(dropped),
-            squares=squares * math.sqrt(pieces),
-            output_norm=outputs,
-            residual=self._residuals.root_mean_square if interval_over else 0.0,
-            factor=self._residuals.factor,
-            **self._seen(),
-        )
-
-    def _seen(self) -> dict[str, Any]:
-        """What a measurement has of the steps that were read."""
-        if self._readings is None:
-            return {}
-        scale = self._readings.scale
-        return {"scale": scale.value, "slope": scale.slope, "mean_slope": scale.mean_slope}
-
-    def check_losses(self, trainer: Trainer) -> bool:
-        """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
-        found = self.watch.read()
-        self.watch.reset(trainer.global_step)
-        if found is None:
-            return False
-        message = describe(*found, self._decision.lr if self._decision else None, self._whose)
-        if self.options.on_nonfinite == "raise":
-            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
-        if not self.watch.reported:
-            rank_zero_warn(f"LipschitzLR: {message}{', which is kept' if self._decision else ''}")
-            self.watch.reported = True
-        return True
-
-    def _report(self, measured: Measurement, usable: bool) -> None:
-        """Says once, or raises, what was not finite."""
-        if usable and not measured.dropped:
-            return
-        if not measured.scale and self._may_overflow:
-            return
-        message = f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
-        if not usable:
-            last = "the configured rate" if self._decision is None else f"the last rate, {self._decision.lr:.4g}"
-            message = (
-                f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
-                f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
-            )
-            if not measured.scale:
-                message = f"no gradient that is finite and not 0 has been seen; keeping {last}"
-        if self.options.on_nonfinite == "raise":
-            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
-        if not self._warned:
-            rank_zero_warn(f"LipschitzLR: {message}")
-            self._warned = True
-
-    # -- log and checkpoint ------------------------------------------------------------------------------------------
+        return self._reporter.check_losses(self.statistics.nonfinite, self.state.decision, loop.step)
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of the last step; empty before the first one."""
+        """Metrics of the last step, for loggers; empty before the first one."""
         if self._applied is None:
             return {}
-        decision, rates = self._applied
-        metrics = {
-            "lr": rates[0],
-            "constant": decision.constant,
-            "activation_norm": decision.activation_norm,
-            "weight_norm": decision.weight_norm,
-        }
-        if self._readings is not None:
-            metrics["step_scale"] = self._readings.scale.value
-        if decision.observed or (self._readings is not None and self._readings.sloped):
-            metrics["observed_constant"] = decision.observed
-        if self.found.residuals.width:
-            metrics["restraint"] = self.restraint
-        if self.policy.limited:
-            metrics["capped"] = float(bool(decision.cap))
-        return metrics
+        estimator = self._estimator
+        return diagnostics.log_metrics(
+            self._applied[0],
+            self._applied[1][0],
+            step_scale=estimator.scale.value if estimator else None,
+            observes=estimator is not None and estimator.needs_logit_grads,
+            damping=self.damping if self.statistics.residuals.width else None,
+            has_limits=self.policy.has_limits,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as tensors and plain values."""
-        return {
-            "decision": asdict(self._decision) if self._decision else None,
-            "measurement": asdict(self._measured) if self._measured else None,
-            "rule_state": asdict(self._rule_state),
-            "rule": self._rule,
-            "readings": self._readings.state_dict() if self._readings else None,
-            "steps": self._steps,
-            "intervals": self._intervals,
-            "epoch": self._epoch,
-            "passed": self._passed,
-            "accumulated": self._accumulated,
-            "warned": self._warned,
-            "losses": self.watch.state_dict(),
-            "progress": self._progress.state_dict(),
-            "epochs": self._epochs,
-            "residuals": self.found.residuals.state_dict(),
-            "measured": self.probes.state_dict(),
-            "references": self.writer.references,
-        }
+        """The state as tensors and plain values; see :class:`~lit_lipschitz.control.state.ControllerState`."""
+        complete = replace(
+            self.state,
+            rule_state=self._rule_state._asdict(),
+            warned=self._reporter.warned,
+            references=self._writer.references,
+            step_scale=self._estimator.state_dict() if self._estimator else None,
+            nonfinite=self.statistics.nonfinite.state_dict(),
+            damping=self._damping.state_dict(),
+            residuals=self.statistics.residuals.state_dict(),
+            head=self.hooks.state_dict(),
+        )
+        return complete.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the state of :meth:`state_dict`, as some strategies bring it after the fit has begun."""
-        self._take(state)
-        if state.get("measured") is not None:
-            self.probes.load_state_dict(state["measured"])
-        self._take_residuals(state)
+        """Loads the state of :meth:`state_dict`, which some strategies restore after the fit has begun."""
+        self.state = ControllerState.from_dict(state)
+        self._restore()
+        if self.state.head is not None:
+            self.hooks.load_state_dict(self.state.head)
 
-    def _take(self, state: Mapping[str, Any]) -> None:
-        if not state:
-            return
-        self._decision = Decision(**state["decision"]) if state["decision"] else None
-        measured = state.get("measurement")  # later than the rest of the state
-        self._measured = Measurement(**measured) if measured else None
-        self._rule_state = rules.RuleState(**state["rule_state"])
-        if state.get("rule", self._rule) != self._rule:
+    def _restore(self) -> None:
+        """Restores the statistics from the state."""
+        state = self.state
+        if state.rule != self._rule.name:
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint was saved with the rule {state['rule']!r}, and this run's "
-                f"{type(self.optimizer).__name__} has the rule {self._rule!r}; resume with the optimizer that it was "
-                "saved with, or pass restore=False to measure anew"
+                f"LipschitzLR's state in the checkpoint was saved with the rule {state.rule!r}, and this run's "
+                f"{self._info.name} has the rule {self._rule.name!r}; resume with the optimizer that it was "
+                "saved with, or pass restore=False to measure again"
             )
-        if self._readings is not None:
-            self._readings.load_state_dict(state["readings"])
-            if not self._readings.knows(state["readings"]):
-                self._rule_state = rules.RuleState()
-        self._steps = state["steps"]
-        self._intervals = state["intervals"]
-        self._epoch = state["epoch"]
-        self._passed = state["passed"]
-        self._accumulated = state["accumulated"]
-        self._warned = state["warned"]
-        if state.get("losses"):  # later than the rest of the state
-            self.watch.load_state_dict(state["losses"])
-
-    def _take_residuals(self, state: Mapping[str, Any]) -> None:
-        if "plenty" in state.get("progress", ()):  # later than the rest of the state
-            self._progress.load_state_dict(state["progress"])
-            self._epochs = state["epochs"]
-            self.found.residuals.load_state_dict(state["residuals"])
-
-
-def _may_be_saved(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a checkpoint may be saved after this batch, as all ranks know alike.
-
-    That is every so many steps, with a validation that follows, and at the epoch's end.
-    """
-    step = trainer.global_step
-    intervals: Sequence[int] = [getattr(c, "_every_n_train_steps", 0) or 0 for c in trainer.checkpoint_callbacks]
-    due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
-    validation = getattr(trainer, "val_check_batch", math.inf)
-    return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
+        self._rule_state = self._rule.restored_state(state.rule_state)
+        self._reporter.warned = state.warned
+        if self._estimator is not None and state.step_scale is not None:
+            self._estimator.load_state_dict(state.step_scale)
+        self.statistics.nonfinite.load_state_dict(state.nonfinite)
+        self.statistics.residuals.load_state_dict(state.residuals)
+        self._damping.load_state_dict(state.damping)

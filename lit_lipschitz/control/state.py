@@ -1,5 +1,6 @@
 """The state of a controller: what a checkpoint holds."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -57,12 +58,12 @@ class ControllerState:
     def to_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values, which ``torch.load(weights_only=True)`` admits."""
         state = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        state["decision"] = self.decision.to_dict() if self.decision else None
+        state["decision"] = self.decision.state_dict() if self.decision else None
         state["measurement"] = asdict(self.measurement) if self.measurement else None
         return state
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "ControllerState":
+    def from_dict(cls, state: Mapping[str, Any]) -> "ControllerState":
         """The state from :meth:`to_dict`.
 
         Raises:
@@ -71,7 +72,7 @@ class ControllerState:
         if set(state) != {entry.name for entry in fields(cls)}:
             raise LitLipschitzError(OTHER_VERSION)
         try:
-            decision = Decision.from_dict(state["decision"]) if state["decision"] else None
+            decision = Decision.from_state_dict(state["decision"]) if state["decision"] else None
             measurement = Measurement(**state["measurement"]) if state["measurement"] else None
         except (TypeError, KeyError):
             raise LitLipschitzError(OTHER_VERSION) from None

@@ -83,9 +83,10 @@ class NonfiniteLosses:
         packed[self._rank] = self._latest
         return packed
 
-    def unpack(self, reduced: Tensor) -> None:
-        """Keeps the MAX over the ranks of :meth:`pack` until it is read."""
+    def unpack(self, reduced: Tensor) -> Tensor:
+        """Keeps the MAX over the ranks of :meth:`pack` until :meth:`first_nonfinite` reads it; returns no values."""
         self._reduced = reduced
+        return reduced[:0]
 
     def first_nonfinite(self) -> tuple[int, list[int]] | None:
         """The first step with a non-finite loss and the ranks that had one in it; None if all were finite.
