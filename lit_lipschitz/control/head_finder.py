@@ -138,7 +138,7 @@ class HeadAndLoss:
         assert self.loss is not None
         self._take_residuals(trainer, reading)
         outputs: tuple[Tensor, ...] = ()
-        if self.loss.needs_outputs(self._policy.bound):
+        if self.loss.needs_output_norm(self._policy.bound):
             outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
         of_batch = self._policy.of_batch
         measured = chosen.statistic.rows
@@ -310,7 +310,7 @@ class HeadAndLoss:
 
     def _choose(self, found: graph.FoundLoss | None, weight: Tensor | None) -> None:
         """Decides on the head and the loss, and makes sure that there is a constant for them."""
-        loss = found.loss if found is not None else Loss(self._options.loss)  # type: ignore[arg-type]  # not "auto" then
+        loss = found.loss if found is not None else Loss(self._options.loss)
         self.probes.choose(weight, found.width if found is not None else None)
         chosen = self.probes.chosen
         assert chosen is not None
@@ -342,7 +342,7 @@ class HeadAndLoss:
                 f"LipschitzLR: the head {head!r} has 1 output, and the cross-entropy needs at least 2 classes; "
                 "pass head= with the name of the map that makes the logits"
             )
-        if loss.needs_outputs(bound) and not sizes_known:
+        if loss.needs_output_norm(bound) and not sizes_known:
             raise ConfigurationError(
                 f"LipschitzLR(loss={loss.name!r}, bound={bound!r}) needs the size of outputs and targets, "
                 "and the graph of the loss does not show them; use torch.nn.functional.mse_loss, or bound='smooth'"

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_lipschitz.bounds.loss_spec import LossName
 from lit_lipschitz.measurement.norms import Weights
 
 
@@ -11,7 +10,7 @@ from lit_lipschitz.measurement.norms import Weights
 class Options:
     """Arguments of ``LipschitzLR`` that are not part of the :class:`~lit_lipschitz.control.policy.Policy`."""
 
-    loss: Literal["auto"] | LossName = "auto"
+    loss: str = "auto"
     head: str = "auto"
     update: Literal["epoch"] | int = "epoch"
     measure: Literal["running", "pass"] = "running"

@@ -41,13 +41,6 @@ def sample(activations: Tensor, bias: bool = False) -> Tensor:
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
-def unit(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest absolute activation; arguments, result and errors as for :func:`frobenius`."""
-    _check_rows(activations)
-    norm = _norm(activations, float("inf"))
-    return norm.clamp(min=1.0) if bias else norm
-
-
 def squares(activations: Tensor) -> Tensor:
     """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
     _check_rows(activations)

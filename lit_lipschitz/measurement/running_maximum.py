@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Norm
-from lit_lipschitz.measurement.norms import frobenius, sample, spectral, squares, unit
+from lit_lipschitz.measurement.norms import frobenius, sample, spectral, squares
 
 
 def _raise_to(largest: Tensor, value: Tensor) -> None:
@@ -12,7 +12,7 @@ def _raise_to(largest: Tensor, value: Tensor) -> None:
     torch.maximum(largest, torch.nan_to_num(value, nan=0.0, posinf=0.0), out=largest)
 
 
-_NORMS = {"frobenius": frobenius, "sample": sample, "unit": unit}
+_NORMS = {"frobenius": frobenius, "sample": sample}
 
 
 class RunningMaximum:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_lipschitz.bounds.loss_spec import LossName
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
     Factors,
@@ -71,7 +70,7 @@ def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one.data_ptr() == other.data_ptr() != 0 and one.numel() == other.numel())
 
 
-def find_maker(node: Any, loss: LossName) -> Maker:
+def find_maker(node: Any, loss: str) -> Maker:
     """The affine map behind the outputs that a loss is taken of, or the names of what stands between."""
     names, pooled, bent, moved, parts = tuple(names_below(node)), False, False, False, list[_Part]()
     while True:
@@ -119,7 +118,7 @@ def _mapped(node: Any, names: tuple[str, ...]) -> Maker:
     return Maker() if computed is None else Maker(chain=(*names, "weight", *names_below(computed)))
 
 
-def _joined(node: Any, names: tuple[str, ...], loss: LossName) -> Maker | None:
+def _joined(node: Any, names: tuple[str, ...], loss: str) -> Maker | None:
     """The affine map that was called several times, where a node puts outputs together; None at another node."""
     if node.name() in ("CatBackward0", "StackBackward0"):
         nodes = nodes_below(node)

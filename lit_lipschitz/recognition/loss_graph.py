@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_lipschitz.bounds.loss_spec import LOSSES, Loss, LossName
+from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.affine import (
     AFFINE,
@@ -153,7 +153,7 @@ def find_loss(loss: Tensor) -> FoundLoss:
     )
 
 
-def find_term(loss: Tensor, name: LossName, head: Tensor | None = None) -> FoundLoss | None:
+def find_term(loss: Tensor, name: str, head: Tensor | None = None) -> FoundLoss | None:
     """Looks for a loss of one name among the terms of a sum.
 
     Args:
@@ -182,7 +182,7 @@ def find_term(loss: Tensor, name: LossName, head: Tensor | None = None) -> Found
 
 def read_loss(
     loss: Tensor,
-    name: LossName,
+    name: str,
     num_outputs: int,
     *,
     among_terms: bool = False,
@@ -211,7 +211,7 @@ def read_loss(
     return _together(readings) if len(readings) > 1 else next(iter(readings), None)
 
 
-def find_edges(loss: Tensor, name: LossName, *, among_terms: bool = False) -> list[Edge]:
+def find_edges(loss: Tensor, name: str, *, among_terms: bool = False) -> list[Edge]:
     """Where the gradients in the outputs that the terms of a loss are taken of go, each once.
 
     Args:
@@ -239,9 +239,9 @@ def _reading(match: Match, num_outputs: int, scale: float | Tensor, joined: bool
     """What the loss was taken of."""
     rows, maker = match.rows(num_outputs), find_maker(match.below, match.name) if joined else Maker()
     stretch: Any = abs(product_of(stretch_of(match.below))) if maker.chain else 1.0
-    if match.name != "cross_entropy":
+    if match.log_softmax is None:
         outputs: tuple[Tensor, ...] = ()
-        if match.name == "mean_squared_error":
+        if LOSSES[match.name].needs_output_norm:
             outputs = (match.node._saved_self.detach(), match.node._saved_target.detach())
             if match.node.next_functions[0][0] is None:  # the first argument has no gradient: it is the targets
                 outputs = outputs[::-1]
@@ -346,7 +346,7 @@ def _loss(match: Match, named: bool) -> Loss:
                     f"ones' sum is {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to 1, "
                     "or pass loss='cross_entropy' to have that disregarded"
                 )
-            return Loss(name, reduction)
+            return LOSSES[name].loss(reduction)
         weights = node._saved_weight
         if named and match.each:
             weights = None
@@ -357,17 +357,20 @@ def _loss(match: Match, named: bool) -> Loss:
                 "disregarded"
             )
         values = None if weights is None else tuple(float(weight) for weight in weights.tolist())
-        return Loss(name, reduction, label_smoothing=match.label_smoothing, class_weights=values)
-    if name == "binary_cross_entropy":
-        if node._saved_weight is not None and not named:
-            raise ConfigurationError(
-                "LipschitzLR found a binary cross-entropy with weight=, for which it has no constant; use pos_weight= "
-                "or none, or pass loss='binary_cross_entropy' to have the weights disregarded"
-            )
-        positive = getattr(node, "_saved_pos_weight", None)
-        return Loss(name, reduction, pos_weight=1.0 if positive is None else float(positive.max()))
-    threshold = getattr(node, "_saved_delta", None) or getattr(node, "_saved_beta", None) or 1.0
-    return Loss(name, reduction, threshold=float(threshold))
+        return LOSSES[name].loss(reduction, label_smoothing=match.label_smoothing, class_weights=values)
+    read = LOSSES[name].arguments
+    if "_saved_weight" not in read.values() and getattr(node, "_saved_weight", None) is not None and not named:
+        raise ConfigurationError(
+            f"LipschitzLR found a {name} with weight=, for which it has no constant; leave it out, or pass "
+            f"loss={name!r} to have the weights disregarded"
+        )
+    saved = {argument: getattr(node, attribute, None) for argument, attribute in read.items()}
+    arguments = {
+        argument: float(value.max() if isinstance(value, Tensor) else value)
+        for argument, value in saved.items()
+        if value is not None
+    }
+    return LOSSES[name].loss(reduction, **arguments)
 
 
 def _same_gradient(node: Any) -> Any:
@@ -382,7 +385,7 @@ def _same_gradient(node: Any) -> Any:
     return below if name in VIEWS or name == "NegBackward0" else None
 
 
-def _terms(node: Any, name: LossName | None) -> list[_Term]:
+def _terms(node: Any, name: str | None) -> list[_Term]:
     """The loss that a graph begins with, or several of the same outputs; for a name, those of that name in a sum."""
     factors, node = take_factors(node)
     match = find_match(node)

@@ -7,16 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
-from lit_lipschitz.bounds.loss_spec import LossName
+from lit_lipschitz.bounds.loss_spec import LOSSES, find_spec
 from lit_lipschitz.recognition.autograd_nodes import VIEWS, dim_of, nodes_below, only_below
 
-_BY_NODE: dict[str, LossName] = {
-    "BinaryCrossEntropyWithLogitsBackward0": "binary_cross_entropy",
-    "BinaryCrossEntropyBackward0": "binary_cross_entropy",
-    "MseLossBackward0": "mean_squared_error",
-    "HuberLossBackward0": "huber",
-    "SmoothL1LossBackward0": "smooth_l1",
-}
 _REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}
 BY_HAND: dict[str, Reduction] = {
     "MeanBackward0": "mean",
@@ -42,7 +35,7 @@ class Match:
         divisor: Of a sum, where it is made in steps of which some are means.
     """
 
-    name: LossName
+    name: str
     node: Any
     below: Any
     reduction: Reduction
@@ -70,7 +63,7 @@ class Match:
 
     def rows(self, num_outputs: int) -> int:
         """Examples, tokens or pixels."""
-        return self.elements if self.name == "cross_entropy" else max(1, self.elements // num_outputs)
+        return max(1, self.elements // num_outputs) if LOSSES[self.name].per_output else self.elements
 
     @property
     def width(self) -> int | None:
@@ -137,17 +130,17 @@ def _match_reduced(node: Any, reduction: Reduction, each: bool = False, smoothin
         if below is None or below.name() != "LogSoftmaxBackward0":
             return None
         return Match("cross_entropy", node, nodes_below(below)[0], reduction, each, smoothing, below)
-    name = _BY_NODE.get(node.name())
     below = only_below(node)
-    if name is None or below is None:
+    if below is None:
         return None
     if node.name() == "BinaryCrossEntropyBackward0":
         while below.name() in VIEWS:
             below = nodes_below(below)[0]
         if below.name() != "SigmoidBackward0":
             return None
-        below = nodes_below(below)[0]
-    return Match(name, node, below, reduction, each)
+        return Match("binary_cross_entropy", node, nodes_below(below)[0], reduction, each)
+    spec = find_spec(node.name())
+    return None if spec is None else Match(spec.name, node, below, reduction, each)
 
 
 def _match_smoothed(node: Any) -> Match | None:
