@@ -22,8 +22,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lit_lipschitz import CIFAR10DataModule, ResNetV2
-from lit_lipschitz.bounds import families as constants
+from lit_lipschitz import CIFAR10DataModule, ResNetV2, bounds
 
 COMMAND = Path(sys.executable).with_name("lit-lipschitz")
 LINE = re.compile(r"epoch +(\d+)/\S+ +rate (\S+) +lr (\S+) .*train_acc (\S+)")
@@ -138,7 +137,7 @@ def at_initialisation(data_dir: str | None, seeds: int) -> list[str]:
             with torch.no_grad():
                 network.train(training)(images)
             handle.remove()
-            rates.append(1 / constants.cross_entropy(seen[0], num_classes=100, batch_size=128, bound="paper"))
+            rates.append(1 / bounds.cross_entropy(seen[0], num_classes=100, batch_size=128, bound="paper"))
         lines.append(f"   seed {seed}: in inference mode {rates[0]:.2g}, with batch statistics {rates[1]:.3g}")
     return lines
 

@@ -209,14 +209,7 @@ def _loss(controller: Controller) -> dict[str, Any] | None:
     if loss is None:
         return None
     how = "found in the autograd graph" if controller.options.loss == "auto" else "named by loss="
-    about: dict[str, Any] = {"name": loss.name, "reduction": loss.reduction, "how": how}
-    if loss.name == "cross_entropy":
-        about.update(label_smoothing=loss.label_smoothing, class_weights=loss.class_weights)
-    elif loss.name == "binary_cross_entropy":
-        about.update(pos_weight=loss.pos_weight)
-    elif loss.name in ("huber", "smooth_l1"):
-        about.update(threshold=loss.threshold)
-    return about
+    return {"name": loss.name, "reduction": loss.reduction, "how": how, **loss.arguments}
 
 
 def _constant(trainer: L.Trainer, controller: Controller) -> dict[str, Any]:
@@ -246,7 +239,7 @@ def _constant(trainer: L.Trainer, controller: Controller) -> dict[str, Any]:
         "W": measured.weight_norm,
         "weights": controller.options.weights,
         "weight_decay": decay,
-        "output_norm": measured.output_norm if loss.needs_outputs(policy.bound) else None,
+        "output_norm": measured.output_norm if loss.needs_output_norm(policy.bound) else None,
         "coefficient": kind,
         kind: unit * divisor,
         "formula": formula + (" + lambda" if policy.bound == "smooth" else " + lambda * W"),

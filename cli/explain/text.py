@@ -36,8 +36,9 @@ def _found(one: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("head", f"{head['name']}, a {head['class']} of {head['inputs']} inputs, {head['outputs']} outputs "
                              f"and {bias}, {head['how']}"))  # fmt: skip
     if loss := one["loss"]:
-        details = [f"{key} {loss[key]:g}" for key in ("label_smoothing", "pos_weight", "threshold") if loss.get(key)]
-        details += ["with class weights"] if loss.get("class_weights") else []
+        arguments = {key: value for key, value in loss.items() if key not in ("name", "reduction", "how")}
+        details = [f"{key} {value:g}" for key, value in arguments.items() if isinstance(value, float)]
+        details += ["with class weights"] if "class_weights" in arguments else []
         rows.append(("loss", ", ".join([f"{loss['name']}, a {loss['reduction']}", *details, loss["how"]])))
     return rows
 
@@ -47,7 +48,7 @@ def _measured(one: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
     of = {"frobenius": "Frobenius norm of a batch of", "spectral": "spectral norm of a batch of",
-          "sample": "largest norm of an example of", "unit": "largest entry of"}[one["norm"]]  # fmt: skip
+          "sample": "largest norm of an example of"}[one["norm"]]  # fmt: skip
     how = ", in a pass over the training set" if one["measure"] == "pass" else ""
     rows = [
         ("k", f"{one['k']}, the head's outputs"),

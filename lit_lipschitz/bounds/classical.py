@@ -1,7 +1,7 @@
-r"""Lipschitz constants of the classical models, which are a head alone: linear, logistic and softmax regression.
+r"""Lipschitz constants of linear, logistic and softmax regression, whose only layer is the output layer.
 
-The inputs of such a head are the features themselves, all m rows in every step, so its constant is known before
-training and its inverse is a rate for plain gradient descent. With the features X, shape (m, d), ``norm`` the Euclidean
+The inputs of the layer are the features themselves, all m rows in every step, so the constant is known before training
+and its inverse is a learning rate for plain gradient descent. With the features X, shape (m, d), ``norm`` the Euclidean
 (Frobenius) and ``norm2`` the spectral norm, and ``size`` = min(mean_i norm(x_i), norm2(X) / sqrt(m)):
 
 =================== ============================= =============================== ====================
@@ -12,10 +12,10 @@ logistic regression norm(X) / (2m)                size                          
 softmax regression  (k-1) norm(X) / (k m)         sqrt(2) size                    norm2(X)^2 / (2m)
 =================== ============================= =============================== ====================
 
-The strict constants bound the norm of the gradient in the weights: it is X'R / m with R the slopes of the losses in the
-outputs, whose rows are no longer than 1 for the logistic and sqrt(2) for the softmax loss, and norm(X'R) is at most the
-sum of norm(x_i) norm(r_i) as well as norm2(X) norm(R). The smooth ones bound the largest eigenvalue of the Hessian, by
-1, 1/4 and 1/2 for the curvature of one example's loss in its outputs. All are computed in double precision.
+The strict constants bound the norm of the gradient in the weights: it is X'R / m with R the gradients of the losses in
+the outputs, whose rows are no longer than 1 for the logistic and sqrt(2) for the softmax loss, and norm(X'R) is at most
+the sum of norm(x_i) norm(r_i) as well as norm2(X) norm(R). The smooth ones bound the largest eigenvalue of the Hessian,
+by 1, 1/4 and 1/2 for the curvature of one example's loss in its outputs. All are computed in double precision.
 
 References:
     R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for
@@ -28,8 +28,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_lipschitz.bounds import families as constants
+from lit_lipschitz.bounds.classification import binary_cross_entropy, cross_entropy
 from lit_lipschitz.bounds.families import Bound, Norm, resolve_norm
+from lit_lipschitz.bounds.regression import mean_squared_error
 
 
 def linear_regression(
@@ -74,7 +75,7 @@ def linear_regression(
         raise ValueError(f"targets: expected shape ({rows},), one for each row, found {tuple(targets.shape)}")
     _check_finite("targets", targets)
     if bound == "smooth":
-        return constants.mean_squared_error(_spectral(matrix), batch_size=rows, half=True, bound="smooth")
+        return mean_squared_error(_spectral(matrix), batch_size=rows, half=True, bound="smooth")
     correlation = torch.linalg.vector_norm(matrix.T @ targets.detach().to(matrix)).item()
     curvature = torch.linalg.matrix_norm(matrix.T @ matrix).item() if bound == "paper" else _spectral(matrix) ** 2
     return (weight_norm * curvature + correlation) / rows
@@ -83,8 +84,8 @@ def linear_regression(
 def logistic_regression(features: Tensor, *, bound: Bound = "strict", intercept: bool = False) -> float:
     r"""Constant of the mean binary cross-entropy with one logit, for any targets in [0, 1].
 
-    - paper: :math:`\|X\|_F / (2m)`, the papers' estimate of the gradient's norm; not a bound;
-    - strict: :math:`\min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient's norm;
+    - paper: :math:`\|X\|_F / (2m)`, the papers' estimate of the gradient norm; not a bound;
+    - strict: :math:`\min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient norm;
     - smooth: :math:`\|X\|_2^2 / (4m)`, the Hessian's largest eigenvalue at weights of 0, where it is largest.
 
     Args:
@@ -103,12 +104,12 @@ def logistic_regression(features: Tensor, *, bound: Bound = "strict", intercept:
         2.5
 
     References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper); the others follow from the logistic loss's slope of at most 1 and
-        curvature of at most 1/4.
+        R. Yedida, S. Saha, arXiv 1902.07399 (paper); the others follow from the logistic loss's derivative of at most 1
+        and curvature of at most 1/4.
     """
     matrix = _design_matrix(features, intercept)
     size, norm = _size(matrix, bound)
-    return constants.binary_cross_entropy(size, batch_size=matrix.shape[0], bound=bound, norm=norm)
+    return binary_cross_entropy(size, batch_size=matrix.shape[0], bound=bound, norm=norm)
 
 
 def softmax_regression(
@@ -116,8 +117,8 @@ def softmax_regression(
 ) -> float:
     r"""Constant of the mean softmax cross-entropy, for any targets: classes, or probabilities of the classes.
 
-    - paper: :math:`\frac{k-1}{km} \|X\|_F`, the papers' estimate of the gradient's norm; not a bound;
-    - strict: :math:`\sqrt2 \min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient's norm;
+    - paper: :math:`\frac{k-1}{km} \|X\|_F`, the papers' estimate of the gradient norm; not a bound;
+    - strict: :math:`\sqrt2 \min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient norm;
     - smooth: :math:`\|X\|_2^2 / (2m)`, never below the Hessian's largest eigenvalue, and equal to it for two classes at
       weights of 0.
 
@@ -143,11 +144,11 @@ def softmax_regression(
     """
     matrix = _design_matrix(features, intercept)
     size, norm = _size(matrix, bound)
-    return constants.cross_entropy(size, num_classes=num_classes, batch_size=matrix.shape[0], bound=bound, norm=norm)
+    return cross_entropy(size, num_classes=num_classes, batch_size=matrix.shape[0], bound=bound, norm=norm)
 
 
 def _size(matrix: Tensor, bound: Bound) -> tuple[float, Norm]:
-    """The size of the features that a family takes, and the name of that norm."""
+    """The size of the features that a family uses, and the name of that norm."""
     resolve_norm(bound)
     if bound == "paper":
         return torch.linalg.matrix_norm(matrix).item(), "frobenius"
@@ -164,7 +165,7 @@ def _spectral(matrix: Tensor) -> float:
 
 
 def _design_matrix(features: Tensor, intercept: bool) -> Tensor:
-    """The checked features in double precision, with a column of ones where there is an intercept."""
+    """The checked features in double precision, with a column of ones if there is an intercept."""
     if features.ndim != 2:
         raise ValueError(f"features: expected 2 dimensions, (rows, columns), found shape {tuple(features.shape)}")
     if features.shape[0] < 1 or features.shape[1] < 1:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lipschitz.bounds import families as constants
-from lit_lipschitz.bounds.loss_spec import LOSSES
+from lit_lipschitz import bounds
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
@@ -20,6 +19,12 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement import norms
 from lit_lipschitz.recognition import loss_graph as graph
 from lit_lipschitz.training_pass import inference_pass
+
+if TYPE_CHECKING:
+    LossName = str
+else:  # so that the command line offers the registered losses
+    _CHOICES = ("auto", *bounds.LOSSES)
+    LossName = Literal[_CHOICES]
 
 
 class LipschitzLR(Callback):
@@ -38,13 +43,13 @@ class LipschitzLR(Callback):
 
     Args:
         loss: ``"auto"`` finds the loss in the autograd graph of the first step. A name of
-            :mod:`lit_lipschitz.bounds` looks for that loss among the terms of a sum and disregards the others;
+            ``lit_lipschitz.bounds.LOSSES`` looks for that loss among the terms of a sum and disregards the others;
             where there is none, it takes your word that the loss is a mean of that one, with torch's defaults.
         head: ``"auto"``, or the name of the last affine map as in ``named_modules()``.
         bound: Family of the constant. ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
             estimate of arXiv 1902.07399.
-        norm: How the head's inputs are measured: ``"frobenius"`` (of the batch), ``"sample"`` (largest row),
-            ``"unit"`` (largest entry), ``"spectral"``; ``"auto"`` is the family's own.
+        norm: How the head's inputs are measured: ``"frobenius"`` (of the batch), ``"sample"`` (largest row)
+            or ``"spectral"``; ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         measure: ``"running"`` measures the training batches themselves; ``"pass"`` makes a pass in inference mode over
             the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.training_pass`).
@@ -54,7 +59,7 @@ class LipschitzLR(Callback):
             with the slope that the loss is seen to have, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"``
             is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
         squared: The estimate of L squared that the rules of RMSprop and Adam use
-            (:func:`lit_lipschitz.bounds.families.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
+            (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
         weight_decay: Coefficient of the L2 term in L; None is the optimizer's, where it adds it to the gradient.
         weights: Whose largest norm is W in the L2 term: ``"decayed"`` and all ``"parameters"`` of the optimizer, or
@@ -97,18 +102,10 @@ class LipschitzLR(Callback):
 
     def __init__(
         self,
-        loss: Literal[
-            "auto",
-            "cross_entropy",
-            "binary_cross_entropy",
-            "mean_squared_error",
-            "mean_absolute_error",
-            "huber",
-            "smooth_l1",
-        ] = "auto",
+        loss: LossName = "auto",
         head: str = "auto",
-        bound: constants.Bound = "strict",
-        norm: Literal["auto", "frobenius", "sample", "unit", "spectral"] = "auto",
+        bound: bounds.Bound = "strict",
+        norm: bounds.NormOrAuto = "auto",
         update: Literal["epoch"] | int = "epoch",
         measure: Literal["running", "pass"] = "running",
         rule: Literal[
@@ -126,7 +123,7 @@ class LipschitzLR(Callback):
             "grafted",
             "schedule_free",
         ] = "auto",
-        squared: Literal["auto", "constant", "text", "scripts"] = "auto",
+        squared: Literal["auto", bounds.Estimate] = "auto",
         weight_decay: float | None = None,
         weights: norms.Weights = "decayed",
         initial_lr: float | None = None,
@@ -140,7 +137,7 @@ class LipschitzLR(Callback):
         schedule: Literal["auto", "none"] = "auto",
     ) -> None:
         super().__init__()
-        _check_choice("loss", loss, ("auto", *LOSSES))
+        _check_choice("loss", loss, ("auto", *bounds.LOSSES))
         _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
         _check_choice("schedule", schedule, ("auto", "none"))
         _check_choice("measure", measure, ("running", "pass"))
@@ -156,7 +153,7 @@ class LipschitzLR(Callback):
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
             )
         try:
-            resolved = constants.resolve_norm(bound, norm)
+            resolved = bounds.resolve_norm(bound, norm)
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         positions = [optimizers] if isinstance(optimizers, int) else optimizers

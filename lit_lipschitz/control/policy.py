@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lit_lipschitz.bounds import families as constants
-from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz import bounds
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.optimizer_updates import DECOUPLED
 from lit_lipschitz.rules import registry as rules
@@ -85,10 +84,10 @@ class Policy:
         ConfigurationError: A value is out of its range.
     """
 
-    bound: constants.Bound = "strict"
-    norm: constants.Norm = "frobenius"
+    bound: bounds.Bound = "strict"
+    norm: bounds.Norm = "frobenius"
     rule: Literal["auto"] | rules.RuleName = "auto"
-    squared: Literal["auto"] | constants.Estimate = "auto"
+    squared: Literal["auto"] | bounds.Estimate = "auto"
     weight_decay: float | None = None
     min_lr: float = 0.0
     max_lr: float | None = None
@@ -97,9 +96,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.rule not in ("auto", *rules.RULES):
             raise ConfigurationError(f"LipschitzLR(rule={self.rule!r}): expected one of 'auto', {_quoted(rules.RULES)}")
-        if self.squared not in ("auto", "constant", "text", "scripts"):
+        if self.squared not in ("auto", *get_args(bounds.Estimate)):
             raise ConfigurationError(
-                f"LipschitzLR(squared={self.squared!r}): expected one of 'auto', 'constant', 'text', 'scripts'"
+                f"LipschitzLR(squared={self.squared!r}): expected one of 'auto', 'constant', 'scripts'"
             )
         if self.estimate == "scripts" and (self.bound, self.norm) != ("paper", "frobenius"):
             raise ConfigurationError(
@@ -121,7 +120,7 @@ class Policy:
             raise ConfigurationError(f"LipschitzLR(max_growth={self.max_growth}): expected a factor of at least 1")
 
     @property
-    def estimate(self) -> constants.Estimate:
+    def estimate(self) -> bounds.Estimate:
         """The estimate of the squared constant; the authors' rules bring the authors' own."""
         if self.squared != "auto":
             return self.squared
@@ -174,7 +173,7 @@ class Policy:
         self,
         measured: Measurement,
         *,
-        loss: Loss,
+        loss: bounds.Loss,
         num_outputs: int,
         optimizer: str,
         groups: list[dict[str, Any]],
@@ -207,14 +206,14 @@ class Policy:
             norm=self.norm,
             output_norm=measured.output_norm,
         )
-        l2 = constants.l2(self.decay_of(optimizer, groups), measured.weight_norm, bound=self.bound)
+        l2 = bounds.l2(self.decay_of(optimizer, groups), measured.weight_norm, bound=self.bound)
         constant = data + l2
-        squared = constants.squared(
+        squared = bounds.second_moment(
             data,
             l2,
             estimate=self.estimate,
             activation_norm=measured.activation_norm,
-            squares=measured.squares,
+            fourth_moment_norm=measured.squares,
         )
         if not (0 < constant < math.inf and 0 < squared < math.inf and measured.scale > 0):
             return None
@@ -273,7 +272,7 @@ class Policy:
         residual = DEVIATIONS * measured.residual * math.sqrt(measured.batch_size * num_outputs)
         return data * max(residual / measured.output_norm, LEAST_RESIDUAL) + l2
 
-    def _curvature(self, measured: Measurement, loss: Loss, num_outputs: int, decay: float) -> float:
+    def _curvature(self, measured: Measurement, loss: bounds.Loss, num_outputs: int, decay: float) -> float:
         """The smooth constant of a squared error, with the Frobenius norm in place of the spectral one; 0 of others."""
         if loss.name != "mean_squared_error" or self.norm != "frobenius":
             return 0.0

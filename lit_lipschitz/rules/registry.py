@@ -43,7 +43,7 @@ class Observation:
 
     Attributes:
         constant: Lipschitz constant L, positive.
-        squared: An estimate of its square, positive (:func:`lit_lipschitz.bounds.families.squared`).
+        squared: An estimate of its square, positive (:func:`lit_lipschitz.bounds.second_moment`).
         activation_norm: Size of the head's inputs, K_z, positive.
         scale: Length of the gradient over that of the optimizer's step at a rate of 1, positive; for the rules of
             :data:`SLOPED` the mean over the weights, for ``grafted`` of all parameters together.

@@ -183,7 +183,7 @@ MISTAKES = {
     "Two callbacks": lambda: fit(LipschitzLR(), LipschitzLR()),
     "A search for a rate": lambda: fit(LipschitzLR(), LearningRateFinder()),
     "An audit without LipschitzLR": lambda: fit(LipschitzAudit()),
-    "A norm that a family has no constant for": lambda: LipschitzLR(bound="strict", norm="unit"),
+    "A norm that a family has no constant for": lambda: LipschitzLR(bound="strict", norm="spectral"),
     "A pass and an interval": lambda: LipschitzLR(measure="pass", update=10),
     "A checkpoint of other settings": lambda: checkpointed({"bound": "smooth"}, {}),
     "A checkpoint of another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
