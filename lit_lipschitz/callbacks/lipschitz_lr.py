@@ -1,93 +1,95 @@
-"""``LipschitzLR``: the callback that sets the learning rate to the inverse of the loss's Lipschitz constant."""
+"""``LipschitzLR``: the Lightning callback that sets the learning rate to the inverse of a Lipschitz constant."""
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz import bounds
+from lit_lipschitz.bounds.loss_spec import LossOrAuto
+from lit_lipschitz.callbacks.trainer_facts import (
+    callbacks_of,
+    logging_interval,
+    loop_facts,
+    may_save_checkpoint,
+    target_of,
+)
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.state import OTHER_VERSION
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.measurement import norms
-from lit_lipschitz.recognition import loss_graph as graph
+from lit_lipschitz.measurement.norms import Weights
+from lit_lipschitz.recognition.loss_graph import LossGraph
+from lit_lipschitz.rules.registry import RuleOrAuto
 from lit_lipschitz.training_pass import inference_pass
-
-if TYPE_CHECKING:
-    LossName = str
-else:  # so that the command line offers the registered losses
-    _CHOICES = ("auto", *bounds.LOSSES)
-    LossName = Literal[_CHOICES]
 
 
 class LipschitzLR(Callback):
-    r"""Sets the learning rate from 1/L, L being the Lipschitz constant of the loss in the weights of the last layer.
+    r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
 
-    The inputs of the last affine map (the head) are measured by a hook while the model trains; their size gives L
-    (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns L into a rate (:mod:`lit_lipschitz.rules`), again
+    A hook measures the inputs of the output layer (the head) while the network trains. Their norm gives L
+    (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns L into a learning rate (:mod:`lit_lipschitz.rules`),
     every epoch or every N optimizer steps. All ranks agree on the measured values by one MAX all-reduce an update, so
-    they use the same rate; the values are read to the host only then.
+    they use the same rate. Values are read to the host at updates only.
 
-    The first rate comes from the first batch and applies to the step made with it. While the first interval lasts, the
-    running maximum is looked at again after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the one
-    before. With Adam and its like the length of the optimizer's own step is read every 16 steps as well. Every
-    parameter group gets the rate times its configured rate over the first group's, so the size of the
-    configured rates does not matter and their ratios do. A scheduler's value over its configured one is a factor.
+    The first rate comes from the first batch and applies to the step made with it. During the first interval the rate is
+    updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
+    optimizers the norm of the optimizer's update is measured every 16 steps as well. Each parameter group gets the
+    computed rate times its configured lr over the first group's, so the size of the configured lr does not matter and
+    the ratios are kept. The value of a scheduler over its configured one is a factor.
 
     Args:
-        loss: ``"auto"`` finds the loss in the autograd graph of the first step. A name of
-            ``lit_lipschitz.bounds.LOSSES`` looks for that loss among the terms of a sum and disregards the others;
-            where there is none, it takes your word that the loss is a mean of that one, with torch's defaults.
-        head: ``"auto"``, or the name of the last affine map as in ``named_modules()``.
-        bound: Family of the constant. ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
+        loss: ``"auto"`` finds the loss in the autograd graph of the first step. With a name of
+            ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in a sum are considered; if there are none, the loss
+            is assumed to be the mean of that loss with torch's defaults.
+        head: ``"auto"``, or the name of the last affine layer as in ``named_modules()``.
+        bound: Family of constants. ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
             estimate of arXiv 1902.07399.
-        norm: How the head's inputs are measured: ``"frobenius"`` (of the batch), ``"sample"`` (largest row)
-            or ``"spectral"``; ``"auto"`` is the default of the family.
+        norm: Norm of the head's inputs: ``"frobenius"`` (of the batch), ``"sample"`` (largest row) or ``"spectral"``;
+            ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
-        measure: ``"running"`` measures the training batches themselves; ``"pass"`` makes a pass in inference mode over
-            the training set at the start of every epoch, the paper's way (:mod:`lit_lipschitz.training_pass`).
-        rule: ``"auto"`` follows the optimizer; a name of :mod:`lit_lipschitz.rules` forces a rule: ``"inverse"``
-            is 1/L, ``"noise"`` grows with the square root of the batch, for SGD with momentum, ``"grafted"`` makes
-            Adam's steps as long as those of SGD at 1/L, ``"observed"`` the same in the mean over the weights and
-            with the slope that the loss is seen to have, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"``
-            is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
-        squared: The estimate of L squared that the rules of RMSprop and Adam use
-            (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the authors' rules and
-            ``"constant"`` for others.
-        weight_decay: Coefficient of the L2 term in L; None is the optimizer's, where it adds it to the gradient.
-        weights: Whose largest norm is W in the L2 term: ``"decayed"`` and all ``"parameters"`` of the optimizer, or
-            ``"all"`` tensors of the network, moving statistics included, as in the authors' scripts.
-        initial_lr: Rate to use until the first interval is over, in place of a measured one. The authors' rule for
-            momentum starts its average from the same number.
-        min_lr: No rate below this one, before a schedule's factor.
-        max_lr: No rate above this one.
-        max_growth: No rate above this many times the one before.
-        optimizers: Position in what configure_optimizers returns of the optimizer to control, or a list of positions,
-            each with a head and a loss of its own; the others are left alone. ``"auto"`` is the only one there is.
-            Manual optimization needs it.
-        dry_run: Measure, compute and log, but write nothing: training is what it is without the callback.
-        restore: Go on from a checkpoint's state; False measures anew.
-        on_nonfinite: What to do when the loss, activations or the constant are not finite or the constant is 0:
-            ``"keep"`` the last rate and warn once, or ``"raise"``. A step is not held up for it: all ranks notice
-            together at the next update, at the latest at the end of the epoch, when the parameters have moved since;
-            one process on the CPU notices a loss before the parameters move. The message names the step, the ranks and
-            the last rate. Of several optimizers those keep theirs whose heads the loss is taken of, or all where its
-            graph does not tell; a checkpoint in between has what was not told of yet.
-        schedule: ``"auto"``: where the optimizer has no scheduler and the run's length is known, the rate rises
-            linearly over the first tenth of the run and falls linearly to 0
-            (:class:`~lit_lipschitz.optim.schedules.LinearWarmupDecay`), except with ``bound="paper"``. A run that is
-            limited by time, and one whose accumulated batches change, count as of unknown length. Schedule-Free AdamW
-            has the rise alone, and not that where it has ``warmup_steps`` of its own. On a squared error the rate is
-            held back where learning has slowed down and much is unexplained
-            (:class:`~lit_lipschitz.control.noise_damping.Progress`).
-            ``"none"``: neither.
+        rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
+            ``"inverse"`` is 1/L; ``"noise"``, for SGD with momentum, grows with the square root of the batch size;
+            ``"grafted"`` makes the updates of Adam-type optimizers as long as those of SGD at 1/L; ``"observed"`` does
+            so on average over the weights and with the measured gradient norm in the logits; ``"schedule_free"`` is for
+            Schedule-Free AdamW; ``"adamo"`` is the paper's for momentum, ``"adamo_authors"`` that of its scripts.
+        weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
+        min_lr: Lower limit of the rate, before a schedule's factor.
+        max_lr: Upper limit.
+        max_growth: Upper limit of the rate over the previous one.
+        optimizers: Position of the optimizer to control in what configure_optimizers returns, or a list of positions,
+            each with its own head and loss. ``"auto"`` is the only optimizer; manual optimization needs a position.
+        dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
+        restore: Continue from the state in a checkpoint; False measures again.
+        on_nonfinite: If the loss, the activations or the constant are not finite, or the constant is 0: ``"keep"`` the
+            last rate and warn once, or ``"raise"``. All ranks notice at the next update, at the latest at the end of
+            the epoch, after the parameters have moved; one process on the CPU notices a loss before they move. The
+            message names the step, the ranks and the last rate. Of several optimizers those whose heads the loss goes
+            through are affected, or all if its graph shows none.
+        schedule: ``"auto"``: if the optimizer has no scheduler and the length of the run is known, linear warm-up over
+            the first tenth of the run and linear decay to 0 (:class:`~lit_lipschitz.LinearWarmupDecay`), except with
+            ``bound="paper"``. The length is unknown if time limits the run or if the number of accumulated batches
+            changes. Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared
+            error the rate is damped once learning has slowed down and much variance is unexplained
+            (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`). ``"none"``: constant between updates.
+        measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
+            inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
+        weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
+            ``"parameters"`` of the optimizer, or ``"all"`` tensors of the network including moving statistics, as in
+            the authors' scripts.
+        second_moment: For the paper's method. Estimate of L^2 in the rules of RMSprop and Adam
+            (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the rules of the authors'
+            scripts and ``"constant"`` for others.
+        initial_lr: For the paper's method. Rate during the first interval, instead of a measured one; the authors' rule
+            for momentum also starts its average there.
 
     Raises:
         ConfigurationError: An argument is out of its range.
@@ -102,31 +104,13 @@ class LipschitzLR(Callback):
 
     def __init__(
         self,
-        loss: LossName = "auto",
+        loss: LossOrAuto = "auto",
         head: str = "auto",
         bound: bounds.Bound = "strict",
         norm: bounds.NormOrAuto = "auto",
         update: Literal["epoch"] | int = "epoch",
-        measure: Literal["running", "pass"] = "running",
-        rule: Literal[
-            "auto",
-            "inverse",
-            "noise",
-            "adamo",
-            "rmsprop",
-            "adam",
-            "adamax",
-            "adamo_authors",
-            "rmsprop_authors",
-            "adam_authors",
-            "observed",
-            "grafted",
-            "schedule_free",
-        ] = "auto",
-        squared: Literal["auto", bounds.Estimate] = "auto",
+        rule: RuleOrAuto = "auto",
         weight_decay: float | None = None,
-        weights: norms.Weights = "decayed",
-        initial_lr: float | None = None,
         min_lr: float = 0.0,
         max_lr: float | None = None,
         max_growth: float | None = None,
@@ -135,48 +119,31 @@ class LipschitzLR(Callback):
         restore: bool = True,
         on_nonfinite: Literal["keep", "raise"] = "keep",
         schedule: Literal["auto", "none"] = "auto",
+        measure: Literal["running", "pass"] = "running",
+        weights: Weights = "decayed",
+        second_moment: Literal["auto", bounds.Estimate] = "auto",
+        initial_lr: float | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("loss", loss, ("auto", *bounds.LOSSES))
-        _check_choice("on_nonfinite", on_nonfinite, ("keep", "raise"))
-        _check_choice("schedule", schedule, ("auto", "none"))
-        _check_choice("measure", measure, ("running", "pass"))
-        _check_choice("weights", weights, get_args(norms.Weights))
-        if measure == "pass" and update != "epoch":
-            raise ConfigurationError(f"LipschitzLR(measure='pass', update={update!r}): a pass is made every epoch")
-        if update != "epoch" and not (type(update) is int and update >= 1):
-            raise ConfigurationError(f"LipschitzLR(update={update!r}): expected 'epoch' or a number of steps >= 1")
-        if initial_lr is not None and not 0 < initial_lr < math.inf:
-            raise ConfigurationError(f"LipschitzLR(initial_lr={initial_lr}): expected a positive number")
-        if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
-            raise ConfigurationError(
-                f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
-            )
         try:
             resolved = bounds.resolve_norm(bound, norm)
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
-        positions = [optimizers] if isinstance(optimizers, int) else optimizers
-        if positions != "auto" and not (positions and all(type(i) is int and i >= 0 for i in positions)):
-            raise ConfigurationError(
-                f"LipschitzLR(optimizers={optimizers!r}): expected 'auto', a position from 0, or a list of positions"
-            )
-        if positions != "auto" and len(positions) > 1 and head != "auto":
-            raise ConfigurationError(
-                f"LipschitzLR(head={head!r}, optimizers={optimizers!r}): each optimizer has a head of its own; pass "
-                "head='auto', or one optimizer"
-            )
-        self.policy = Policy(bound, resolved, rule, squared, weight_decay, min_lr, max_lr, max_growth)
+        self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
-        self.optimizers, self.restore = positions, restore
+        if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
+            raise ConfigurationError(
+                f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
+            )
+        self.optimizers, self.restore = _checked_positions(optimizers, head), restore
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._attached = False  # to a trainer
-        self._stored: dict[int, Any] = {}  # what a checkpoint brings for them, until they are there
+        self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
 
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint."""
-        # Lightning refuses equal keys before setup can, and speaks of saving; until then each one has its own.
+        # Lightning refuses equal keys with a message on saving; until setup refuses them, each instance has its own.
         name = type(self).__qualname__
         return name if self._attached else f"{name}{id(self)}"
 
@@ -186,31 +153,31 @@ class LipschitzLR(Callback):
 
     @property
     def rate(self) -> float | None:
-        """The rate behind the last optimizer step at a schedule factor of 1; None before the first one."""
+        """Learning rate of the last optimizer step at a schedule factor of 1; None before the first step."""
         return self._first.decision.lr if self._first and self._first.decision else None
 
     @property
     def lr(self) -> float | None:
-        """The first parameter group's learning rate in the last optimizer step; None before the first one."""
+        """Learning rate of the first parameter group in the last optimizer step; None before the first step."""
         return self._first.rates[0] if self._first and self._first.rates else None
 
     @property
     def constant(self) -> float | None:
-        """The Lipschitz constant behind the last optimizer step; None where there is none, as with a fixed rate."""
+        """Lipschitz constant behind the last optimizer step; None if there is none, as with a fixed rate."""
         return (self._first.decision.constant or None) if self._first and self._first.decision else None
 
     @property
     def controllers(self) -> dict[int, Controller]:
-        """What controls each optimizer, by the optimizer's position; empty before the fit has begun."""
+        """The controllers by the position of their optimizer; empty before the fit starts."""
         return dict(self._controllers)
 
     def controls(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer is the one that the properties here tell of: the first of those it controls."""
+        """Whether the properties of this callback are those of an optimizer: the first one that is controlled."""
         return self._first is not None and self._first.optimizer is optimizer
 
     @property
     def head_name(self) -> str | None:
-        """The name of the head, once the first step has told which module it is."""
+        """Name of the head, once the first step has shown which module it is."""
         return self._first.head_name if self._first else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -258,7 +225,6 @@ class LipschitzLR(Callback):
     def _positions(self, trainer: Trainer, module: LightningModule) -> list[int]:
         count = len(trainer.optimizers)
         if self.optimizers != "auto":
-            assert not isinstance(self.optimizers, str)
             if max(self.optimizers) >= count:
                 raise ConfigurationError(
                     f"LipschitzLR(optimizers={self.optimizers}): configure_optimizers of {type(module).__name__} "
@@ -437,6 +403,22 @@ def _reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
     return reduced
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"LipschitzLR({name}={value!r}): expected one of {', '.join(map(repr, choices))}")
+def _checked_positions(optimizers: Literal["auto"] | int | list[int], head: str) -> Literal["auto"] | list[int]:
+    """The positions of the optimizers as a list.
+
+    Raises:
+        ConfigurationError: They are no positions, or several with one head.
+    """
+    positions = [optimizers] if isinstance(optimizers, int) else optimizers
+    if positions == "auto":
+        return "auto"
+    if not (isinstance(positions, list) and positions and all(type(i) is int and i >= 0 for i in positions)):
+        raise ConfigurationError(
+            f"LipschitzLR(optimizers={optimizers!r}): expected 'auto', a position from 0, or a list of positions"
+        )
+    if len(positions) > 1 and head != "auto":
+        raise ConfigurationError(
+            f"LipschitzLR(head={head!r}, optimizers={optimizers!r}): each optimizer has a head of its own; pass "
+            "head='auto', or one optimizer"
+        )
+    return positions

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control import diagnostics
@@ -197,12 +197,11 @@ class Controller:
         self._batch_open = self.options.running
         self.hooks.set_mode("training" if self.options.running else "watching")
 
-    def on_loss(self, loss: Tensor, graph: LossGraph, loop: LoopFacts) -> None:
+    def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Ends the measurement of a batch by its loss, before the backward; the first one shows the head and the loss.
 
         Args:
-            loss: The loss, shape ().
-            graph: Its autograd graph.
+            graph: The autograd graph of the loss.
             loop: The loop's state.
         """
         # With several optimizers, the last loss before the first step is the one that the step uses.
@@ -232,7 +231,7 @@ class Controller:
             self.policy,
             self.statistics.residuals,
             only_optimizer=self._target.is_only,
-            named_loss=self.options.named,
+            named_loss=self.options.loss_name is not None,
         )
 
     def _measure(self, meter: BatchMeter, graph: LossGraph, loop: LoopFacts) -> None:
@@ -335,7 +334,7 @@ class Controller:
                 self._end_epoch(loop)
             state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
         elif may_be_saved:
-            self.share(loop)
+            self.share()
 
     def _end_epoch(self, loop: LoopFacts) -> None:
         """Adds an epoch, or an interval that is longer, to the noise damping."""
@@ -348,9 +347,9 @@ class Controller:
             self._damping.add_epoch(self.statistics.all_residuals, loop.step, num_parameters, num_epochs)
             residuals.end_epoch()
 
-    def share(self, loop: LoopFacts) -> None:
-        """Gives all ranks the same statistics, for a checkpoint between two updates."""
-        if loop.world_size > 1 and self._found is not None and self.options.running:
+    def share(self) -> None:
+        """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""
+        if self._found is not None and self.options.running:
             self.statistics.share()
 
     def _decide(

@@ -122,7 +122,7 @@ class HeadFinder:
         try:
             loss = graph.found(self.hooks.named_weight)
             weight = loss.head_weight if loss is not None else None
-            if self._options.named and weight is None and self._options.head == "auto":
+            if self._options.loss_name is not None and weight is None and self._options.head == "auto":
                 weight = self._only_affine_map(graph)
             own = weight is not None and self.hooks.owns(weight)
             if not self._target.is_only and weight is not None and not own:
@@ -147,7 +147,7 @@ class HeadFinder:
         Raises:
             ConfigurationError: No loss was named.
         """
-        if not self._options.named:
+        if self._options.loss_name is None:
             raise self._deferred_error or ConfigurationError(
                 "LipschitzLR looked for the loss in manual_backward, which was not called with one of the "
                 "optimizer's before its step; call self.manual_backward(loss), pass optimizers= with the position "
@@ -176,14 +176,14 @@ class HeadFinder:
     def _check_understood(self, loop: LoopFacts, loss: FoundLoss) -> None:
         """Refuses factors of the loss, and nodes between it and the head, that the constant would depend on."""
         factor = float(abs(loss.scale) / loop.loss_scale())
-        if not loop.automatic and not self._options.named and not math.isclose(factor, 1.0, rel_tol=1e-5):
+        if not loop.automatic and self._options.loss_name is None and not math.isclose(factor, 1.0, rel_tol=1e-5):
             raise ConfigurationError(
                 f"LipschitzLR found a {loss.loss.name} weighted by {factor:g} under manual optimization, where "
                 "it can't tell a weight from one over the batches that are accumulated by hand; return the plain loss, "
                 f"or pass loss={loss.loss.name!r} to have the weight disregarded"
             )
         nodes = loss.unrecognised or (loss.behind_activation if self._policy.bound == "smooth" else ())
-        if nodes and self._options.head == "auto" and not self._options.named:
+        if nodes and self._options.head == "auto" and self._options.loss_name is None:
             advice = "give outputs and targets the same shape" if "Expand" in nodes else (
                 "feed the loss with the map's outputs"
             )

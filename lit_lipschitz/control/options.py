@@ -1,18 +1,25 @@
 """What a user configures apart from how a learning rate is computed: the loss, the head, when to update."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_lipschitz.bounds.loss_spec import LOSSES
+from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.norms import Weights
 
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of ``LipschitzLR`` that are not part of the :class:`~lit_lipschitz.control.policy.Policy`."""
+    """Arguments of ``LipschitzLR`` that are not part of the :class:`~lit_lipschitz.control.policy.Policy`.
+
+    Raises:
+        ConfigurationError: A value is out of its range.
+    """
 
     loss: str = "auto"
     head: str = "auto"
@@ -24,15 +31,33 @@ class Options:
     dry_run: bool = False
     schedule: Literal["auto", "none"] = "auto"
 
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("loss", ("auto", *LOSSES)),
+            ("on_nonfinite", ("keep", "raise")),
+            ("schedule", ("auto", "none")),
+            ("measure", ("running", "pass")),
+            ("weights", get_args(Weights)),
+        ):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise ConfigurationError(f"LipschitzLR({name}={getattr(self, name)!r}): expected one of {expected}")
+        if self.measure == "pass" and self.update != "epoch":
+            raise ConfigurationError(f"LipschitzLR(measure='pass', update={self.update!r}): a pass is made every epoch")
+        if self.update != "epoch" and not (type(self.update) is int and self.update >= 1):
+            raise ConfigurationError(f"LipschitzLR(update={self.update!r}): expected 'epoch' or a number of steps >= 1")
+        if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:
+            raise ConfigurationError(f"LipschitzLR(initial_lr={self.initial_lr}): expected a positive number")
+
     @property
     def running(self) -> bool:
         """Whether the training batches themselves are measured."""
         return self.measure == "running"
 
     @property
-    def named(self) -> bool:
-        """Whether the user named the loss."""
-        return self.loss != "auto"
+    def loss_name(self) -> str | None:
+        """The name of the loss that the user named, or None."""
+        return None if self.loss == "auto" else self.loss
 
 
 @dataclass(frozen=True)

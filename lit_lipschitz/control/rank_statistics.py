@@ -98,7 +98,8 @@ class RankStatistics:
 
     def share(self) -> None:
         """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""
-        self._reduction.share(_UPDATE)
+        if self._world_size > 1:
+            self._reduction.share(_UPDATE)
 
     def share_nonfinite(self) -> None:
         """Gives all ranks the same non-finite losses; all ranks must call it."""
