@@ -178,7 +178,7 @@ class LipschitzLR(Callback):
     @property
     def head_name(self) -> str | None:
         """Name of the head, once the first step has shown which module it is."""
-        return self._first.head_name if self._first else None
+        return self._first.found.hook.name if self._first and self._first.found else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and forgets an earlier fit; a checkpoint's state is loaded after this."""
@@ -269,7 +269,7 @@ class LipschitzLR(Callback):
     def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the epoch's pass over the training set, for the controllers that need one."""
         epoch = trainer.current_epoch
-        measuring = [controller for controller in self._controllers.values() if controller.needs_pass(epoch)]
+        measuring = [controller for controller in self._controllers.values() if controller.updater.needs_pass(epoch)]
         if not measuring:
             return
         for controller in measuring:
@@ -281,13 +281,13 @@ class LipschitzLR(Callback):
             for controller in measuring:
                 controller.hooks.set_mode("off")
         for controller in measuring:
-            controller.end_pass(epoch)
+            controller.updater.end_pass(epoch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
         loop, graph = loop_facts(trainer, pl_module), LossGraph(loss, self.options.loss_name)
         for controller in self._controllers_of(graph):
-            controller.statistics.nonfinite.update(loss, loop.step)
+            controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
             controller.on_loss(graph, loop)
 
@@ -307,7 +307,7 @@ class LipschitzLR(Callback):
         for position, controller in self._controllers.items():
             if controller.optimizer is optimizer:
                 if checks_now:
-                    controller.check_losses(loop)
+                    controller.updater.check_losses(loop)
                 changed = controller.on_step(loop)
                 if changed or (loop.step + 1) % logging_interval(trainer) == 0:
                     self._log(pl_module, position)
@@ -344,9 +344,7 @@ class LipschitzLR(Callback):
         """Checks the epoch's last losses; gives every logger a point for its last step, however short the epoch."""
         loop = loop_facts(trainer, pl_module)
         for controller in self._controllers.values():
-            if controller.statistics.nonfinite.first_step != loop.step:
-                controller.statistics.share_nonfinite()
-                controller.check_losses(loop)
+            controller.updater.check_remaining_losses(loop)
         if loop.step % logging_interval(trainer) == 0:
             return
         for position, controller in self._controllers.items():

@@ -1,4 +1,4 @@
-"""Finds the modules that can be the head of a network that nobody prepared, and measures its weights."""
+"""Finds candidate output layers (heads) in any network, and brings their inputs and outputs to rows."""
 
 import difflib
 import re
@@ -15,7 +15,7 @@ HEADS = (nn.Linear, *_CONVOLUTIONS)
 
 
 def is_head(module: nn.Module) -> bool:
-    """Whether a module can be a head: an affine map of each example, token or pixel by itself."""
+    """Whether a module can be a head: the same affine map of each example, token or pixel."""
     if isinstance(module, _CONVOLUTIONS):
         plain = {*module.kernel_size, *module.stride, module.groups} == {1}
         return plain and (module.padding == "valid" or not any(module.padding))
@@ -23,7 +23,7 @@ def is_head(module: nn.Module) -> bool:
 
 
 def _channels(head: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int:
-    """The dimension of a convolution's channels, from the last one."""
+    """The dimension of a convolution's channels, counted from the end."""
     return -1 - len(head.kernel_size)
 
 
@@ -36,14 +36,14 @@ def head_size(head: nn.Module) -> tuple[int, int]:
 
 
 def head_inputs(head: nn.Module, activations: Tensor) -> Tensor:
-    """A head's input as it lies in memory, with the width as the last of at least 2 dimensions."""
+    """A head's input without a copy, with the features in the last of at least 2 dimensions."""
     if isinstance(head, _CONVOLUTIONS):
         activations = activations.movedim(_channels(head), -1)
     return activations if activations.ndim > 1 else activations.unsqueeze(0)
 
 
 def head_rows(head: nn.Module, activations: Tensor) -> Tensor:
-    """A head's input as a matrix: one row an example, token or pixel, shape (rows, width)."""
+    """A head's input as a matrix of shape (rows, width), one row an example, token or pixel."""
     return head_inputs(head, activations).flatten(0, -2)
 
 
@@ -52,8 +52,9 @@ def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> T
 
     Args:
         head: The head.
-        outputs: The outputs, or those of them that a loss is taken of.
-        width: How many of a row's outputs these are; None are all. Where they can't be, each is a row of its own.
+        outputs: The outputs, or some of them.
+        width: How many outputs of each row they are; None for all. If that does not divide their number, each output is
+            a row.
     """
     width = width or head_size(head)[1]
     if isinstance(head, _CONVOLUTIONS) and outputs.ndim >= -_channels(head):
@@ -67,33 +68,20 @@ def head_candidates(
     """The modules that can be the head, by name.
 
     Args:
-        module: Where to look.
+        module: The network.
         name: The head's name as in ``module.named_modules()``, or ``"auto"`` for every Linear and 1x1 convolution.
-        owned: The parameters among which the head's weight must be, or None for any.
+        owned: Parameters among which the head's weight must be; None for any.
 
     Returns:
         At least one module.
 
     Raises:
-        ConfigurationError: There is none, or the named one does not exist or is no affine map.
+        ConfigurationError: There is none, or the named module does not exist or is not an affine map.
     """
-    # A compiled module calls itself _orig_mod in the names of its parts; people name what they wrote.
+    # torch.compile adds _orig_mod to names; users write them without.
     modules = {_COMPILED.sub("", key).removeprefix("."): part for key, part in module.named_modules()}
     if name == "auto":
-        found = {key: part for key, part in modules.items() if is_head(part)}
-        if not found:
-            raise ConfigurationError(
-                f"LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) in {type(module).__name__} and "
-                f"found none among {len(modules)} modules; make the outputs by one, or train without LipschitzLR"
-            )
-        own = {key: part for key, part in found.items() if owned is None or part.weight in owned}
-        if not own:
-            raise ConfigurationError(
-                "LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) among the parameters of the "
-                "optimizer that it is to control and found none; pass optimizers= with another one's position in what "
-                f"configure_optimizers of {type(module).__name__} returns"
-            )
-        return own
+        return _automatic_candidates(module, modules, owned)
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=3) or [key for key in modules if is_head(modules[key])][-3:]
         raise ConfigurationError(
@@ -106,3 +94,22 @@ def head_candidates(
             f"{type(modules[name]).__name__}; pass the name of the last affine map"
         )
     return {name: modules[name]}
+
+
+def _automatic_candidates(
+    module: nn.Module, modules: dict[str, nn.Module], owned: Container[Tensor] | None
+) -> dict[str, nn.Module]:
+    found = {key: part for key, part in modules.items() if is_head(part)}
+    if not found:
+        raise ConfigurationError(
+            f"LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) in {type(module).__name__} and "
+            f"found none among {len(modules)} modules; make the outputs by one, or train without LipschitzLR"
+        )
+    own = {key: part for key, part in found.items() if owned is None or part.weight in owned}
+    if not own:
+        raise ConfigurationError(
+            "LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) among the parameters of the "
+            "optimizer that it is to control and found none; pass optimizers= with another one's position in what "
+            f"configure_optimizers of {type(module).__name__} returns"
+        )
+    return own
