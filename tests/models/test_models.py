@@ -1,3 +1,5 @@
+"""The bundled networks: parameters as published, initialisation and layers as in Keras, shapes and gradients."""
+
 from fnmatch import fnmatch
 
 import pytest
