@@ -1,4 +1,4 @@
-"""Data sets as LightningDataModules, a loader over device-resident tensors, batched augmentation."""
+"""The bundled data sets as LightningDataModules, with a loader and augmentation for device-resident tensors."""
 
 from lit_lipschitz.data.datamodules import (
     CIFAR10DataModule,

@@ -1,4 +1,4 @@
-"""Random crop, flip and affine maps of a whole batch at once, on the device that holds it."""
+"""Random crops, flips and affine maps of a whole batch at once, on the batch's device."""
 
 import math
 from typing import Literal
@@ -9,15 +9,19 @@ from torch.nn import functional as F
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
-    """Pads with 0 and cuts a window of the old size at a random place, one an image.
+    """Pads each image with 0 and crops it to its original size at a random offset.
 
     Args:
         images: Shape (batch, channels, height, width), any dtype.
-        padding: Pixels added at each side; the shift is uniform in -padding ... padding.
+        padding: Pixels added at each side; the shift is uniform in [-padding, padding].
         generator: Source of randomness, on the images' device.
 
     Returns:
         Images of the same shape and dtype.
+
+    Example:
+        >>> random_crop(torch.ones(2, 3, 8, 8), padding=2).shape
+        torch.Size([2, 3, 8, 8])
     """
     count, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
@@ -29,7 +33,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator | None 
 
 
 def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirrors every image left to right with probability 1/2; arguments and result as for :func:`random_crop`."""
+    """Flips each image horizontally with probability 1/2; arguments and result as for :func:`random_crop`."""
     flips = torch.rand(images.shape[0], 1, 1, 1, generator=generator, device=images.device) < 0.5
     return torch.where(flips, images.flip(-1), images)
 
@@ -42,15 +46,15 @@ def random_affine(
     generator: torch.Generator | None = None,
     outside: Literal["zeros", "border"] = "zeros",
 ) -> Tensor:
-    """Rotates, zooms and shifts every image at random, by bilinear interpolation.
+    """Rotates, zooms and shifts each image at random, with bilinear interpolation.
 
     Args:
         images: Shape (batch, channels, height, width), floating point.
-        degrees: The angle is uniform in -degrees ... degrees.
-        zoom: The size is multiplied by a factor that is uniform in 1 - zoom ... 1 + zoom, along each axis by itself.
-        shift: The shift is uniform in -shift ... shift, as a fraction of the width and of the height.
+        degrees: The angle is uniform in [-degrees, degrees].
+        zoom: Each axis is scaled by its own factor, uniform in [1 - zoom, 1 + zoom].
+        shift: The shift along each axis is uniform in [-shift, shift], as a fraction of the width or height.
         generator: Source of randomness, on the images' device.
-        outside: What comes in from outside of the image: 0, or its nearest pixel.
+        outside: Value of pixels outside the image: 0, or that of the nearest pixel.
 
     Returns:
         Images of the same shape and dtype.
@@ -60,7 +64,7 @@ def random_affine(
     angle = draw[0] * math.radians(degrees)
     zoom_x, zoom_y = 1 / (1 + draw[1] * zoom), 1 / (1 + draw[2] * zoom)
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    # affine_grid maps places in the result to places in the source, in units of half the width and half the height.
+    # affine_grid maps output to input coordinates, in units of half the width and half the height.
     top = torch.stack([cosine * zoom_x, -sine * zoom_y * height / width, 2 * shift * draw[3]], dim=1)
     bottom = torch.stack([sine * zoom_x * width / height, cosine * zoom_y, 2 * shift * draw[4]], dim=1)
     grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""The data sets of the bundled configs as LightningDataModules."""
+"""MNIST, Fashion-MNIST, CIFAR and scikit-learn's digits as LightningDataModules."""
 
 import abc
 import os
@@ -22,23 +22,23 @@ Pixels = tuple[Tensor, Tensor]
 class ImageDataModule(L.LightningDataModule, abc.ABC):
     """Small images for classification, kept as uint8 tensors on the training device.
 
-    The validation set is cut from the training set; the official test set serves ``test`` and ``predict`` alone.
+    The validation set is split from the training set; the official test set is only used by ``test`` and ``predict``.
 
     Args:
-        data_dir: Folder of the files; None is the environment variable LIT_LIPSCHITZ_DATA, or else ``data``.
-        batch_size: Examples in a batch, on each device.
-        val_split: Fraction of the training set that is used for validation, in [0, 1).
+        data_dir: Folder of the files; by default the environment variable LIT_LIPSCHITZ_DATA, or else ``data``.
+        batch_size: Examples per batch on each device.
+        val_split: Fraction of the training set used for validation, in [0, 1).
         seed: Seed of the split, of the permutations and of the augmentation.
         augment: Whether training images are augmented.
-        preprocessing: ``"standard"``, or ``"papers"`` for that of the LipschitzLR papers' runs: pixels / 255, for CIFAR
-            minus the mean training image and with shifts up to 10 % in place of the padded crop.
-        train_subset: Use this many examples of the training set, drawn by the seed; None is all.
+        preprocessing: ``"standard"``, or ``"papers"`` for that of the papers' runs: pixels / 255, and for CIFAR
+            minus the mean training image, with shifts up to 10 % instead of the padded crop.
+        train_subset: Number of examples sampled from the training set by the seed; by default all.
         download: Whether to download missing files.
-        verify: Whether to compare files with torchvision's checksums; false admits re-packed mirrors.
-        num_workers: Processes that prepare training batches; 0 does it on the training device.
+        verify: Whether to compare files with torchvision's checksums; false accepts repacked mirrors.
+        num_workers: Processes that prepare training batches on the CPU; 0 prepares them on the training device.
 
     Raises:
-        ConfigurationError: An argument is out of its range.
+        ConfigurationError: An argument is out of range.
     """
 
     num_classes: ClassVar[int] = 10
@@ -79,7 +79,7 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         self._test: Pixels | None = None
         self._center: Tensor | None = None  # the mean training image, in [0, 1]
         self._training: DeviceLoader | None = None
-        self._position: dict[str, int] | None = None  # of a checkpoint, for the next loader
+        self._position: dict[str, int] | None = None  # of a loaded checkpoint, for the next training loader
 
     @abc.abstractmethod
     def load(self, train: bool) -> Pixels:
@@ -87,14 +87,14 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
 
     @abc.abstractmethod
     def augment_pixels(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments a batch of images of dtype float32 with values 0 to 255."""
+        """Augments a batch of float32 images with values in [0, 255]."""
 
     def augment_like_the_papers(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments a batch that ``preprocessing="papers"`` has scaled and centered."""
+        """Augments a batch after the scaling and centering of ``preprocessing="papers"``."""
         return self.augment_pixels(images, generator)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs and cuts the validation set."""
+        """Reads the data of the stage and splits off the validation set."""
         if self.preprocessing == "papers" and self.centered and self._center is None:
             images, _ = self.load(train=True)
             self._center = (images.sum(dim=0, dtype=torch.int64) / (255 * len(images))).float()
@@ -127,24 +127,24 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         return self._training
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training stands in its epoch.
+        """Position of the training in its epoch.
 
-        Lightning saves the loader's state as well, and does not give it back where a scheduler's length has asked for
-        the number of batches before the checkpoint was loaded.
+        Lightning saves the loader's state too, but does not restore it if the number of batches was requested before
+        the checkpoint was loaded, as for the length of a scheduler.
         """
         return self._training.state_dict() if self._training is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Has the next training loader go on where the state was taken."""
+        """Resumes the next training loader at the state's position."""
         self._position = dict(state_dict) or None
 
     def lipschitz_dataloader(self) -> DeviceLoader:
-        """Batches of the training set in its order, not augmented, for ``LipschitzLR(measure="pass")``."""
+        """Batches of the training set in order, without augmentation, for ``LipschitzLR(measure="pass")``."""
         assert self._train is not None
         return self._loader(self._train)
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
-        """Batches of the part that was held out; none with ``val_split`` 0."""
+        """Batches of the validation set; an empty list if ``val_split`` is 0."""
         assert self._val is not None
         return self._loader(self._val) if len(self._val[0]) else []
 
@@ -154,7 +154,7 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         return self._loader(self._test)
 
     def predict_dataloader(self) -> DeviceLoader:
-        """Batches of the official test set, in its order."""
+        """Batches of the official test set, in order."""
         return self.test_dataloader()
 
     def _loader(self, pixels: Pixels, shuffle: bool = False) -> DeviceLoader:
@@ -202,12 +202,12 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
 
 
 class FileDataModule(ImageDataModule):
-    """A data set that torchvision downloads as files; arguments as for :class:`ImageDataModule`."""
+    """A data set in files that torchvision downloads; arguments as for :class:`ImageDataModule`."""
 
     source: ClassVar[str]
 
     def prepare_data(self) -> None:
-        """Downloads what is missing, on one process a node."""
+        """Downloads missing files, on one process per node."""
         SOURCES[self.source].fetch(self.folder, self.download)
 
     def load(self, train: bool) -> Pixels:
@@ -252,7 +252,7 @@ class CIFAR10DataModule(FileDataModule):
         return random_flip(random_crop(images, 4, generator), generator)
 
     def augment_like_the_papers(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shifts up to 10 %, with the nearest pixel for what comes in, and flips."""
+        """Shifts up to 10 %, with the nearest pixel outside the image, and flips."""
         images = random_affine(images, degrees=0, zoom=0, shift=0.1, generator=generator, outside="border")
         return random_flip(images, generator)
 
@@ -266,17 +266,17 @@ class CIFAR100DataModule(CIFAR10DataModule):
 
 
 class DigitsDataModule(ImageDataModule):
-    """Digits: the 1,797 handwritten digits that scikit-learn ships, 1x8x8, a fifth of them for test.
+    """Digits: the 1,797 handwritten digits of scikit-learn, 1x8x8; rotation up to 10 degrees, zoom and shift of 10 %.
 
-    There is nothing to download; ``data_dir``, ``download`` and ``verify`` have no effect. The test set is the same
-    whatever the seed. Rotation up to 10 degrees, zoom and shift of 10 %.
+    A fifth of them, the same for every seed, is the test set. Nothing is downloaded: ``data_dir``, ``download`` and
+    ``verify`` have no effect.
     """
 
     image_shape = (1, 8, 8)
     mean, std = (0.3053,), (0.3760,)
 
     def load(self, train: bool) -> Pixels:
-        """Takes the digits out of scikit-learn."""
+        """Reads the digits from scikit-learn."""
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
@@ -286,7 +286,7 @@ class DigitsDataModule(ImageDataModule):
             ) from None
         pixels, labels = load_digits(return_X_y=True)
         rows = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)[0 if train else 1]
-        # 17 shades, 0 to 16, in scikit-learn.
+        # scikit-learn's values are 0 to 16.
         images = torch.from_numpy(pixels[rows]).mul(16).clamp(max=255).to(torch.uint8)
         return images.reshape(-1, 1, 8, 8), torch.from_numpy(labels[rows]).long()
 

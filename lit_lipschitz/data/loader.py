@@ -1,4 +1,4 @@
-"""Batches from a data set that lives as tensors on the training device."""
+"""A loader of seeded, sharded and resumable batches from tensors that stay on the training device."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,26 +13,33 @@ Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class DeviceLoader:
-    """An iterable of (images, labels) batches, cut from resident tensors and transformed a batch at a time.
+    """An iterable of (images, labels) batches, indexed from resident tensors and transformed batch by batch.
 
-    With ``shuffle`` an epoch is a permutation that depends on the seed and the epoch alone, of which rank r of R takes
-    every R-th example from the r-th on: R ranks with batch size B see the same global batches as one with R B. What is
-    random in a transform depends on seed, epoch, batch and rank. A checkpoint in mid-epoch resumes at the next batch.
+    With ``shuffle`` an epoch is a permutation that depends only on the seed and the epoch. Rank r of R has every R-th
+    example of it, from the r-th: R ranks with batch size B have the same global batches as one rank with R B. The
+    generator of a transform is seeded by seed, epoch, batch and rank. A checkpoint in mid-epoch resumes at the next
+    batch.
 
     Args:
-        images: Shape (examples, ...), on the device where batches are wanted.
+        images: Shape (examples, ...), on the device of the batches.
         labels: Shape (examples,), on the same device.
-        batch_size: Examples in a batch, on each rank.
+        batch_size: Examples per batch on each rank.
         transform: Called with a batch of images and a seeded generator.
-        shuffle: Whether to permute each epoch, and to drop the examples that fill no global batch.
+        shuffle: Whether to permute the examples every epoch, and to drop the last incomplete global batch.
         seed: Seed of the permutations and the transforms.
-        epoch: Called when an iteration starts; says which epoch it is.
+        epoch: Returns the current epoch; called at the start of an iteration.
         rank: Index of this process.
         world_size: Number of processes.
-        num_workers: Processes that prepare batches (of tensors on the CPU); 0 prepares them in this one.
+        num_workers: Processes that prepare batches of CPU tensors; 0 prepares them in this process.
 
     Raises:
-        ConfigurationError: A training set does not fill one global batch, or ``batch_size`` is below 1.
+        ConfigurationError: The examples to shuffle do not fill one global batch, or ``batch_size`` is below 1.
+
+    Example:
+        >>> pixels, labels = torch.arange(5.0)[:, None], torch.arange(5)
+        >>> loader = DeviceLoader(pixels, labels, batch_size=2, transform=lambda batch, generator: batch / 4)
+        >>> [labels.tolist() for _, labels in loader]
+        [[0, 1], [2, 3], [4]]
     """
 
     def __init__(
@@ -63,20 +70,20 @@ class DeviceLoader:
         self._resume: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Batches in an epoch, on this rank."""
+        """Batches per epoch on this rank."""
         if self.shuffle:
             return len(self.images) // (self.batch_size * self.world_size)
         share = len(range(self.rank, len(self.images), self.world_size))
         return -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Starts the epoch that :attr:`epoch` names, at the batch where a loaded checkpoint left it."""
+        """Iterates over the epoch that :attr:`epoch` returns, from the batch at which a loaded checkpoint stopped."""
         epoch, start = self.epoch(), 0
         if self._resume is not None:
             begun, position = self._resume
             start = position if begun == epoch and position < len(self) else 0
             self._resume = None
-        # One worker each takes every n-th batch, and DataLoader asks them in turn, so the order is the same.
+        # Worker i of n prepares every n-th batch, and DataLoader asks them in turn, so the order is the same.
         batches: Any = self._batches(epoch, start)
         if self.num_workers:
             source = _WorkerBatches(self, epoch, start)
@@ -97,16 +104,16 @@ class DeviceLoader:
             yield self.transform(self.images[index], generator), self.labels[index]
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iteration stands."""
+        """The epoch, and the number of its batches so far."""
         return {"epoch": self._current[0], "position": self._current[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration go on where the state was taken, if it is of the same epoch."""
+        """Resumes the next iteration at the state's position, if it is in the same epoch."""
         self._resume = (state["epoch"], state["position"])
 
 
 class _WorkerBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """The batches of one epoch, shared out among worker processes."""
+    """The batches of one epoch, distributed over worker processes."""
 
     def __init__(self, loader: DeviceLoader, epoch: int, start: int) -> None:
         self.loader, self.current, self.start = loader, epoch, start
@@ -117,14 +124,14 @@ class _WorkerBatches(IterableDataset[tuple[Tensor, Tensor]]):
         return self.loader._batches(self.current, self.start + offset, step)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what names the trainer, which no other process needs."""
+        """Without :attr:`DeviceLoader.epoch`, which refers to the trainer."""
         loader = object.__new__(DeviceLoader)
         loader.__dict__.update(self.loader.__dict__, epoch=None)
         return {**self.__dict__, "loader": loader}
 
 
 def fold(*numbers: int) -> int:
-    """One seed from several numbers, different for different ones."""
+    """Combines several numbers into one seed; different numbers give different seeds."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**63

@@ -1,4 +1,4 @@
-"""Reads MNIST-like and CIFAR-like data sets as uint8 tensors; torchvision downloads them and knows the checksums."""
+"""Reads the files of MNIST-like and CIFAR-like data sets as uint8 tensors; torchvision downloads and verifies them."""
 
 import os
 import pickle
@@ -24,15 +24,15 @@ HOW_TO_POINT = "point to a folder that has them with --data.data_dir or the envi
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of torchvision as files.
+    """A data set in files that torchvision can download.
 
     Attributes:
-        title: Its name.
-        download: Called with a folder, leaves the files under it in torchvision's layout.
-        train: Files of the training set, below the data folder.
-        test: Files of the test set.
-        checksums: MD5 of the files that have one.
-        read: Images and labels of some of the files.
+        title: Name of the data set.
+        download: Called with a folder, downloads the files into it in torchvision's layout.
+        train: Files of the training set, relative to the data folder.
+        test: Files of the test set, likewise.
+        checksums: MD5 by file, where torchvision has one.
+        read: Reads images and labels from such files.
     """
 
     title: str
@@ -43,16 +43,16 @@ class Source:
     read: Callable[[tuple[Path, ...]], tuple[Tensor, Tensor]]
 
     def fetch(self, folder: Path, download: bool) -> None:
-        """Makes sure that the files are there.
+        """Downloads missing files.
 
-        Nothing is left behind where that fails: the download goes to a folder of its own, which is moved in at the end.
+        Files are downloaded to a temporary folder and moved at the end, so that a failure leaves nothing behind.
 
         Args:
             folder: The data folder.
-            download: Whether to download what is missing.
+            download: Whether to download; if false, missing files are an error.
 
         Raises:
-            DataError: Files are missing and can't be had, or the folder can't be written.
+            DataError: Files are missing and can't be downloaded, or the folder can't be written.
         """
         missing = [name for name in (*self.train, *self.test) if not (folder / name).is_file()]
         if not missing:
@@ -71,7 +71,7 @@ class Source:
             raise DataError(
                 f"{self.title}: no permission to write to {folder} ({error.strerror}); {HOW_TO_POINT}"
             ) from None
-        except Exception as error:  # urllib, sockets, torchvision's own: whatever it was, the files are not there
+        except Exception as error:  # of urllib, sockets or torchvision
             raise self._missing(folder, missing, f"downloading failed: {_first_line(error)}") from None
         finally:
             if staging is not None:
@@ -85,8 +85,8 @@ class Source:
 
         Args:
             folder: The data folder.
-            train: Which one.
-            verify: Whether to compare the files with torchvision's checksums, where it has them.
+            train: Whether to read the training set.
+            verify: Whether to compare the files with their checksums.
 
         Returns:
             Images of shape (examples, channels, height, width) and dtype uint8, labels of dtype int64.
@@ -102,7 +102,7 @@ class Source:
             if verify and name in self.checksums and not check_md5(str(folder / name), self.checksums[name]):
                 raise DataError(
                     f"{self.title}: {folder / name} does not have the checksum of the original; remove it to have it "
-                    "downloaded anew, or pass --data.verify false if it is a mirror that you trust"
+                    "downloaded again, or pass --data.verify false if it is a mirror that you trust"
                 )
         return self.read(tuple(folder / name for name in names))
 
@@ -113,7 +113,7 @@ class Source:
 
 
 def _make_folder(folder: Path, title: str) -> list[Path]:
-    """Makes a folder; returns what was made, innermost first."""
+    """Creates a folder and its parents; returns those that were missing, innermost first."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _first_line(error: BaseException) -> str:
 
 def _unreadable(path: Path, why: str = "") -> DataError:
     return DataError(
-        f"{path} can't be read: it is truncated or of another format{why}; remove it to have it downloaded anew"
+        f"{path} can't be read: it is truncated or of another format{why}; remove it to have it downloaded again"
     )
 
 
@@ -137,7 +137,7 @@ def _read_idx(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
     for path, read in zip(paths, (read_image_file, read_label_file), strict=True):
         try:
             parts.append(read(str(path)))
-        except Exception:  # torchvision asserts, numpy and torch raise, each in its own way
+        except Exception:  # assertions of torchvision, various errors of numpy and torch
             raise _unreadable(path) from None
     images, labels = parts
     if len(images) != len(labels):
@@ -168,7 +168,7 @@ def _cifar_reader(label_key: str) -> Callable[[tuple[Path, ...]], tuple[Tensor, 
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """What numpy's old pickles use to store bytes."""
+    """The codec with which old pickles of numpy store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r} is not admitted")
     return text.encode("latin1")
@@ -189,12 +189,12 @@ def _plain_globals() -> dict[tuple[str, str], Any]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """An unpickler that admits numpy arrays and plain containers, and refuses everything that could run code."""
+    """An unpickler of numpy arrays and plain containers that refuses all other classes and functions."""
 
     _admitted = _plain_globals()
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that an array's pickle needs.
+        """Resolves the names that an array's pickle needs.
 
         Raises:
             pickle.UnpicklingError: Any other name.

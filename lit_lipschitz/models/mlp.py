@@ -6,13 +6,18 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, over flattened inputs.
+    """Linear layers with ReLU and dropout between them, applied to flattened inputs.
 
     Args:
         in_shape: Shape of one example.
         hidden: Widths of the hidden layers.
-        num_classes: Outputs.
+        num_classes: Number of classes.
         dropout: Probability of dropping a hidden activation.
+
+    Example:
+        >>> import torch
+        >>> MLP(in_shape=(4,), hidden=(8,), num_classes=3)(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(

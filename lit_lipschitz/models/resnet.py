@@ -1,47 +1,44 @@
-"""Residual networks for 32x32 images."""
+"""ResNet for CIFAR (version 1, post-activation): He et al.'s and the Keras example's variant."""
 
-from collections import OrderedDict
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_lipschitz.models.keras_style import (
-    KerasBatchNorm2d,
-    StridedConv3x3,
-    conv_norm_relu,
-    init_convolutions_,
-    init_he_head_,
-)
+from lit_lipschitz.models.papers.keras_style import KerasBasicBlock, conv_norm_relu, init_convolutions_, init_he_head_
 
 Variant = Literal["he", "keras"]
 
 
 class ResNetV1(nn.Module):
-    """ResNet for CIFAR: a 3x3 stem, three stages of basic blocks of width 16, 32 and 64, average pooling, the head.
+    """ResNet for CIFAR: a 3x3 stem, three stages of basic blocks of width 16, 32 and 64, average pooling, output layer.
 
-    Where stages 2 and 3 begin, the shortcut is a strided 1x1 convolution, in two variants.
+    The first block of stages 2 and 3 has a strided 1x1 convolution as its shortcut. There are two variants:
 
-    "he": convolutions without bias, BatchNorm on the shortcut as well. Depth 20 has 272,474 parameters.
-
-    "keras": the Keras example, with which the LipschitzLR paper's runs were made. Convolutions with bias; BatchNorm
-    with Keras's defaults, none on the shortcut; Keras's "same" padding; kernels, the head's included, start as Keras's
-    `he_normal` and biases as zero. The convolutions' kernels are the parameters that match `*conv*.weight`. Depth 20
-    has 273,066 parameters.
+    - "he": convolutions without bias, BatchNorm on the shortcut too. Depth 20 has 272,474 parameters.
+    - "keras": the Keras example of the LipschitzLR paper's runs. Convolutions have biases, the shortcut has no
+      BatchNorm, and BatchNorm and "same" padding follow Keras. All kernels, also the output layer's, are initialised by
+      `he_normal`, biases to zero. The pattern `*conv*.weight` selects the convolution kernels. Depth 20 has 273,066
+      parameters.
 
     Args:
         depth: Layers with weights on the longest path, 6 n + 2 (20, 32, 44, 56, 110).
-        num_classes: Outputs.
+        num_classes: Number of classes.
         in_channels: Channels of the images.
         width: Channels of the first stage.
         variant: "he" or "keras".
 
     Raises:
-        ValueError: The depth is not 6 n + 2, or there is no such variant.
+        ValueError: The depth is not 6 n + 2, or the variant is unknown.
 
     References:
         K. He, X. Zhang, S. Ren, J. Sun: Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2;
         the Keras example cifar10_resnet, version 1, as used by R. Yedida, S. Saha, arXiv 1902.07399.
+
+    Example:
+        >>> import torch
+        >>> ResNetV1(depth=8)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -84,8 +81,8 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm, added to a shortcut.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
         stride: Stride of the first convolution.
     """
 
@@ -107,37 +104,6 @@ class BasicBlock(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         """ReLU of the residual plus the shortcut."""
         return F.relu(self.residual(activations) + self.shortcut(activations))
-
-
-class KerasBasicBlock(nn.Module):
-    """The Keras example's `BasicBlock`: biases, and no BatchNorm on the shortcut.
-
-    Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
-        stride: Stride of the first convolution, 1 or 2.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.residual = nn.Sequential(
-            OrderedDict(
-                conv1=StridedConv3x3(in_channels, out_channels)
-                if stride == 2
-                else nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                norm1=KerasBatchNorm2d(out_channels),
-                relu1=nn.ReLU(),
-                conv2=nn.Conv2d(out_channels, out_channels, 3, padding=1),
-                norm2=KerasBatchNorm2d(out_channels),
-            )
-        )
-        self.shortcut_conv: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut_conv = nn.Conv2d(in_channels, out_channels, 1, stride)
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """ReLU of the residual plus the shortcut."""
-        return F.relu(self.residual(activations) + self.shortcut_conv(activations))
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -1,24 +1,23 @@
-"""A small residual network that learns CIFAR-10 in few epochs."""
+"""ResNet-9, a small residual network that learns CIFAR-10 in a few epochs."""
 
 from torch import Tensor, nn
 
 
 class ResNet9(nn.Module):
-    """David Page's ResNet-9 for CIFAR: wide and shallow, with residual blocks in its first and third stage alone.
+    """David Page's ResNet-9 for CIFAR: wide and shallow, with residual blocks only in its first and third stage.
 
     A 3x3 stem of width w; three stages, each a 3x3 convolution that doubles the width and a 2x2 max-pooling, the first
-    and the third followed by a residual block of two 3x3 convolutions; the maximum over all places; a head without
-    bias. Each convolution is without bias and followed by BatchNorm and ReLU. Width 64 has 6,573,120 parameters.
+    and the third followed by a residual block of two 3x3 convolutions; global max-pooling; an output layer without
+    bias. The convolutions have no bias and are followed by BatchNorm and ReLU. Width 64 has 6,573,120 parameters.
 
-    Page multiplies the logits by 0.125. Here the head's inputs are multiplied, which makes the same logits from the
-    same weights, and leaves the head the last thing before the loss: there LipschitzLR measures what the weight is
-    multiplied by.
+    Page multiplies the logits by 0.125. Here the inputs of the output layer are multiplied instead, which gives the
+    same logits and keeps the output layer directly before the loss, where LipschitzLR measures its inputs.
 
     Args:
-        num_classes: Outputs.
+        num_classes: Number of classes.
         in_channels: Channels of the images.
         width: Channels of the stem, w.
-        scale: Factor of the head's inputs.
+        scale: Factor of the inputs of the output layer.
 
     References:
         D. Page: How to train your ResNet, parts 4 and 8, myrtle.ai, 2018-2019.
@@ -54,10 +53,10 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and ReLU, added to what came in.
+    """Two 3x3 convolutions with BatchNorm and ReLU, added to the input.
 
     Args:
-        channels: Channels that come in and go out.
+        channels: Channels of the input and the output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -65,7 +64,7 @@ class Residual(nn.Module):
         self.residual = nn.Sequential(_conv_norm_relu(channels, channels), _conv_norm_relu(channels, channels))
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The sum."""
+        """Shape of the input."""
         return activations + self.residual(activations)
 
 

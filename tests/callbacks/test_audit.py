@@ -1,4 +1,4 @@
-"""The audit's numbers against gradients taken by hand, and what it says of them."""
+"""LipschitzAudit in a Trainer: its numbers against an independent computation, its table and its conclusions."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lit_lipschitz import ConfigurationError, LipschitzLR
-from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit, _Ledger, _read
+from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 
 LARGEST = ("audit/largest_is_head", "audit/largest_layer")
 LAYERS = ("net.0", "net.2")
@@ -57,9 +57,6 @@ def layer(audit, name):
     return next(layer for layer in audit.summary().layers if layer.name == name)
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_norms_and_constants_are_those_of_the_very_steps(first):
     audit = LipschitzAudit(every=3)
@@ -89,7 +86,7 @@ def test_norms_and_constants_are_those_of_the_very_steps(first):
 
 
 class Twice(Classifier):
-    """Makes two steps a batch by hand."""
+    """Manual optimization with two steps per batch."""
 
     def training_step(self, batch, batch_idx):
         for _ in range(2):
@@ -103,7 +100,7 @@ class Twice(Classifier):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_several_steps_a_batch_by_hand_have_a_constant_each(first):
+def test_several_manual_steps_per_batch_have_a_constant_each(first):
     audit = LipschitzAudit(every=1)
     points, seen = fit(audit, Twice(), first=first, lipschitz=LipschitzLR(optimizers=0), max_epochs=1)
     assert [step for step, _ in points] == list(range(12))
@@ -138,9 +135,6 @@ def test_it_changes_nothing_that_is_trained():
         trainer(LipschitzLR(), *callbacks).fit(module, loader())
     for one, other in zip(plain.parameters(), audited.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-# -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
 class Counterexample(L.LightningModule):
@@ -236,29 +230,6 @@ def test_without_a_constant_that_bounds_gradients_norms_are_logged(lipschitz, re
     assert "above L" not in capsys.readouterr().err
 
 
-def test_ties_count_for_both_and_rounding_for_none():
-    ledger = _Ledger()
-    assert ledger.update({"a": (2.0, 1.0), "b": (2.0, 0.5)}, 2.0 * (1 - 1e-6), "b")
-    summary = ledger.summary("b", ["a", "b"])
-    assert [part.largest_by_norm for part in summary.layers] == [1, 1]
-    assert [part.largest_by_entry for part in summary.layers] == [1, 0]
-    assert [part.exceeded for part in summary.layers] == [0, 0]
-    assert summary.bounded == 1
-
-
-def test_steps_that_are_not_finite_are_counted_and_nothing_else():
-    ledger = _Ledger()
-    ledger.update({"a": (2.0, 1.0), "b": (4.0, 1.0)}, 1.0, "b")
-    assert not ledger.update({"a": (math.inf, math.inf), "b": (1e9, 1e9)}, 1.0, "b")
-    assert not ledger.update({"a": (math.nan, 1.0), "b": (1e9, 1e9)}, 1.0, "b")
-    summary = ledger.summary("b", ["a", "b"])
-    assert (summary.steps, summary.nonfinite, summary.bounded, summary.compared) == (1, 2, 0, 1)
-    assert [part.nonfinite for part in summary.layers] == [2, 0]
-    assert [part.median_norm for part in summary.layers] == [2.0, 4.0]
-    assert [part.largest_ratio for part in summary.layers] == [2.0, 4.0]
-    assert summary.verdicts[-1] == "Gradients were not finite in 2 audited steps, which are not counted."
-
-
 class Spoils(L.Callback):
     """Makes one gradient of the second step NaN."""
 
@@ -274,9 +245,6 @@ def test_a_nan_is_found_in_a_gradient_and_stays_out_of_the_curves(capsys):
     assert [step for step, _ in points] == [0]
     assert (layer(audit, "net.0").nonfinite, layer(audit, "net.2").nonfinite) == (1, 0)
     assert "finite" in capsys.readouterr().err
-
-
-# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 class Wide(Classifier):
@@ -384,26 +352,6 @@ def test_sparse_gradients():
     assert found[0].largest_entry == pytest.approx(found[1].largest_entry, rel=1e-5)
 
 
-def test_gradients_of_every_dtype_and_of_none():
-    net = nn.Module()
-    net.double = nn.Linear(3, 2, dtype=torch.float64)
-    net.complex = nn.ParameterList([torch.ones(2, dtype=torch.complex64)])
-    net.empty = nn.ParameterList([torch.ones(0, 2)])
-    net.half = nn.Linear(1, 1, bias=False, dtype=torch.float16)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    assert _read(net, optimizer, 0) is None
-    for parameter in net.parameters():
-        parameter.grad = torch.full_like(parameter, 3 + 4j if parameter.is_complex() else 3e4)
-    assert _read(net, optimizer, 0).by_layer() == {
-        "double": (pytest.approx(3e4 * math.sqrt(8), rel=1e-12), 3e4),
-        "complex": (pytest.approx(5 * math.sqrt(2)), 4),
-        "half": (pytest.approx(3e4, rel=1e-3), pytest.approx(3e4, rel=1e-3)),
-    }
-
-
-# -- cost and configuration --------------------------------------------------------------------------------------------
-
-
 def test_steps_that_are_not_due_cost_nothing(monkeypatch):
     calls, reads = [], []
     norms, values = torch._foreach_norm, torch.Tensor.tolist
@@ -445,7 +393,7 @@ def test_without_a_lipschitz_lr_it_says_to_add_one():
         trainer(LipschitzAudit()).fit(Classifier(), loader())
 
 
-def test_before_a_fit_there_is_nothing_and_each_fit_begins_anew():
+def test_before_a_fit_there_is_nothing_and_each_fit_starts_a_new_audit():
     audit = LipschitzAudit(every=1)
     assert audit.summary().verdicts == ["No gradient was audited."]
     assert audit.summary().layers == ()
@@ -454,7 +402,7 @@ def test_before_a_fit_there_is_nothing_and_each_fit_begins_anew():
         assert audit.summary().steps == 3
 
 
-def test_a_resumed_run_audits_anew(tmp_path):
+def test_a_resumed_run_starts_a_new_audit(tmp_path):
     fit(LipschitzAudit(every=4), more=[], max_epochs=1)
     module, lipschitz = Classifier(), LipschitzLR()
     run = trainer(lipschitz, LipschitzAudit(every=4), max_epochs=1)

@@ -1,4 +1,7 @@
+"""Files of MNIST and CIFAR as tensors, downloads and their errors, and the data modules."""
+
 import builtins
+import dataclasses
 import os
 import pickle
 import shutil
@@ -109,8 +112,6 @@ def test_a_download_moves_in_whole(monkeypatch):
         if source == "breaks":
             Path(f"{folder}/MNIST/raw/t10k-labels-idx1-ubyte").unlink()
 
-    import dataclasses
-
     mnist = sources.SOURCES["MNIST"]
     broken = dataclasses.replace(mnist, download=lambda folder: download("breaks", folder))
     with pytest.raises(DataError, match="downloading failed"):
@@ -157,9 +158,6 @@ def test_a_folder_below_a_file_is_named():
     Path("file").write_text("")
     with pytest.raises(DataError, match=r"the folder file/data can't be made \(Not a directory\)"):
         sources.SOURCES["MNIST"].fetch(Path("file/data"), download=True)
-
-
-# -- data modules ------------------------------------------------------------------------------------------------------
 
 
 def mnist(**settings):

@@ -1,3 +1,5 @@
+"""The bundled networks: parameters as published, initialisation and layers as in Keras, shapes and gradients."""
+
 from fnmatch import fnmatch
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNetV1, ResNetV2
-from lit_lipschitz.models.keras_style import KerasBatchNorm1d, KerasBatchNorm2d, StridedConv3x3, he_normal_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm1d, KerasBatchNorm2d, StridedConv3x3, he_normal_
 
 KERAS_STYLE = {
     "ResNet v1": lambda: ResNetV1(8, variant="keras"),

@@ -1,22 +1,27 @@
-"""The MNIST network of the LipschitzLR paper's experiments."""
+"""The convolutional network for MNIST of the LipschitzLR paper's experiments."""
 
 from torch import Tensor, nn
 
-from lit_lipschitz.models.keras_style import KerasBatchNorm1d, init_convolutions_, init_glorot_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm1d, init_convolutions_, init_glorot_
 
 
 class MNISTCNN(nn.Module):
-    """Five 3x3 convolutions, a dense layer with BatchNorm, and the head, with dropout.
+    """Five 3x3 convolutions, a dense layer with BatchNorm, and the output layer, with dropout.
 
-    730,602 parameters as Keras counts them, the 256 moving statistics of the BatchNorm included.
+    730,602 parameters as counted by Keras, which includes the 256 moving statistics of BatchNorm.
 
     Args:
-        num_classes: Outputs.
+        num_classes: Number of classes.
 
     References:
-        R. Yedida, S. Saha, arXiv 1902.07399, section on experiments, and its script: kernels start as Keras's
-        `he_normal`, dense layers Glorot-uniform, biases as zero. The size of the dense layer's outputs, and with it the
-        first rate, depends on that.
+        R. Yedida, S. Saha, arXiv 1902.07399, section on experiments, and its script: convolutions are initialised by
+        Keras's `he_normal`, dense layers Glorot-uniform, biases to zero. The norm of the output layer's inputs, and
+        with it the first learning rate, depends on that.
+
+    Example:
+        >>> import torch
+        >>> MNISTCNN()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int = 10) -> None:

@@ -1,24 +1,24 @@
-"""Residual networks of pre-activated bottlenecks for 32x32 images."""
+"""Pre-activation ResNet for CIFAR (version 2), as in the LipschitzLR paper's experiments."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_lipschitz.models.keras_style import KerasBatchNorm2d, conv_norm_relu, init_convolutions_, init_he_head_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, conv_norm_relu, init_convolutions_, init_he_head_
 
 
 class ResNetV2(nn.Module):
-    """Pre-activation ResNet for CIFAR as the Keras example builds it: a stem, three stages of bottlenecks, the head.
+    """Pre-activation ResNet for CIFAR of the Keras example: a stem, three stages of bottlenecks, output layer.
 
     The stem is a 3x3 convolution of 16 filters with BatchNorm and ReLU. The stages have bottlenecks of width 16, 64 and
-    128 that put out 64, 128 and 256 channels; the last two halve the image. BatchNorm, ReLU and average pooling precede
-    the head. Pooling is over what is left of the image, 8x8 where it was 32x32.
+    128 with 64, 128 and 256 output channels; the last two halve the image. They are followed by BatchNorm, ReLU and
+    global average pooling (over 8x8 pixels of a 32x32 image).
 
-    Every convolution has a bias. Kernels, the head's included, start as Keras's `he_normal`, biases as zero. BatchNorm
-    has Keras's defaults. The convolutions' kernels are the parameters that match `*conv*.weight`.
+    Convolutions have biases. All kernels, also the output layer's, are initialised by Keras's `he_normal`, biases to
+    zero. BatchNorm has Keras's defaults. The pattern `*conv*.weight` selects the convolution kernels.
 
     Args:
         depth: Layers with weights on the longest path, 9 n + 2 (20, 56, 110, 164).
-        num_classes: Outputs.
+        num_classes: Number of classes.
         in_channels: Channels of the images.
 
     Raises:
@@ -55,14 +55,14 @@ class ResNetV2(nn.Module):
 class Bottleneck(nn.Module):
     """Convolutions 1x1, 3x3 and 1x1, each after BatchNorm and ReLU, added to a shortcut.
 
-    Where the channels change, the shortcut is a 1x1 convolution of the block's input, before its BatchNorm.
+    If the number of channels changes, the shortcut is a 1x1 convolution of the block's input, before its BatchNorm.
 
     Args:
-        in_channels: Channels that come in.
+        in_channels: Channels of the input.
         width: Channels between the convolutions.
-        out_channels: Channels that go out.
+        out_channels: Channels of the output.
         stride: Stride of the first convolution and of the shortcut.
-        activated: The input has been through BatchNorm and ReLU, so that the first convolution takes it as it is.
+        activated: The input has already passed BatchNorm and ReLU, which this block then omits.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Bottleneck(nn.Module):
             self.shortcut_conv = nn.Conv2d(in_channels, out_channels, 1, stride)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The residual plus the shortcut, with no activation after it."""
+        """The residual plus the shortcut, without a final activation."""
         residual = self.conv1(self.activation(activations))
         residual = self.conv2(F.relu(self.norm2(residual)))
         residual = self.conv3(F.relu(self.norm3(residual)))

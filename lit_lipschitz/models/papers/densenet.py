@@ -1,29 +1,29 @@
-"""Densely connected networks for 32x32 images."""
+"""DenseNet for CIFAR, as in the LipschitzLR paper's experiments."""
 
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
-from lit_lipschitz.models.keras_style import KerasBatchNorm2d, init_convolutions_, init_glorot_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, init_convolutions_, init_glorot_
 
 _EPS = 1.1e-5
 
 
 class DenseNet(nn.Module):
-    """DenseNet for CIFAR without bottlenecks or compression: a 3x3 stem, three dense blocks, average pooling, the head.
+    """DenseNet for CIFAR without bottlenecks or compression: a 3x3 stem, three dense blocks, pooling, output layer.
 
-    The stem has 2 growth_rate filters. Between dense blocks a transition halves the image and keeps the channels.
-    BatchNorm and ReLU precede the pooling, which is over what is left of the image.
+    The stem has 2 growth_rate filters. Between dense blocks a transition halves the image and keeps the channels. The
+    last block is followed by BatchNorm, ReLU and global average pooling.
 
-    No convolution has a bias. Their kernels start as Keras's `he_normal`, the head Glorot-uniform with a bias of zero.
-    BatchNorm has eps 1.1e-5 and torch's momentum 0.01. The authors' runs put L2 on `stem.weight` and
-    `*transition*conv.weight` alone.
+    The convolutions have no bias and are initialised by Keras's `he_normal`, the output layer Glorot-uniform with a
+    bias of zero. BatchNorm has eps 1.1e-5 and torch's momentum 0.01. The authors' runs put L2 only on `stem.weight` and
+    `*transition*conv.weight`.
 
     Args:
         depth: Layers with weights, 3 n + 4 (40, 100).
-        growth_rate: k, the channels that each layer of a dense block adds.
-        num_classes: Outputs.
+        growth_rate: k, channels added by each layer of a dense block.
+        num_classes: Number of classes.
         in_channels: Channels of the images.
 
     Raises:
@@ -31,7 +31,7 @@ class DenseNet(nn.Module):
 
     References:
         G. Huang, Z. Liu, L. van der Maaten, K. Weinberger: Densely Connected Convolutional Networks, arXiv 1608.06993,
-        section 3; eps and initial weights as in titu1994's DenseNet for Keras, used by R. Yedida, S. Saha,
+        section 3; eps and initialisation as in titu1994's DenseNet for Keras, used by R. Yedida, S. Saha,
         arXiv 1902.07399.
     """
 
@@ -65,8 +65,8 @@ class DenseLayer(nn.Module):
     """BatchNorm, ReLU and a 3x3 convolution, whose output is appended to the input's channels.
 
     Args:
-        in_channels: Channels that come in.
-        growth_rate: Channels that are added.
+        in_channels: Channels of the input.
+        growth_rate: Channels added to them.
     """
 
     def __init__(self, in_channels: int, growth_rate: int) -> None:

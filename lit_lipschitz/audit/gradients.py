@@ -1,0 +1,94 @@
+"""Norm and largest entry of each layer's gradient in one optimizer step, with one host read."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class GradientSnapshot:
+    """The size of each parameter's gradient in one optimizer step, kept on the device until :meth:`by_layer`.
+
+    Attributes:
+        step: Number of the step, for loggers.
+        layers: Name of the layer of each parameter; P names.
+        sizes: Euclidean norm of each parameter's gradient, then largest absolute entry of each, shape (2 P,).
+        constant: L in effect when the gradients were read; None without one.
+    """
+
+    step: int
+    layers: list[str]
+    sizes: Tensor
+    constant: float | None
+
+    def by_layer(self) -> dict[str, tuple[float, float]]:
+        """Euclidean norm and largest absolute entry of each layer's gradient; synchronises with the device."""
+        values = self.sizes.tolist()
+        norms: dict[str, list[float]] = {}
+        entries: dict[str, list[float]] = {}
+        for i, name in enumerate(self.layers):
+            norms.setdefault(name, []).append(values[i])
+            entries.setdefault(name, []).append(values[len(self.layers) + i])
+        # max() may drop a NaN entry, but then the norm is NaN as well.
+        return {name: (math.hypot(*norms[name]), max(entries[name])) for name in norms}
+
+
+def layers_with_parameters(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules that own parameters directly, by name as in ``named_modules()``.
+
+    The root, whose name there is empty, is called by its class; ``torch.compile``'s prefixes are left out.
+
+    Example:
+        >>> list(layers_with_parameters(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+        ['0', '2']
+    """
+    return {
+        name.replace("_orig_mod.", "") or type(root).__name__: module
+        for name, module in root.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def read_gradients(
+    root: nn.Module, optimizer: Optimizer, step: int, constant: float | None = None
+) -> GradientSnapshot | None:
+    """Measures the gradients that an optimizer is about to use, without synchronising with the device.
+
+    Args:
+        root: The network.
+        optimizer: Its parameters are the ones measured: others accumulate gradients that nothing resets.
+        step: Number of the step.
+        constant: L in effect now.
+
+    Returns:
+        The snapshot; None if no parameter has a gradient.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> net(torch.tensor([[3.0, -4.0]])).sum().backward()
+        >>> read_gradients(net, torch.optim.SGD(net.parameters()), step=0).by_layer()
+        {'0': (5.0, 4.0)}
+    """
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    names: list[str] = []
+    gradients: list[Tensor] = []
+    for name, module in layers_with_parameters(root).items():
+        for parameter in module.parameters(recurse=False):
+            gradient = parameter.grad
+            if gradient is not None and gradient.numel() and parameter.requires_grad and parameter in stepped:
+                names.append(name)
+                gradients.append(_dense(gradient.detach()))
+    if not gradients:
+        return None
+    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+    sizes = [size for order in (2, math.inf) for size in torch._foreach_norm(gradients, order, dtype=dtype)]
+    return GradientSnapshot(step, names, torch.stack([size.to(sizes[0].device) for size in sizes]), constant)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """A dense real tensor with the norm of a sparse or complex gradient."""
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
