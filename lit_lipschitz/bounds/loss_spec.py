@@ -159,8 +159,9 @@ register_loss(LossSpec("mean_absolute_error", mean_absolute_error))
 register_loss(LossSpec("huber", huber, nodes=("HuberLossBackward0",), arguments={"delta": "_saved_delta"}))
 register_loss(LossSpec("smooth_l1", smooth_l1, nodes=("SmoothL1LossBackward0",), arguments={"beta": "_saved_beta"}))
 
+_CHOICES = ("auto", *LOSSES)
 if TYPE_CHECKING:
     LossOrAuto = str
 else:
-    LossOrAuto = Literal[("auto", *LOSSES)]
+    LossOrAuto = Literal[_CHOICES]
 """Values of ``LipschitzLR(loss=...)``: a type checker admits any string, since other packages may register losses."""

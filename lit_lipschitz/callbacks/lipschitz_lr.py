@@ -40,8 +40,8 @@ class LipschitzLR(Callback):
     every epoch or every N optimizer steps. All ranks agree on the measured values by one MAX all-reduce an update, so
     they use the same rate. Values are read to the host at updates only.
 
-    The first rate comes from the first batch and applies to the step made with it. During the first interval the rate is
-    updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
+    The first rate comes from the first batch and applies to the step made with it. During the first interval the rate
+    is updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
     optimizers the norm of the optimizer's update is measured every 16 steps as well. Each parameter group gets the
     computed rate times its configured lr over the first group's, so the size of the configured lr does not matter and
     the ratios are kept. The value of a scheduler over its configured one is a factor.

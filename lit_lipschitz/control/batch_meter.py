@@ -61,7 +61,7 @@ class BatchMeter:
 
     def _count_and_weight(self, batch: BatchLoss, rows: Tensor, weight: Any) -> tuple[Any, Any]:
         """Examples in the batch, and the factor of its norm, from how rows of the head make examples."""
-        found, whole_batch = self._found, self._policy.whole_batch
+        found, whole_batch = self._found, self._policy.norm_grows_with_batch
         count: Any = batch.count
         if found.pooled:
             # Each position is a row; all positions of an ignored example are ignored.
@@ -97,7 +97,8 @@ class BatchMeter:
         """Factor of a batch's loss beyond a mean."""
         factor: Any = 1.0
         if loop.automatic:
-            factor = abs(batch.scale) / loop.loss_scale()
+            scale: Any = batch.scale
+            factor = abs(scale) / loop.loss_scale()
         return factor * batch.elements if self._found.loss.reduction == "sum" else factor
 
     def pass_factor(self, graph: LossGraph, loop: LoopFacts) -> float:

@@ -90,8 +90,8 @@ class HeadFinder:
             self._policy.norm,
             width,
             bias=rigorous and getattr(head, "bias", None) is not None,
-            mean=rigorous and self._policy.whole_batch,
-            fourth_moment=self._policy.moment_estimate == "scripts",
+            mean=rigorous and self._policy.norm_grows_with_batch,
+            fourth_moment=self._policy.second_moment_estimate == "scripts",
             device=device,
         )
 
@@ -184,8 +184,10 @@ class HeadFinder:
             )
         nodes = loss.unrecognised or (loss.behind_activation if self._policy.bound == "smooth" else ())
         if nodes and self._options.head == "auto" and self._options.loss_name is None:
-            advice = "give outputs and targets the same shape" if "Expand" in nodes else (
-                "feed the loss with the map's outputs"
+            advice = (
+                "give outputs and targets the same shape"
+                if "Expand" in nodes
+                else ("feed the loss with the map's outputs")
             )
             raise ConfigurationError(
                 f"LipschitzLR looked for the affine map that makes the outputs and found {' > '.join(nodes)}; {advice}"

@@ -26,14 +26,14 @@ class NoiseDamping:
 
     Once learning has slowed down and much variance is still unexplained, most of the rest is noise or beyond the
     network, and large steps only fit it. With u the unexplained fraction of the last epoch (1 - R^2), v the speed of
-    learning (the drop of u since half as many steps had been made), :math:`v_{max}` its maximum so far and l the drop of
-    u since the run began, the learning rate is multiplied by
+    learning (the drop of u since half as many steps had been made), :math:`v_{max}` its maximum so far and l the drop
+    of u since the run began, the learning rate is multiplied by
 
     .. math:: \min\left(1, \max\left(\frac{v}{v_{max}}, \frac{1}{3} \frac{1 - u}{u}, 1 - 10 l\right)\right)^4
 
     So the rate is not damped while the network learns at its own pace, once three quarters of the variance are
-    explained, or before learning has begun. The factor is at least 0.1 and at least n/(20 p), with n targets in an epoch
-    and p trained parameters: the fraction of the noise that can be fitted is about p/n.
+    explained, or before learning has begun. The factor is at least 0.1 and at least n/(20 p), with n targets in an
+    epoch and p trained parameters: the fraction of the noise that can be fitted is about p/n.
 
     The first batch gives the unexplained fraction before the first step, reduced by twice its relative error,
     sqrt(2/n).

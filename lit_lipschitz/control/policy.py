@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_lipschitz.bounds import families as constants
-from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz import bounds
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, registered_optimizers
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, SecondMoment, Term
@@ -23,7 +22,6 @@ _NORMS = {
     "frobenius": "Frobenius norm of a batch of the head's inputs",
     "spectral": "spectral norm of a batch of the head's inputs",
     "sample": "largest norm of an example of the head's inputs",
-    "unit": "largest entry of the head's inputs",
 }
 _COEFFICIENTS = {
     "paper": ("estimate", "the paper's estimate of the gradient norm of an example's loss in the head's outputs"),
@@ -133,8 +131,8 @@ class Policy:
         ConfigurationError: A value is out of its range.
     """
 
-    bound: constants.Bound = "strict"
-    norm: constants.Norm = "frobenius"
+    bound: bounds.Bound = "strict"
+    norm: bounds.Norm = "frobenius"
     rule: str = "auto"
     second_moment: Literal["auto"] | SecondMoment = "auto"
     weight_decay: float | None = None
@@ -145,10 +143,10 @@ class Policy:
     def __post_init__(self) -> None:
         if self.rule not in ("auto", *RULES):
             raise ConfigurationError(f"LipschitzLR(rule={self.rule!r}): expected one of 'auto', {_quoted(RULES)}")
-        if self.rule != "auto" and self.bound not in (bounds := RULES[self.rule].bounds):
+        if self.rule != "auto" and self.bound not in (admitted := RULES[self.rule].bounds):
             raise ConfigurationError(
-                f"LipschitzLR(rule={self.rule!r}) is defined for bound={_quoted(bounds)}, found {self.bound!r}: change "
-                "one of them, or pass rule='auto'"
+                f"LipschitzLR(rule={self.rule!r}) is defined for bound={_quoted(admitted)}, found {self.bound!r}: "
+                "change one of them, or pass rule='auto'"
             )
         if self.second_moment not in ("auto", "constant", "scripts"):
             raise ConfigurationError(
@@ -250,7 +248,7 @@ class Policy:
         self,
         measured: Measurement,
         *,
-        loss: Loss,
+        loss: bounds.Loss,
         num_outputs: int,
         optimizer: OptimizerInfo,
         groups: Sequence[Mapping[str, Any]],
@@ -299,15 +297,15 @@ class Policy:
         return decision, state
 
     def _rule_input(
-        self, rule: RuleInfo, measured: Measurement, loss: Loss, num_outputs: int, constant: _Constant
+        self, rule: RuleInfo, measured: Measurement, loss: bounds.Loss, num_outputs: int, constant: _Constant
     ) -> RuleInput | None:
         """What a rule computes the rate from; None where the constant or the step scale is not positive and finite."""
-        second_moment = constants.squared(
+        second_moment = bounds.second_moment(
             constant.data,
             constant.l2,
             estimate=self.second_moment_estimate,
             activation_norm=measured.activation_norm,
-            squares=measured.fourth_moment_norm,
+            fourth_moment_norm=measured.fourth_moment_norm,
         )
         if not (0 < constant.value < math.inf and 0 < second_moment < math.inf and measured.step_scale > 0):
             return None
@@ -328,7 +326,7 @@ class Policy:
             curvature=curvature,
         )
 
-    def _constant(self, measured: Measurement, loss: Loss, num_outputs: int, decay: float) -> _Constant:
+    def _constant(self, measured: Measurement, loss: bounds.Loss, num_outputs: int, decay: float) -> _Constant:
         """The Lipschitz constant of a loss with its terms; ``decay`` is the coefficient of the L2 term."""
         m, size = measured.batch_size, measured.activation_norm
         data = loss.constant(
@@ -339,7 +337,7 @@ class Policy:
             norm=self.norm,
             output_norm=measured.output_norm,
         )
-        l2 = constants.l2(decay, measured.weight_norm, bound=self.bound)
+        l2 = bounds.l2(decay, measured.weight_norm, bound=self.bound)
         size_formula, size_value = self._size_of_batch(size, m)
         name, meaning = _COEFFICIENTS[self.bound]
         terms = [
@@ -349,7 +347,7 @@ class Policy:
             Term("W", measured.weight_norm, "largest norm of a weight"),
             Term("lambda", decay, "the weight decay that is an L2 term of the loss"),
         ]
-        if loss.needs_outputs(self.bound):
+        if loss.needs_output_norm(self.bound):
             terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))
         terms += [
             Term(name, data / size_value, meaning),
@@ -393,7 +391,7 @@ class Policy:
         ratio = max(residual / measured.output_norm, MIN_RESIDUAL_RATIO)
         return constant.data * ratio + constant.l2, effective
 
-    def _curvature(self, measured: Measurement, loss: Loss, num_outputs: int, constant: _Constant) -> float:
+    def _curvature(self, measured: Measurement, loss: bounds.Loss, num_outputs: int, constant: _Constant) -> float:
         """The smooth constant of a squared error, with the Frobenius instead of the spectral norm; 0 of others."""
         if loss.name != "mean_squared_error" or self.norm != "frobenius":
             return 0.0

@@ -63,9 +63,7 @@ class RateUpdater:
         self.estimator: StepScaleEstimator | None = None
         if self.rule.step_scale is not None:
             needs_logit_grads = self.rule.needs_logit_grads and policy.bound == "strict"
-            self.estimator = StepScaleEstimator(
-                target.optimizer, target.model, self.rule.step_scale, needs_logit_grads
-            )
+            self.estimator = StepScaleEstimator(target.optimizer, target.model, self.rule.step_scale, needs_logit_grads)
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop, reduce)
         self.reporter = Reporter(options.on_nonfinite == "raise", loop.rank, target.label, loop.may_overflow)
         self.damping = NoiseDamping()

@@ -57,7 +57,7 @@ class MaxReduction:
         packed = [slot.pack().to(self._device) for slot in slots.values()]
         if not packed:
             return {}
-        parts = self._reduce(torch.cat(packed)).split([len(part) for part in packed])
+        parts = torch.split(self._reduce(torch.cat(packed)), [len(part) for part in packed])
         return {name: slot.unpack(part) for (name, slot), part in zip(slots.items(), parts, strict=True)}
 
     def reduce(self, names: Iterable[str]) -> dict[str, list[float]]:

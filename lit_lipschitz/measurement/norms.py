@@ -57,7 +57,7 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
         bias: Whether every row carries an extra 1.
 
     Returns:
-        The singular value (a scalar; a lower estimate, since the number of iterations is fixed) and the last unit vector.
+        The singular value (a scalar, from below, since the number of iterations is fixed) and the last unit vector.
 
     Raises:
         ValueError: There are no rows.

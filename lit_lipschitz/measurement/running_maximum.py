@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Norm
-from lit_lipschitz.measurement.norms import frobenius, fourth_moment_norm, sample, spectral
+from lit_lipschitz.measurement.norms import fourth_moment_norm, frobenius, sample, spectral
 
 _NORMS = {"frobenius": frobenius, "sample": sample}
 

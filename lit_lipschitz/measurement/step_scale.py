@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from lit_lipschitz.bounds.families import Reduction
 from lit_lipschitz.measurement.optimizer_updates import mean_grad_to_update_ratio, update_norms, weight_filter
-from lit_lipschitz.measurement.output_gradients import Rows, Slopes, slopes_of_all
+from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, ToRows, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
-from lit_lipschitz.recognition.loss_graph import Edge, Reading
+from lit_lipschitz.recognition.loss_graph import BatchLoss, LogitEdge
 from lit_lipschitz.rules.base import StepScaleKind
 
 MEASURE_EVERY = 16
@@ -108,7 +108,7 @@ class StepScaleEstimator:
         self.restarted = False
         self._optimizer = optimizer
         self._is_weight = None if kind == "total" else weight_filter(module)
-        self._logit_grads = Slopes() if needs_logit_grads else None
+        self._logit_grads = LogitGradientNorms() if needs_logit_grads else None
         self._invariance = ScaleInvariance(he_init_norms(module)) if needs_logit_grads else None
         self._num_trained = 0  # parameters that the estimate belongs to
         self._steps = 0  # of the run
@@ -134,15 +134,15 @@ class StepScaleEstimator:
         step = self._steps + 1
         return step % MEASURE_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._repeat
 
-    def watch(self, reading: Reading, edges: Sequence[Edge], reduction: Reduction, rows: Rows) -> None:
-        """Has the coming backward measure the gradient norms of a loss in the logits; see :meth:`Slopes.watch`."""
+    def watch(self, batch: BatchLoss, edges: Sequence[LogitEdge], reduction: Reduction, to_rows: ToRows) -> None:
+        """Captures the gradient norms in the coming backward; see :meth:`LogitGradientNorms.watch`."""
         if self._logit_grads is not None:
-            self._logit_grads.watch(reading, edges, reduction, rows)
+            self._logit_grads.watch(batch, edges, reduction, to_rows)
 
     def on_other_optimizer_step(self) -> None:
-        """Another optimizer steps: losses so far may be its own; see :meth:`Slopes.pass_turn`."""
+        """See :meth:`LogitGradientNorms.on_other_optimizer_step`."""
         if self._logit_grads is not None:
-            self._logit_grads.pass_turn()
+            self._logit_grads.on_other_optimizer_step()
 
     def begin_step(self) -> bool:
         """Counts a step that is about to be made, and discards the estimate of other parameters than train now.
@@ -177,15 +177,15 @@ class StepScaleEstimator:
         else:
             packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, self._invariance, self._is_weight)
         if self._logit_grads is not None:
-            packed = torch.cat([packed, self._logit_grads.slots(rank, world_size, packed.device).flatten()])
-        # Whether a NaN survives a MAX depends on the order of the ranks; infinity is left out by `unpack`.
+            packed = torch.cat([packed, self._logit_grads.pack(rank, world_size, packed.device).flatten()])
+        # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
 
-    def unpack(self, reduced: Tensor) -> None:
-        """Updates the estimate with the MAX over all ranks of :meth:`pack`; this waits for the device."""
-        grad_norm, update_norm, *logit_grads = reduced.tolist()
+    def update(self, reduced: Sequence[float]) -> None:
+        """Updates the estimate with the MAX over all ranks of :meth:`pack`, read to the host."""
+        grad_norm, update_norm, *logit_grads = reduced
         ratio = grad_norm / update_norm if update_norm > 0 else 0.0
-        self.scale = self.scale.update(ratio, *slopes_of_all(logit_grads))
+        self.scale = self.scale.update(ratio, *grad_norms_of_ranks(logit_grads))
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""

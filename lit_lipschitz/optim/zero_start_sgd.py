@@ -10,8 +10,8 @@ from torch.optim import SGD
 class ZeroStartSGD(SGD):
     """torch's SGD with a momentum buffer that starts at 0, as in the AdaMo of the LipschitzLR papers.
 
-    torch starts the buffer at the first gradient, without dampening. With momentum and dampening 0.9, so that the buffer
-    averages the gradients, its first step is ten times that of the average, and the excess adds up to nine first
+    torch starts the buffer at the first gradient, without dampening. With momentum and dampening 0.9, so that the
+    buffer averages the gradients, its first step is ten times that of the average, and the excess adds up to nine first
     gradients. Arguments are those of ``torch.optim.SGD``.
 
     References:

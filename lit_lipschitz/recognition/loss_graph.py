@@ -352,7 +352,11 @@ def _loss_of(match: LossMatch, named: bool) -> Loss:
             )
         values = None if weights is None else tuple(float(weight) for weight in weights.tolist())
         return spec.loss(reduction, label_smoothing=match.label_smoothing, class_weights=values)
-    if getattr(node, "_saved_weight", None) is not None and "_saved_weight" not in spec.arguments.values() and not named:
+    if (
+        getattr(node, "_saved_weight", None) is not None
+        and "_saved_weight" not in spec.arguments.values()
+        and not named
+    ):
         raise ConfigurationError(
             f"LipschitzLR found a {match.name} with weight=, for which it has no constant; leave it out, or pass "
             f"loss={match.name!r} to have the weights disregarded"

@@ -284,7 +284,9 @@ def test_channels_that_were_moved_are_columns_still():
     module = Regression(sgd, Moved(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
     callback, _ = fit(module, DataLoader(TensorDataset(images, targets), 8), max_epochs=2)
     outputs, targets = (part.reshape(-1, 2) for part in module.seen())
-    assert callback.controllers[0].fraction_unexplained == pytest.approx(min(1 - explained(outputs, targets), 1), rel=1e-3)
+    assert callback.controllers[0].fraction_unexplained == pytest.approx(
+        min(1 - explained(outputs, targets), 1), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("update", [1, 3])

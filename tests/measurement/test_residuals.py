@@ -25,7 +25,9 @@ def test_the_unexplained_fraction_is_scikit_learns_over_batches_of_any_size(offs
     outputs = targets + 0.5 * torch.randn(COUNT, width)
     residuals = running(outputs, targets, [1, 50, 5, COUNT - 56])
     seen = Residuals(*residuals.values.tolist())
-    assert seen.fraction_unexplained == pytest.approx(1 - explained(outputs, targets), rel=1e-2 if offset == 1e4 else 1e-4)
+    assert seen.fraction_unexplained == pytest.approx(
+        1 - explained(outputs, targets), rel=1e-2 if offset == 1e4 else 1e-4
+    )
     assert seen.count == COUNT * width
     assert seen.root_mean_square == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-3)
 
