@@ -19,6 +19,7 @@ from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement import norms
 from lit_lipschitz.recognition import loss_graph as graph
+from lit_lipschitz.rules.registry import RuleOrAuto
 from lit_lipschitz.training_pass import inference_pass
 
 
@@ -51,9 +52,9 @@ class LipschitzLR(Callback):
         rule: ``"auto"`` follows the optimizer; a name of :mod:`lit_lipschitz.rules` forces a rule: ``"inverse"``
             is 1/L, ``"noise"`` grows with the square root of the batch, for SGD with momentum, ``"grafted"`` makes
             Adam's steps as long as those of SGD at 1/L, ``"observed"`` the same in the mean over the weights and
-            with the slope that the loss is seen to have, ``"schedule_free"`` those of Schedule-Free AdamW, ``"adamo"``
-            is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
-        squared: The estimate of L squared that the rules of RMSprop and Adam use
+            with the measured gradient norm in the logits, ``"schedule_free"`` those of Schedule-Free AdamW,
+            ``"adamo"`` is the paper's for momentum, ``"adamo_authors"`` that of its authors' scripts.
+        second_moment: The estimate of L squared that the paper's rules of RMSprop and Adam use
             (:func:`lit_lipschitz.bounds.families.squared`); ``"auto"`` is ``"scripts"`` for the authors' rules and
             ``"constant"`` for others.
         weight_decay: Coefficient of the L2 term in L; None is the optimizer's, where it adds it to the gradient.
@@ -111,22 +112,8 @@ class LipschitzLR(Callback):
         norm: Literal["auto", "frobenius", "sample", "unit", "spectral"] = "auto",
         update: Literal["epoch"] | int = "epoch",
         measure: Literal["running", "pass"] = "running",
-        rule: Literal[
-            "auto",
-            "inverse",
-            "noise",
-            "adamo",
-            "rmsprop",
-            "adam",
-            "adamax",
-            "adamo_authors",
-            "rmsprop_authors",
-            "adam_authors",
-            "observed",
-            "grafted",
-            "schedule_free",
-        ] = "auto",
-        squared: Literal["auto", "constant", "text", "scripts"] = "auto",
+        rule: RuleOrAuto = "auto",
+        second_moment: Literal["auto", "constant", "scripts"] = "auto",
         weight_decay: float | None = None,
         weights: norms.Weights = "decayed",
         initial_lr: float | None = None,
@@ -169,7 +156,7 @@ class LipschitzLR(Callback):
                 f"LipschitzLR(head={head!r}, optimizers={optimizers!r}): each optimizer has a head of its own; pass "
                 "head='auto', or one optimizer"
             )
-        self.policy = Policy(bound, resolved, rule, squared, weight_decay, min_lr, max_lr, max_growth)
+        self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
         self.optimizers, self.restore = positions, restore
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
@@ -400,7 +387,7 @@ class LipschitzLR(Callback):
             "bound": policy.bound,
             "norm": policy.norm,
             "rule": policy.rule,
-            "squared": policy.squared,
+            "second_moment": policy.second_moment,
             "weight_decay": policy.weight_decay,
             "measure": self.options.measure,
             "weights": self.options.weights,
@@ -421,7 +408,7 @@ class LipschitzLR(Callback):
             return
         settings = self._settings()
         states = state_dict.get("optimizers")
-        whole = states is not None and all("readings" in state for state in states.values())
+        whole = states is not None and all("step_scale" in state for state in states.values())
         if set(state_dict.get("settings", ())) != set(settings) or not whole:
             raise LitLipschitzError(
                 "LipschitzLR's state in the checkpoint is of another version of lit-lipschitz; resume with the version "

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.optim.schedules import linear_warmup, linear_warmup_decay
-from lit_lipschitz.rules import registry as rules
 
 
 class OwnSchedule:
@@ -45,7 +45,7 @@ class OwnSchedule:
     @property
     def _averages(self) -> bool:
         """Whether the optimizer averages the weights, which is in place of a decay."""
-        return type(self._optimizer).__name__ in rules.SCHEDULE_FREE
+        return optimizer_info(self._optimizer).averages_weights
 
     def _length_of_run(self, trainer: Trainer, module: LightningModule) -> float:
         """Optimizer steps of the run; infinity where there is no telling, or the optimizer has a warm-up."""

@@ -18,13 +18,12 @@ from lit_lipschitz.control.noise_damping import Progress, Residuals
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.measurement import norms, scale_invariance
-from lit_lipschitz.measurement import optimizer_updates as directions
+from lit_lipschitz.measurement import norms
 from lit_lipschitz.measurement.head_hooks import Probes
 from lit_lipschitz.measurement.nonfinite import LossWatch, describe
-from lit_lipschitz.measurement.step_scale import StepReadings
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.optim.lr_writer import RateWriter
-from lit_lipschitz.rules import registry as rules
 
 
 class Controller:
@@ -55,21 +54,15 @@ class Controller:
     ) -> None:
         optimizer = trainer.optimizers[position]
         self.policy, self.options, self.optimizer = policy, options, optimizer
-        rule = policy.rule_for(type(optimizer).__name__, optimizer.param_groups)
-        if rule in rules.SCALED and type(optimizer).__name__ not in directions.DIRECTIONS:
-            raise ConfigurationError(
-                f"LipschitzLR(rule={rule!r}) knows the steps of {', '.join(directions.DIRECTIONS)} and found "
-                f"{type(optimizer).__name__}; use one of them, or pass another rule="
-            )
-        self._rule = rule
-        sloped = rule in rules.SLOPED and policy.bound == "strict"
-        scale = rules.SCALED.get(rule)
-        is_weight = directions.weights_of(module) if rule in rules.SLOPED else None
-        usual = scale_invariance.usual_lengths(module) if sloped else None
-        self._readings = StepReadings(optimizer, scale(), sloped, is_weight, usual) if scale else None
+        self._info = optimizer_info(optimizer)
+        self._rule = rule = policy.rule_for(self._info, optimizer.param_groups)
+        logit_grads = rule.needs_logit_grads and policy.bound == "strict"
+        self._step_scale: StepScaleEstimator | None = None
+        if rule.step_scale is not None:
+            self._step_scale = StepScaleEstimator(optimizer, module, rule.step_scale, logit_grads)
         # A GradScaler begins with a scale that may be too large, and skips the steps that show it.
         self._may_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._rule_state = rules.initial_state(policy.rule, options.initial_lr)
+        self._rule_state = rule.initial_state(options.initial_lr)
         self._decision: Decision | None = None
         self._measured: Measurement | None = None  # behind the decision
         self._applied: tuple[Decision, list[float]] | None = None  # behind the last step, with the groups' rates
@@ -139,14 +132,9 @@ class Controller:
         return self._measured
 
     @property
-    def rule_state(self) -> rules.RuleState:
-        """What the rule remembers of the updates so far."""
-        return self._rule_state
-
-    @property
-    def direction_only(self) -> int | None:
-        """How many weights were taken for such of which only the direction matters; None where no steps are read."""
-        return self._readings.direction_only if self._readings is not None else None
+    def num_scale_invariant(self) -> int | None:
+        """Number of weights detected as scale-invariant; None where the rule needs no step scale."""
+        return self._step_scale.num_scale_invariant if self._step_scale is not None else None
 
     @property
     def accumulated(self) -> int:
@@ -196,9 +184,10 @@ class Controller:
 
     def take_loss(self, trainer: Trainer, loss: Tensor) -> None:
         """Ends the measurement of a batch with the loss that it has made; the first time, finds out what loss it is."""
-        readings = self._readings if self._readings and self._readings.sloped and self._readings.due else None
+        estimator = self._step_scale
+        estimator = estimator if estimator and estimator.needs_logit_grads and estimator.due else None
         before = self.found.chosen
-        self.found.take(trainer, loss, first=self._applied is None, readings=readings)
+        self.found.take(trainer, loss, first=self._applied is None, step_scale=estimator)
         if before is None:
             self._look_at_ratio()
 
@@ -264,24 +253,24 @@ class Controller:
     def pass_turn(self) -> None:
         """Another optimizer is about to step."""
         self.found.pass_turn()
-        if self._readings is not None:
-            self._readings.pass_turn()
+        if self._step_scale is not None:
+            self._step_scale.on_other_optimizer_step()
 
     def _read_step(self, trainer: Trainer) -> bool:
         """Reads the step, where the rule asks for it and it is due; one reduction."""
-        if self._readings is None:
+        if self._step_scale is None:
             return False
-        due = self._readings.begin_step()
-        if self._readings.anew:
-            self._rule_state = rules.RuleState()
+        due = self._step_scale.begin_step()
+        if self._step_scale.restarted:
+            self._rule_state = self._rule.initial_state()
         if not due:
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         grad_scale = scaler.get_scale() if scaled else 1.0
-        read = self._readings.measure(grad_scale, self.writer.ratios, trainer.global_rank, trainer.world_size)
-        reduced: Any = trainer.strategy.reduce(read.to(trainer.strategy.root_device), reduce_op="max")
-        self._readings.take(reduced)
+        packed = self._step_scale.pack(grad_scale, self.writer.ratios, trainer.global_rank, trainer.world_size)
+        reduced: Any = trainer.strategy.reduce(packed.to(trainer.strategy.root_device), reduce_op="max")
+        self._step_scale.unpack(reduced)
         return True
 
     def end_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
@@ -338,7 +327,7 @@ class Controller:
             )
         if self.check_losses(trainer) and self._decision is not None:
             return
-        self._settle(measured, keep=interval_over if self._readings is None else read)
+        self._settle(measured, keep=interval_over if self._step_scale is None else read)
 
     def _settle(self, measured: Measurement, keep: bool) -> None:
         """Decides, and lets the rule remember it or not."""
@@ -347,14 +336,14 @@ class Controller:
             measured,
             loss=self.found.loss,
             num_outputs=self.found.outputs,
-            optimizer=type(self.optimizer).__name__,
+            optimizer=self._info,
             groups=self.optimizer.param_groups,
             state=self._rule_state,
             last=self._decision,
         )
         self._report(measured, usable=outcome is not None)
-        if self._readings is not None and (not keep if outcome is not None else not measured.scale):
-            self._measured = measured  # for the next reading, with which the rate changes
+        if self._step_scale is not None and (not keep if outcome is not None else not measured.step_scale):
+            self._measured = measured  # for the next measured step, with which the rate changes
             return
         if outcome is None:
             return
@@ -412,7 +401,7 @@ class Controller:
         if self.found.chosen.statistic.mean:
             largest *= math.sqrt(batch_size)
             outputs *= math.sqrt(batch_size)
-        elif self.policy.of_batch:
+        elif self.policy.norm_grows_with_batch:
             largest *= math.sqrt(pieces)
             outputs *= math.sqrt(pieces)
         return Measurement(
@@ -420,19 +409,23 @@ class Controller:
             weight_norm=weight_norm if weight_norm >= 0 else math.nan,
             batch_size=batch_size,
             dropped=int(dropped),
-            squares=squares * math.sqrt(pieces),
+            fourth_moment_norm=squares * math.sqrt(pieces),
             output_norm=outputs,
-            residual=self._residuals.root_mean_square if interval_over else 0.0,
-            factor=self._residuals.factor,
+            residual_rms=self._residuals.root_mean_square if interval_over else 0.0,
+            loss_factor=self._residuals.factor,
             **self._seen(),
         )
 
     def _seen(self) -> dict[str, Any]:
         """What a measurement has of the steps that were read."""
-        if self._readings is None:
+        if self._step_scale is None:
             return {}
-        scale = self._readings.scale
-        return {"scale": scale.value, "slope": scale.slope, "mean_slope": scale.mean_slope}
+        scale = self._step_scale.scale
+        return {
+            "step_scale": scale.value,
+            "logit_grad_norm": scale.logit_grad_norm,
+            "mean_logit_grad_norm": scale.mean_logit_grad_norm,
+        }
 
     def check_losses(self, trainer: Trainer) -> bool:
         """Says once, or raises, that a loss was not finite; returns whether one was since the last look."""
@@ -452,7 +445,7 @@ class Controller:
         """Says once, or raises, what was not finite."""
         if usable and not measured.dropped:
             return
-        if not measured.scale and self._may_overflow:
+        if not measured.step_scale and self._may_overflow:
             return
         message = f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
         if not usable:
@@ -461,7 +454,7 @@ class Controller:
                 f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
                 f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
             )
-            if not measured.scale:
+            if not measured.step_scale:
                 message = f"no gradient that is finite and not 0 has been seen; keeping {last}"
         if self.options.on_nonfinite == "raise":
             raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
@@ -482,24 +475,24 @@ class Controller:
             "activation_norm": decision.activation_norm,
             "weight_norm": decision.weight_norm,
         }
-        if self._readings is not None:
-            metrics["step_scale"] = self._readings.scale.value
-        if decision.observed or (self._readings is not None and self._readings.sloped):
-            metrics["observed_constant"] = decision.observed
+        if self._step_scale is not None:
+            metrics["step_scale"] = self._step_scale.scale.value
+        if decision.observed_constant or (self._step_scale is not None and self._step_scale.needs_logit_grads):
+            metrics["observed_constant"] = decision.observed_constant
         if self.found.residuals.width:
             metrics["restraint"] = self.restraint
-        if self.policy.limited:
+        if self.policy.has_limits:
             metrics["capped"] = float(bool(decision.cap))
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values."""
         return {
-            "decision": asdict(self._decision) if self._decision else None,
+            "decision": self._decision.state_dict() if self._decision else None,
             "measurement": asdict(self._measured) if self._measured else None,
-            "rule_state": asdict(self._rule_state),
-            "rule": self._rule,
-            "readings": self._readings.state_dict() if self._readings else None,
+            "rule_state": self._rule_state._asdict(),
+            "rule": self._rule.name,
+            "step_scale": self._step_scale.state_dict() if self._step_scale else None,
             "steps": self._steps,
             "intervals": self._intervals,
             "epoch": self._epoch,
@@ -524,20 +517,17 @@ class Controller:
     def _take(self, state: Mapping[str, Any]) -> None:
         if not state:
             return
-        self._decision = Decision(**state["decision"]) if state["decision"] else None
-        measured = state.get("measurement")  # later than the rest of the state
-        self._measured = Measurement(**measured) if measured else None
-        self._rule_state = rules.RuleState(**state["rule_state"])
-        if state.get("rule", self._rule) != self._rule:
+        if state["rule"] != self._rule.name:
             raise LitLipschitzError(
                 f"LipschitzLR's state in the checkpoint was saved with the rule {state['rule']!r}, and this run's "
-                f"{type(self.optimizer).__name__} has the rule {self._rule!r}; resume with the optimizer that it was "
-                "saved with, or pass restore=False to measure anew"
+                f"{self._info.name} has the rule {self._rule.name!r}; resume with the optimizer that it was saved "
+                "with, or pass restore=False to measure again"
             )
-        if self._readings is not None:
-            self._readings.load_state_dict(state["readings"])
-            if not self._readings.knows(state["readings"]):
-                self._rule_state = rules.RuleState()
+        self._decision = Decision.from_state_dict(state["decision"]) if state["decision"] else None
+        self._measured = Measurement(**state["measurement"]) if state["measurement"] else None
+        self._rule_state = self._rule.restored_state(state["rule_state"])
+        if self._step_scale is not None:
+            self._step_scale.load_state_dict(state["step_scale"])
         self._steps = state["steps"]
         self._intervals = state["intervals"]
         self._epoch = state["epoch"]

@@ -15,7 +15,7 @@ from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.head_hooks import Probe, Probes
 from lit_lipschitz.measurement.running_maximum import RunningMaximum
-from lit_lipschitz.measurement.step_scale import StepReadings
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition import heads as inspection
 from lit_lipschitz.recognition import loss_graph as graph
 from lit_lipschitz.recognition.affine import same_weight
@@ -86,7 +86,10 @@ class HeadAndLoss:
             )
         rigorous = self._policy.bound != "paper"
         bias = rigorous and getattr(head, "bias", None) is not None
-        mean, squares = rigorous and self._policy.of_batch, self._policy.estimate == "scripts"
+        mean, squares = (
+            rigorous and self._policy.norm_grows_with_batch,
+            self._policy.second_moment_estimate == "scripts",
+        )
         return RunningMaximum(self._policy.norm, width, bias=bias, mean=mean, squares=squares, device=device)
 
     @property
@@ -108,14 +111,14 @@ class HeadAndLoss:
             self.chosen.statistic.finish()
             self._open = False
 
-    def take(self, trainer: Trainer, loss: Tensor, first: bool, readings: StepReadings | None) -> None:
+    def take(self, trainer: Trainer, loss: Tensor, first: bool, step_scale: StepScaleEstimator | None) -> None:
         """Ends the measurement of a batch with the loss that it has made; the first time, finds out what loss it is.
 
         Args:
             trainer: The trainer.
             loss: The loss, before its backward.
             first: Whether the optimizer has made no step yet.
-            readings: What wants to see the loss's slopes, if something does.
+            step_scale: Measures the loss's gradient norms in the logits, if they are needed.
         """
         # Where several optimizers take turns, the last loss before the first step is the one that the step is made of.
         if self.chosen is None or (first and not self._alone):
@@ -123,9 +126,9 @@ class HeadAndLoss:
         if self.chosen is None or self.loss is None:
             return
         running = self._options.running
-        reading = self._read(loss) if running or readings else None
-        if readings and reading is not None and (edges := self._own_edges(loss)):
-            readings.watch(reading, edges, self.loss.reduction, self._by_example)
+        reading = self._read(loss) if running or step_scale else None
+        if step_scale and reading is not None and (edges := self._own_edges(loss)):
+            step_scale.watch(reading, edges, self.loss.reduction, self._by_example)
         if running:
             self._open = False
             self._finish(trainer, reading, self.chosen)
@@ -140,7 +143,7 @@ class HeadAndLoss:
         outputs: tuple[Tensor, ...] = ()
         if self.loss.needs_outputs(self._policy.bound):
             outputs = tuple(inspection.output_rows(chosen.head, part, self.outputs) for part in reading.outputs)
-        of_batch = self._policy.of_batch
+        of_batch = self._policy.norm_grows_with_batch
         measured = chosen.statistic.rows
         count = reading.count
         weight: Any = self._weight(trainer, reading)

@@ -1,20 +1,72 @@
-"""How long the step of an optimizer is that rescales the gradient, at a rate of 1, beside the gradient itself."""
+"""The optimizers that are known: their update at lr = 1, its norm compared with the gradient norm, and their rules."""
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, norm
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-Direction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
-"""From a gradient, the parameter's state before the step (empty at first) and its group to the update at rate 1."""
+UpdateFunction = Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
+"""From a gradient, the parameter's state before the step (empty at first) and its group to the update at lr = 1."""
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """What is known of an optimizer.
+
+    Attributes:
+        cls: Its class, or ``"module:Class"`` for a package that may not be installed and is not imported for this.
+        update: Its update at lr = 1; None where that is the gradient, as with SGD, or not known.
+        rules: The name of its rule for each family of constants (``bound``); without an entry a family is refused.
+        momentum_rules: Likewise, where its setting ``momentum`` is not 0 and the rule differs then.
+        unsupported: For each family of constants, a setting for which its rule is not valid.
+        decoupled_weight_decay: Whether its weight decay is never added to the gradient.
+        averages_weights: Whether it averages the weights instead of decaying the learning rate.
+    """
+
+    cls: type[Optimizer] | str
+    update: UpdateFunction | None = None
+    rules: Mapping[str, str] = field(default_factory=dict)
+    momentum_rules: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    decoupled_weight_decay: bool = False
+    averages_weights: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        return self.cls.rpartition(":")[2] if isinstance(self.cls, str) else self.cls.__name__
+
+    def resolve(self) -> Any:
+        """The class; None while its module has not been imported."""
+        if not isinstance(self.cls, str):
+            return self.cls
+        module, _, name = self.cls.rpartition(":")
+        return getattr(sys.modules.get(module), name, None)
+
+    def rule_name(self, bound: str, settings: Mapping[str, Any]) -> str | None:
+        """The name of its rule for a family of constants; None where there is none.
+
+        Args:
+            bound: The family.
+            settings: Those of a parameter group.
+        """
+        if settings.get("momentum", 0) and bound in self.momentum_rules:
+            return self.momentum_rules[bound]
+        return self.rules.get(bound)
+
+    def couples_weight_decay(self, group: Mapping[str, Any]) -> bool:
+        """Whether the weight decay of a parameter group is added to the gradient, as an L2 term of the loss is."""
+        return not self.decoupled_weight_decay and not group.get("decoupled_weight_decay", False)
 
 
 def _adam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -57,7 +109,7 @@ def _adamax(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) ->
 
 
 def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """Without the momentum, which makes a step as many times longer as it makes that of SGD."""
+    """Without the momentum, which makes the step longer by the same factor as that of SGD."""
     alpha = group["alpha"]
     square = (1 - alpha) * grad * grad + (alpha * state["square_avg"] if state else 0.0)
     if group.get("centered", False):
@@ -67,48 +119,94 @@ def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
 
 
 def _schedule_free(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """Of the sequence that is averaged, the z of its authors; the weights move by 1 - beta of it at once."""
+    """Of the sequence z that is averaged; the weights move by 1 - beta of it at once."""
     beta = group["betas"][1]
     second = (1 - beta) * grad * grad + (beta * state["exp_avg_sq"] if "exp_avg_sq" in state else 0.0)
     return grad / ((second / (1 - beta ** (group["k"] + 1))).sqrt() + group["eps"])
 
 
-DIRECTIONS: dict[str, Direction] = {
-    "Adam": _adam,
-    "AdamW": _adam,
-    "NAdam": _nadam,
-    "RAdam": _radam,
-    "Adamax": _adamax,
-    "RMSprop": _rmsprop,
-    "AdamWScheduleFree": _schedule_free,
-}
-"""What the optimizers do that rescale the gradient, by their class."""
-DECOUPLED = ("AdamW", "AdamWScheduleFree")
-"""Optimizers whose weight decay is never a part of the loss."""
+_ADAPTIVE = {"strict": "observed", "smooth": "grafted"}
+_ADAM = {**_ADAPTIVE, "paper": "adam"}
+_SGD = {"strict": "inverse", "smooth": "inverse", "paper": "inverse"}
+_MOMENTUM = {"strict": "noise", "paper": "adamo"}
+_OPTIMIZERS: list[OptimizerInfo] = [
+    OptimizerInfo(SGD, rules=_SGD, momentum_rules=_MOMENTUM),
+    OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", rules=_SGD, momentum_rules=_MOMENTUM),
+    OptimizerInfo(Adam, _adam, _ADAM),
+    OptimizerInfo(AdamW, _adam, _ADAM, decoupled_weight_decay=True),
+    OptimizerInfo(NAdam, _nadam, _ADAM),
+    OptimizerInfo(RAdam, _radam, _ADAPTIVE),  # the paper has no rule for first steps that are not normalised
+    OptimizerInfo(Adamax, _adamax, _ADAPTIVE),
+    OptimizerInfo(RMSprop, _rmsprop, {**_ADAPTIVE, "paper": "rmsprop"}, unsupported={"paper": "centered"}),
+    OptimizerInfo(
+        "schedulefree:AdamWScheduleFree",
+        _schedule_free,
+        dict.fromkeys(_ADAPTIVE, "schedule_free"),
+        decoupled_weight_decay=True,
+        averages_weights=True,
+    ),
+]
+
+
+def register_optimizer(info: OptimizerInfo) -> None:
+    """Adds an optimizer, or replaces what is known of it.
+
+    Example:
+        >>> class Halved(SGD):
+        ...     "An optimizer of another package, with a step of its own."
+        ...     def step(self, closure=None): ...
+        >>> register_optimizer(OptimizerInfo(Halved, rules={"strict": "inverse"}))
+        >>> optimizer_info(Halved([nn.Parameter(torch.ones(1))])).rule_name("strict", {})
+        'inverse'
+    """
+    _OPTIMIZERS[:] = [*(one for one in _OPTIMIZERS if one.cls != info.cls), info]
+
+
+def registered_optimizers() -> tuple[OptimizerInfo, ...]:
+    """What is known of all optimizers."""
+    return tuple(_OPTIMIZERS)
+
+
+def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
+    """What is known of an optimizer, by its class and not by the name of the class.
+
+    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one.
+
+    Returns:
+        What is registered; for other classes a record without rules and update.
+    """
+    kind = type(optimizer)
+    known = {cls: info for info in _OPTIMIZERS if (cls := info.resolve()) is not None}
+    found: Any = next((cls for cls in kind.__mro__ if cls in known), None)
+    # torch wraps the `step` of a class when its first instance is made.
+    if found is None or inspect.unwrap(kind.step) is not inspect.unwrap(found.step):
+        return OptimizerInfo(kind)
+    others = {info.name for cls, info in known.items() if cls is not found}
+    return known[found] if kind is found or kind.__name__ not in others else OptimizerInfo(kind)
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter has two dimensions that are longer than 1."""
+    """Whether a parameter has two dimensions longer than 1."""
     return sum(size > 1 for size in parameter.shape) > 1
 
 
 @torch.no_grad()
-def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
-    """Length of the gradient, and of the step that the optimizer makes of it at a rate of 1.
+def update_norms(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
+    """Norm of the gradient, and of the optimizer's update at lr = 1, over all parameters.
 
-    Weight decay that is added to the gradient counts in both, weight decay that is not in neither.
+    Weight decay that is added to the gradient counts in both, decoupled weight decay in neither.
 
     Args:
-        optimizer: One of :data:`DIRECTIONS`, about to step.
-        grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
-        ratios: Each parameter group's rate over the first one's; groups beyond the list have 1.
+        optimizer: One with a registered update, about to step.
+        grad_scale: Factor of the gradients by which the optimizer will divide.
+        ratios: Learning rate of each parameter group over that of the first one; groups beyond the list have 1.
 
     Returns:
         The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
         float32, on the gradients' device.
 
     Raises:
-        KeyError: The optimizer is none of them.
+        ValueError: No update is registered for the optimizer.
     """
     squares: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios):
@@ -117,41 +215,41 @@ def lengths(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequ
 
 
 @torch.no_grad()
-def lengths_of_weights(
+def mean_grad_to_update_ratio(
     optimizer: Optimizer,
     grad_scale: float | Tensor = 1.0,
     ratios: Sequence[float] = (),
     invariance: ScaleInvariance | None = None,
     is_weight: Callable[[Tensor], bool] = is_matrix,
 ) -> Tensor:
-    r"""Mean over the weights of how long the gradient is beside the step that the optimizer makes of it at a rate of 1.
+    r"""Mean over the weights of gradient norm over update norm at lr = 1.
 
-    A large weight counts no more than a small one, and a group's rate makes no difference. Other parameters, as biases,
-    take part in the steps and have no say in how long these are.
+    A large weight counts no more than a small one, and a group's learning rate makes no difference. Other parameters,
+    such as biases, are left out of the mean.
 
     Args:
-        optimizer: One of :data:`DIRECTIONS`, about to step.
-        grad_scale: What the gradients have been multiplied by and the optimizer will divide by.
-        ratios: Each parameter group's rate over the first one's; what is in groups of 0 does not count.
-        invariance: Tells of which weights only the direction matters. Their gradients, which are the shorter the
-            longer the weights are, count as if the weights had the length that they usually start with.
-        is_weight: Tells a weight from other parameters.
+        optimizer: One with a registered update, about to step.
+        grad_scale: Factor of the gradients by which the optimizer will divide.
+        ratios: Learning rate of each parameter group over that of the first one; groups of 0 do not count.
+        invariance: Detects scale-invariant weights. Their gradients, which are the shorter the longer the weights are,
+            count as if the weights had the norm that they usually start with.
+        is_weight: Whether a parameter is a weight.
 
     Returns:
         The mean of :math:`\|g\| / \|u\|` over the weights that have a gradient and are about to move, with Euclidean
-        norms, and 1. Where there are none, as in an optimizer of biases or of a flat part of a sharded network, the two
-        lengths of all parameters together. Not finite where one of the gradients is not. Shape (2,), float32, on the
-        gradients' device.
+        norms, and 1. Without such weights, as in an optimizer of biases or of a flat part of a sharded network, the two
+        norms over all parameters. Not finite where one of the gradients is not. Shape (2,), float32, on the gradients'
+        device.
 
     Raises:
-        KeyError: The optimizer is none of them.
+        ValueError: No update is registered for the optimizer.
     """
     weights: list[Tensor] = []
     squares: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios):
         if not step.ratio:
             continue
-        growth = invariance.growth(step.parameter, step.slopes, step.place) if invariance else 1.0
+        growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
         pair = [growth**2 * _square(step.grad), _square(step.update)]
         squares += pair
         if is_weight(step.parameter):
@@ -159,46 +257,48 @@ def lengths_of_weights(
     together = _summed(squares).sqrt()
     if not weights:
         return together
-    gradients, moves = torch.stack([square.to(together.device) for square in weights]).sqrt().reshape(-1, 2).T
-    counted = (gradients > 0) & (moves > 0)
-    mean = torch.where(counted, gradients / moves, 0.0).sum() / counted.sum()
-    known = torch.isfinite(together).all() & counted.any()
-    return torch.where(known, torch.stack([mean, torch.ones_like(mean)]), together)
+    grad_norms, norms = torch.stack([square.to(together.device) for square in weights]).sqrt().reshape(-1, 2).T
+    counted = (grad_norms > 0) & (norms > 0)
+    mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
+    usable = torch.isfinite(together).all() & counted.any()
+    return torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What an optimizer is about to do with one parameter: real tensors, the update at a rate of 1."""
+    """What an optimizer is about to do with one parameter: real tensors, the update at lr = 1."""
 
     parameter: Tensor
-    place: int  # among all parameters of the optimizer
-    ratio: float  # of its group's rate to the first one's
-    slopes: Tensor  # as the backward has left them
+    index: int  # among all parameters of the optimizer
+    ratio: float  # of its group's learning rate to the first one's
+    raw_grad: Tensor  # as the backward has left it
     grad: Tensor  # as the optimizer takes it
     update: Tensor
 
 
 def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Iterator[_Step]:
     """The steps of all parameters that have a gradient."""
-    direction = DIRECTIONS[type(optimizer).__name__]
+    info = optimizer_info(optimizer)
+    if info.update is None:
+        raise ValueError(f"no update is registered for the optimizer {info.name}; see register_optimizer")
     counters = _counters(optimizer)
-    place = -1
+    index = -1
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         for parameter in group["params"]:
-            place += 1
-            slopes = parameter.grad
-            if slopes is None:
+            index += 1
+            raw_grad = parameter.grad
+            if raw_grad is None:
                 continue
             # The moments of a complex parameter are those of its parts.
             grad, weight = (
-                torch.view_as_real(t) if t.is_complex() else t for t in (slopes.detach(), parameter.detach())
+                torch.view_as_real(t) if t.is_complex() else t for t in (raw_grad.detach(), parameter.detach())
             )
             state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
             state.update(counters.get(parameter, {}))
             grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
-            if _coupled(optimizer, group):
+            if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
                 grad = grad + group["weight_decay"] * weight
-            yield _Step(parameter, place, ratio, slopes, grad, direction(grad, state, group))
+            yield _Step(parameter, index, ratio, raw_grad, grad, info.update(grad, state, group))
 
 
 def _summed(squares: Sequence[Tensor]) -> Tensor:
@@ -209,7 +309,7 @@ def _summed(squares: Sequence[Tensor]) -> Tensor:
 
 
 def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
-    """The numbers of each parameter's state, which fused optimizers keep on the device, read from it at once."""
+    """The counters in each parameter's state, which fused optimizers keep on the device, read in one transfer."""
     found = [
         (parameter, name, value)
         for parameter, state in optimizer.state.items()
@@ -229,17 +329,12 @@ def _real(value: Any) -> Any:
     return torch.view_as_real(value) if isinstance(value, Tensor) and value.is_complex() else value
 
 
-def _coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    decoupled = type(optimizer).__name__ in DECOUPLED or group.get("decoupled_weight_decay", False)
-    return bool(group.get("weight_decay", 0.0)) and not decoupled
-
-
 def _step(state: Mapping[str, Any]) -> float:
     return float(state["step"]) + 1 if state else 1.0
 
 
 def _moments(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
-    """The moving averages of the gradient and of its square with this step's in them, and the number of the step."""
+    """First and second moment after this step, and the number of the step."""
     beta1, beta2 = group["betas"]
     first, second = (1 - beta1) * grad, (1 - beta2) * grad * grad
     if state:
@@ -251,18 +346,18 @@ def _square(values: Tensor) -> Tensor:
     return norm(values).to(torch.float32) ** 2
 
 
-def weights_of(module: nn.Module) -> Callable[[Tensor], bool]:
-    """What tells the weights of a network from its other parameters.
+def weight_filter(module: nn.Module) -> Callable[[Tensor], bool]:
+    """A function that tells the weights of a network from its other parameters.
 
     Weights are those of linear maps, convolutions and embeddings, by the class of the module that has them, however
-    small; of modules that are none of these what has two dimensions longer than 1. Those of a normalisation are none,
-    nor is a single number.
+    small; of other modules the parameters with two dimensions longer than 1. Parameters of a normalisation and single
+    numbers are not.
     """
-    known: dict[Tensor, bool] = {}
+    is_weight: dict[Tensor, bool] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(part, _NORMALISATIONS):
-                known[parameter] = False
+                is_weight[parameter] = False
             elif isinstance(part, _LAYERS) and name in ("weight", "bias"):
-                known[parameter] = name == "weight"
-    return lambda parameter: parameter.numel() > 1 and known.get(parameter, is_matrix(parameter))
+                is_weight[parameter] = name == "weight"
+    return lambda parameter: parameter.numel() > 1 and is_weight.get(parameter, is_matrix(parameter))
