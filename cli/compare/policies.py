@@ -103,7 +103,7 @@ def options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
         return [*switch, f"--model.{key}.lr", repr(policy.rate)] if named else switch
     chosen = [*switch, *(_optimizer(policy, key, arguments.get(key)) if key else ())]
     if policy.kind == "paper":
-        chosen += [part for name in ("norm", "rule", "squared") for part in (f"--lipschitz.{name}", "auto")]
+        chosen += [part for name in ("norm", "rule", "second_moment") for part in (f"--lipschitz.{name}", "auto")]
         chosen += ["--lipschitz.bound", "paper"]
         schedule = _key(arguments, LRScheduler, "scheduler")
         chosen += [f"--model.{schedule}", "null"] if schedule else []

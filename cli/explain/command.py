@@ -2,16 +2,15 @@
 
 import contextlib
 import json
-import math
 import sys
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from torch.optim import Optimizer
 
-from lit_lipschitz.bounds.families import Bound
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.cli.explain.text import text
@@ -22,20 +21,11 @@ from lit_lipschitz.cli.main import fail
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition import heads as inspection
-from lit_lipschitz.rules import registry as rules
+from lit_lipschitz.rules.registry import RULES
 
 _WRITERS = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, EpochLines, PredictionFile,
             TensorBoardSummary, LipschitzAudit)  # fmt: skip
 """What writes, prints, or needs a logger."""
-# By family, and by whether the norm is one of the whole batch: the loss's number, and what L is made of it.
-_FORMULAS = {
-    ("paper", True): ("estimate", "estimate * K_z / m"),
-    ("paper", False): ("estimate", "estimate * K_z / m"),
-    ("strict", True): ("slope", "slope * K_z / sqrt(m)"),
-    ("strict", False): ("slope", "slope * K_z"),
-    ("smooth", True): ("curvature", "curvature * K_z^2 / m"),
-    ("smooth", False): ("curvature", "curvature * K_z^2"),
-}
 
 
 class _Explained(Exception):
@@ -132,65 +122,47 @@ def explain(arguments: list[str]) -> int:
         return fail(error, 2)
 
 
-# -- what there is to say ----------------------------------------------------------------------------------------------
-
-
 def explanation(trainer: L.Trainer, position: int, controller: Controller) -> dict[str, Any]:
-    """How the rate of an optimizer comes about, as plain values."""
+    """How the learning rate of an optimizer comes about, as plain values.
+
+    Args:
+        trainer: The trainer, about to make an optimizer step.
+        position: The optimizer's position among the trainer's.
+        controller: What controls its learning rate.
+    """
     policy, options, decision = controller.policy, controller.options, controller.decision
     assert decision is not None
-    optimizer = controller.optimizer
-    name, rates = type(optimizer).__name__, controller.rates
+    optimizer, rates = controller.optimizer, controller.rates
     schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-    rule = policy.rule_for(name, optimizer.param_groups)
+    own = [f"LipschitzLR's own {controller.schedule}"] if controller.schedule is not None else []
     return {
-        "optimizer": name,
+        "optimizer": type(optimizer).__name__,
         "position": position,
         "head": _head(controller),
         "loss": _loss(controller),
-        **_constant(trainer, controller),
+        "bound": policy.bound,
+        "norm": policy.norm,
+        "measure": options.measure,
+        "weights": options.weights,
+        "accumulation": controller.accumulated,
+        "ranks": trainer.world_size,
+        "rule": decision.rule or None,
+        "rule_description": RULES[decision.rule].description if decision.rule else None,
+        "formula": decision.formula or None,
+        "terms": [asdict(term) for term in decision.terms],
         "L": decision.constant or None,
-        "rule": rule,
-        "rule_says": (rules.RULES[rule].__doc__ or "").partition("\n")[0],
         "rate": decision.lr,
         "limit": decision.cap or None,
-        "by_hand": options.initial_lr if not decision.constant else None,
-        "factor": rates[0] / decision.lr if decision.lr else 1.0,
-        "schedulers": [type(scheduler).__name__ for scheduler in schedulers]
-        + [f"LipschitzLR's own {controller.schedule}"] * (controller.schedule is not None),
-        "scale": controller.measurement.scale if rule in rules.SCALED and controller.measurement else None,
-        "direction_only": controller.direction_only,
-        "observed": decision.observed or None,
-        "effective": decision.effective if rule in rules.SLOPED and decision.observed else None,
-        "lengthening": _lengthening(controller, rule),
-        "mean": _mean(controller.rule_state, rule),
-        "smooth_constant": decision.curvature or None,
+        "initial_lr": options.initial_lr if not decision.rule else None,
+        "num_scale_invariant": controller.num_scale_invariant,
         "unexplained": controller.unexplained,
         "restraint": controller.restraint,
-        "momentum": optimizer.param_groups[0]["momentum"] if rule == "noise" else None,
-        "beta": optimizer.param_groups[0]["betas"][0] if rule == "schedule_free" else None,
+        "factor": rates[0] / decision.lr if decision.lr else 1.0,
+        "schedulers": [type(scheduler).__name__ for scheduler in schedulers] + own,
         "lr": rates[0],
         "lr_of_groups": rates,
         "dry_run": options.dry_run,
     }
-
-
-def _mean(state: rules.RuleState, rule: str) -> float | None:
-    """The mean that limits the rate, of the rules that have one."""
-    if rule in rules.SLOPED:
-        return rules.mean_of(state)
-    return state.average if rule == "grafted" else None
-
-
-def _lengthening(controller: Controller, rule: str) -> float | None:
-    """The c of the rules that have one; without a slope all examples count in it."""
-    settings, decision, measured = controller.optimizer.param_groups[0], controller.decision, controller.measurement
-    if rule in rules.SLOPED and decision is not None and measured is not None:
-        examples = decision.effective or measured.batch_size
-        if rule == "observed":
-            return rules.noise_lengthening(settings, examples, measured.batch_size)
-        return rules.schedule_free_lengthening(settings, examples)
-    return rules.lengthening(settings) if rule == "grafted" else None
 
 
 def _head(controller: Controller) -> dict[str, Any] | None:
@@ -209,47 +181,11 @@ def _loss(controller: Controller) -> dict[str, Any] | None:
     if loss is None:
         return None
     how = "found in the autograd graph" if controller.options.loss == "auto" else "named by loss="
-    return {"name": loss.name, "reduction": loss.reduction, "how": how, **loss.arguments}
-
-
-def _constant(trainer: L.Trainer, controller: Controller) -> dict[str, Any]:
-    """L and what it is made of; without the numbers where the rate does not come from a measurement."""
-    policy, measured, loss = controller.policy, controller.measurement, controller.loss
-    about: dict[str, Any] = {"bound": policy.bound, "norm": policy.norm, "measure": controller.options.measure}
-    if measured is None or loss is None or controller.head is None:
-        return {**about, "formula": None}
-    whole = policy.norm in ("frobenius", "spectral")
-    m, size, optimizer = measured.batch_size, measured.activation_norm, controller.optimizer
-    kind, formula = _FORMULAS[policy.bound, whole]
-    _, outputs = inspection.head_size(controller.head)
-    unit = loss.constant(1.0, batch_size=m, num_outputs=outputs, bound=policy.bound, norm=policy.norm,
-                         output_norm=measured.output_norm)  # fmt: skip
-    divisor = _divisor(policy.bound, whole, m)
-    decay = policy.decay_of(type(optimizer).__name__, optimizer.param_groups)
-    data = unit * (size**2 if policy.bound == "smooth" else size)
-    pieces = trainer.world_size * controller.accumulated
-    return {
-        **about,
-        "k": outputs,
-        "m": m,
-        "batch": m / pieces,
-        "accumulation": controller.accumulated,
-        "ranks": trainer.world_size,
-        "K_z": size,
-        "W": measured.weight_norm,
-        "weights": controller.options.weights,
-        "weight_decay": decay,
-        "output_norm": measured.output_norm if loss.needs_output_norm(policy.bound) else None,
-        "coefficient": kind,
-        kind: unit * divisor,
-        "formula": formula + (" + lambda" if policy.bound == "smooth" else " + lambda * W"),
-        "data_term": data,
-        "l2_term": decay if policy.bound == "smooth" else decay * measured.weight_norm,
-    }
-
-
-def _divisor(bound: Bound, whole: bool, m: int) -> float:
-    """What the formula divides by."""
-    if bound == "strict":
-        return math.sqrt(m) if whole else 1.0
-    return float(m) if whole or bound == "paper" else 1.0
+    about: dict[str, Any] = {"name": loss.name, "reduction": loss.reduction, "how": how}
+    if loss.name == "cross_entropy":
+        about.update(label_smoothing=loss.label_smoothing, class_weights=loss.class_weights)
+    elif loss.name == "binary_cross_entropy":
+        about.update(pos_weight=loss.pos_weight)
+    elif loss.name in ("huber", "smooth_l1"):
+        about.update(threshold=loss.threshold)
+    return about

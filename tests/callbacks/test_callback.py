@@ -642,8 +642,9 @@ def test_a_head_with_one_output_is_refused_in_so_many_words():
     [
         ({"loss": "hinge"}, "loss='hinge'"),
         ({"rule": "lbfgs"}, "rule='lbfgs'"),
-        ({"squared": "mean"}, "squared='mean'"),
-        ({"squared": "scripts"}, "for bound='paper' and norm='frobenius'; found 'strict'"),
+        ({"second_moment": "mean"}, "second_moment='mean'"),
+        ({"second_moment": "text"}, "second_moment='text'"),
+        ({"second_moment": "scripts"}, "for bound='paper' and norm='frobenius'; found 'strict'"),
         ({"rule": "adam_authors"}, "for bound='paper' and norm='frobenius'; found 'strict'"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"weights": "biases"}, "weights='biases'"),

@@ -17,9 +17,11 @@ from lit_lipschitz.control import noise_damping
 from lit_lipschitz.control.noise_damping import NoiseDamping
 from lit_lipschitz.control.policy import Measurement, Policy
 from lit_lipschitz.data import DeviceLoader
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.measurement.residuals import Residuals
 from lit_lipschitz.optim.schedules import linear_warmup_decay
-from lit_lipschitz.rules import registry as rules
+from lit_lipschitz.rules.base import RuleInput, Stateless
+from lit_lipschitz.rules.sgd import noise
 
 COUNT, BATCH = 96, 16
 
@@ -310,7 +312,7 @@ def test_several_terms_tell_nothing():
     )
     callback, _ = fit(twice, noisy(), max_epochs=3)
     assert callback.controllers[0].fraction_unexplained is None
-    assert callback.controllers[0].decision.observed == 0
+    assert callback.controllers[0].decision.observed_constant == 0
 
 
 def test_the_damping_is_logged_from_the_first_step_on_after_a_resume_too():
@@ -367,7 +369,7 @@ def test_in_a_run_without_epochs_they_are_those_of_the_interval():
     callback, _ = fit(module, data, LipschitzLR(update=20, schedule="none"), max_epochs=-1, max_steps=101)
     outputs, targets = (torch.cat(part[80:100]) for part in zip(*module.epochs[0], strict=True))
     measured = callback.controllers[0].measurement
-    assert measured.residual == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-4)
+    assert measured.residual_rms == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, 3.0])
@@ -403,28 +405,32 @@ def test_in_the_first_interval_outputs_and_targets_stand_for_them():
 def test_residuals_that_vanish_have_a_limit(residual, share):
     groups = sgd([torch.zeros(1, requires_grad=True)]).param_groups
     # Three outputs of 16 examples, of a norm that is two to an output with that of the targets.
-    measured = Measurement(4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), residual=residual)
-    arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "optimizer": "SGD", "groups": groups}
-    decision, _ = Policy().decide(measured, state=rules.RuleState(), last=None, **arguments)
-    assert decision.observed == pytest.approx(share * decision.constant)
+    measured = Measurement(4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), residual_rms=residual)
+    arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "groups": groups}
+    info = optimizer_info(sgd([torch.zeros(1, requires_grad=True)]))
+    decision, _ = Policy().decide(measured, optimizer=info, state=Stateless(), last=None, **arguments)
+    assert decision.observed_constant == pytest.approx(share * decision.constant)
     assert decision.curvature == pytest.approx(2 / 3 * 4.0**2 / 16)
-    assert decision.lr == pytest.approx(min(0.1 * math.sqrt(16 / 2) / decision.observed, 1 / decision.curvature))
+    assert decision.lr == pytest.approx(
+        min(0.1 * math.sqrt(16 / 2) / decision.observed_constant, 1 / decision.curvature)
+    )
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
 def test_no_rate_of_momentum_is_above_the_inverse_of_the_curvature(dampening):
     settings = {"momentum": 0.9, "dampening": dampening}
     for seen in (
-        rules.Observation(1e-3, 1e-6, curvature=5.0),
-        rules.Observation(10.0, 100.0, 1.0, observed=1e-3, effective=1.0, curvature=5.0),
+        RuleInput(1e-3, 1e-6, curvature=5.0),
+        RuleInput(10.0, 100.0, 1.0, observed_constant=1e-3, effective_sample_size=1.0, curvature=5.0),
     ):
-        rate, _ = rules.noise(seen, rules.RuleState(), settings)
-        assert rate == pytest.approx(1 / ((1 - dampening) * 5.0))
-    small = rules.Observation(10.0, 100.0, curvature=5.0)
-    assert rules.noise(small, rules.RuleState(), settings)[0] < 0.1
+        result = noise(seen, Stateless(), settings)
+        assert result.rate == pytest.approx(1 / ((1 - dampening) * 5.0))
+        assert {term.symbol: term.value for term in result.terms}["limit"] == result.rate
+    small = RuleInput(10.0, 100.0, curvature=5.0)
+    assert noise(small, Stateless(), settings).rate < 0.1
 
 
 @pytest.mark.parametrize("settings", [{"norm": "sample"}, {"rule": "inverse"}, {"bound": "smooth"}, {"bound": "paper"}])
 def test_other_norms_rules_and_families_are_what_they_were(settings):
     callback, _ = fit(Regression(sgd), noisy(), LipschitzLR(schedule="none", **settings), max_epochs=3)
-    assert callback.controllers[0].decision.observed == 0
+    assert callback.controllers[0].decision.observed_constant == 0

@@ -10,9 +10,13 @@ from helpers import CLASSES, Classifier, Steps, length, loader, mean_of_matrices
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree
 from torch.nn import functional as F
 
-from lit_lipschitz import LipschitzLR, LitLipschitzError
-from lit_lipschitz.measurement.optimizer_updates import lengths
-from lit_lipschitz.rules import registry as rules
+from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
+from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info, update_norms
+from lit_lipschitz.measurement.step_scale import FlooredScale
+from lit_lipschitz.rules.adaptive import MeanByGradNormState
+from lit_lipschitz.rules.base import RuleInput
+from lit_lipschitz.rules.schedule_free import schedule_free
 
 
 class Free(Classifier):
@@ -90,7 +94,7 @@ def test_the_length_is_that_of_the_step_of_the_averaged_sequence():
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator) / (1 + step)
         before = [optimizer.state[p]["z"].clone() if step else p.detach().clone() for p in parameters]
-        gradient, found = length([p.grad for p in parameters]), lengths(optimizer)
+        gradient, found = length([p.grad for p in parameters]), update_norms(optimizer)
         optimizer.step()
         moved = [optimizer.state[p]["z"] - b for p, b in zip(parameters, before, strict=True)]
         assert found.tolist() == pytest.approx([gradient, length(moved)], rel=2e-5)
@@ -106,19 +110,20 @@ def test_the_first_step_of_a_single_matrix_is_as_long_as_sgds_times_a_tenth_of_t
 
 @pytest.mark.parametrize(("examples", "longer"), [(1, 0.1), (16, 1.6), (70, 7.0), (2000, math.sqrt(50))])
 def test_the_rate_grows_with_the_examples_that_count_up_to_a_limit(examples, longer):
-    seen = rules.Observation(4.0, 16.0, scale=3.0, observed=2.0, effective=examples)
-    rate, _ = rules.schedule_free(seen, rules.RuleState(), {"betas": (0.9, 0.999)})
-    assert rate == pytest.approx(longer * 3.0 / 2.0)
+    inputs = RuleInput(4.0, 16.0, step_scale=3.0, observed_constant=2.0, effective_sample_size=examples)
+    result = schedule_free(inputs, MeanByGradNormState(), {"betas": (0.9, 0.999)})
+    assert result.rate == pytest.approx(longer * 3.0 / 2.0)
 
 
 def test_losses_that_become_flat_raise_the_rate_slowly_and_steep_ones_lower_it_at_once():
-    settings, state = {"betas": (0.9, 0.999)}, rules.RuleState()
-    seen = rules.Observation(4.0, 16.0, scale=3.0, observed=2.0, effective=16)
+    settings, state = {"betas": (0.9, 0.999)}, MeanByGradNormState()
+    inputs = RuleInput(4.0, 16.0, step_scale=3.0, observed_constant=2.0, effective_sample_size=16)
     for _ in range(9):
-        rate, state = rules.schedule_free(seen, state, settings)
+        rate, state, _ = schedule_free(inputs, state, settings)
         assert rate == pytest.approx(2.4)
-    assert rules.schedule_free(replace(seen, observed=0.02), state, settings)[0] == pytest.approx(2.4 * 10.9)
-    assert rules.schedule_free(replace(seen, observed=4.0), state, settings)[0] == pytest.approx(1.2)
+    flat, steep = (replace(inputs, observed_constant=constant) for constant in (0.02, 4.0))
+    assert schedule_free(flat, state, settings).rate == pytest.approx(2.4 * 10.9)
+    assert schedule_free(steep, state, settings).rate == pytest.approx(1.2)
 
 
 def test_later_the_gradient_moves_the_weights_by_a_tenth_of_the_rate():
@@ -179,15 +184,15 @@ def test_a_run_that_is_resumed_has_the_same_rates_and_weights(tmp_path):
     assert all(torch.equal(p, weight) for p, weight in zip(module.parameters(), weights, strict=True))
 
 
-def test_the_scale_is_the_mean_of_the_first_five_readings_or_of_all_if_that_is_larger():
-    scale = rules.LastingScale()
-    for reading in (1.0, math.nan, 3.0, 0.0, 2.0, 2.0, 7.0):
-        scale = scale.seen(reading)
+def test_the_scale_is_the_mean_of_the_first_five_ratios_or_of_all_if_that_is_larger():
+    scale = FlooredScale()
+    for ratio in (1.0, math.nan, 3.0, 0.0, 2.0, 2.0, 7.0):
+        scale = scale.update(ratio)
     assert scale.value == pytest.approx(3.0)
-    fallen = scale.seen(1e-3)
+    fallen = scale.update(1e-3)
     assert fallen.value == pytest.approx(3.0)
-    assert fallen.seen(1e-3).value == pytest.approx(3.0)
-    assert scale.seen(15.0).value == pytest.approx(5.0)
+    assert fallen.update(1e-3).value == pytest.approx(3.0)
+    assert scale.update(15.0).value == pytest.approx(5.0)
 
 
 def test_a_scale_that_began_with_vanishing_gradients_grows_with_them():
@@ -196,14 +201,17 @@ def test_a_scale_that_began_with_vanishing_gradients_grows_with_them():
     module.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), *layers, torch.nn.Linear(16, 3))
     look = fit(callback, module, max_epochs=60)
     assert max(look.ratios) > 10 * look.ratios[0]
-    assert callback.controllers[0].measurement.scale > 2 * sum(look.ratios[i] for i in (0, 1, 3, 7, 15)) / 5
+    assert callback.controllers[0].measurement.step_scale > 2 * sum(look.ratios[i] for i in (0, 1, 3, 7, 15)) / 5
 
 
 def test_it_is_the_rule_of_a_bound_and_others_of_its_kind_are_refused():
-    assert rules.rule_for("AdamWScheduleFree", {}, "strict") == "schedule_free"
-    assert rules.rule_for("AdamWScheduleFree", {}, "smooth") == "schedule_free"
-    with pytest.raises(ValueError, match="AdamWScheduleFree with bound='paper'; known: SGD"):
-        rules.rule_for("AdamWScheduleFree", {}, "paper")
+    optimizer = AdamWScheduleFree([torch.nn.Parameter(torch.ones(1))])
+    info, groups = optimizer_info(optimizer), optimizer.param_groups
+    assert info.averages_weights
+    for bound in ("strict", "smooth"):
+        assert Policy(bound=bound).rule_for(info, groups).name == "schedule_free"
+    with pytest.raises(ConfigurationError, match="AdamWScheduleFree with bound='paper'; known: SGD"):
+        Policy(bound="paper").rule_for(info, groups)
     module = Classifier(RAdamScheduleFree)
     with pytest.raises(LitLipschitzError, match="RAdamScheduleFree; known: .*AdamWScheduleFree"):
         trainer(LipschitzLR(), Steps()).fit(module, loader(16))

@@ -1,13 +1,19 @@
-"""Lengths of steps against the steps that torch's optimizers make."""
+"""Norms of updates against the steps that torch's optimizers make, and which classes are known."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lit_lipschitz.measurement.optimizer_updates import DIRECTIONS, lengths, lengths_of_weights, weights_of
-from lit_lipschitz.measurement.step_scale import StepReadings
-from lit_lipschitz.rules.registry import StepScale
+from lit_lipschitz import ZeroStartSGD
+from lit_lipschitz.measurement.optimizer_updates import (
+    mean_grad_to_update_ratio,
+    optimizer_info,
+    registered_optimizers,
+    update_norms,
+    weight_filter,
+)
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1.0, weight_decay=0.1),
@@ -35,7 +41,7 @@ def test_the_length_is_that_of_the_step_which_follows(name, dtype):
             parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype) / (1 + step)
         before = [parameter.detach().clone() for parameter in parameters]
         gradient = [p.grad + decay * b for p, b in zip(parameters, before, strict=True)]
-        found = lengths(optimizer)
+        found = update_norms(optimizer)
         optimizer.step()
         moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
         expected = [torch.cat([part.flatten() for part in parts]).norm().real for parts in (gradient, moved)]
@@ -45,9 +51,9 @@ def test_the_length_is_that_of_the_step_which_follows(name, dtype):
 def test_gradients_that_are_scaled_count_unscaled_and_without_any_the_lengths_are_zero():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], weight_decay=0.0)
-    assert lengths(optimizer).tolist() == [0.0, 0.0]
+    assert update_norms(optimizer).tolist() == [0.0, 0.0]
     parameter.grad = torch.tensor([3.0, 0.0, 4.0]) * 1024
-    gradient, step = lengths(optimizer, torch.tensor(1024.0)).tolist()
+    gradient, step = update_norms(optimizer, torch.tensor(1024.0)).tolist()
     assert gradient == pytest.approx(5.0)
     assert step == pytest.approx(2**0.5, rel=1e-6)
 
@@ -57,8 +63,8 @@ OTHERS = {"bias": (4,), "scale of a layer": (5, 1, 1), "token": (1, 1, 6), "numb
 
 
 def scale_of(optimizer, **settings):
-    """What a reading makes of it."""
-    gradient, step = lengths_of_weights(optimizer, **settings).tolist()
+    """Gradient norm over update norm; None without an update."""
+    gradient, step = mean_grad_to_update_ratio(optimizer, **settings).tolist()
     return gradient / step if step else None
 
 
@@ -125,12 +131,12 @@ def test_without_a_weight_that_moves_all_parameters_have_one_scale_and_without_a
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e25])
 @pytest.mark.parametrize("shape", [(2, 2), (3,)])
-def test_a_gradient_that_is_not_finite_is_no_reading(value, shape):
+def test_a_gradient_that_is_not_finite_is_not_measured(value, shape):
     """In a weight, or in a bias beside a weight."""
     broken = nn.Parameter(torch.ones(shape))
     broken.grad = torch.ones(shape)
     broken.grad[0] = value
-    read = lengths_of_weights(adamw_of(parameter_with([3.0] * 2, [3.0] * 2), broken))
+    read = mean_grad_to_update_ratio(adamw_of(parameter_with([3.0] * 2, [3.0] * 2), broken))
     assert not torch.isfinite(read).all()
 
 
@@ -152,24 +158,24 @@ LAYERS = {
 def test_weights_are_told_by_the_layers_that_have_them(name):
     make, expected = LAYERS[name]
     module = make()
-    is_weight = weights_of(nn.Sequential(nn.Identity(), module))
+    is_weight = weight_filter(nn.Sequential(nn.Identity(), module))
     assert {title for title, parameter in module.named_parameters() if is_weight(parameter)} == expected
 
 
-def test_a_rank_that_has_no_gradient_leaves_the_reading_to_the_others():
+def test_a_rank_without_a_gradient_leaves_the_measurement_to_the_others():
     """As with parameters that are flat and sharded: the MAX over the ranks is of both lengths."""
     bias, empty = parameter_with(3.0, 0.0, 4.0), nn.Parameter(torch.ones(0))
-    ranks = [StepReadings(adamw_of(one), StepScale(), False, weights_of(nn.Identity())) for one in (bias, empty)]
-    read = torch.stack([one.measure(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]).amax(dim=0)
-    ranks[1].take(read)
+    ranks = [StepScaleEstimator(adamw_of(one), nn.Identity(), "mean") for one in (bias, empty)]
+    packed = [one.pack(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]
+    ranks[1].unpack(torch.stack(packed).amax(dim=0))
     assert ranks[1].scale.value == pytest.approx(5.0 / 2**0.5, rel=1e-5)
 
 
 def test_an_optimizer_that_is_not_known_is_no_guess():
-    assert "SGD" not in DIRECTIONS
-    for read in (lengths, lengths_of_weights):
-        with pytest.raises(KeyError):
-            read(torch.optim.Adagrad([nn.Parameter(torch.ones(1))]))
+    for kind in (torch.optim.SGD, torch.optim.Adagrad):
+        for measure in (update_norms, mean_grad_to_update_ratio):
+            with pytest.raises(ValueError, match=f"no update is registered for the optimizer {kind.__name__};"):
+                measure(kind([nn.Parameter(torch.ones(1))], lr=0.1))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
@@ -183,5 +189,66 @@ def test_counters_are_read_from_the_device_at_once(kind, monkeypatch):
     for name in ("__float__", "item", "tolist"):
         own = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, own=own: reads.append(self) or own(self))
-    lengths_of_weights(optimizer)
+    mean_grad_to_update_ratio(optimizer)
     assert len(reads) == 1
+
+
+class Renamed(torch.optim.AdamW):
+    """A subclass that changes nothing of the step."""
+
+
+class Stepping(torch.optim.AdamW):
+    """A subclass with a step of its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def named(name, base=torch.optim.Optimizer):
+    """An optimizer of another package with the name of one of torch's."""
+    initialize = lambda self, parameters: torch.optim.Optimizer.__init__(self, parameters, {"lr": 0.1})  # noqa: E731
+    step = (
+        {} if base is not torch.optim.Optimizer else {"__init__": initialize, "step": lambda self, closure=None: None}
+    )
+    return type(name, (base,), step)
+
+
+def info_of(kind):
+    return optimizer_info(kind([nn.Parameter(torch.ones(1))]))
+
+
+def test_a_subclass_counts_as_its_class_unless_it_steps_by_itself():
+    for _ in range(2):  # torch wraps a class's step when its first instance is made
+        assert info_of(Renamed).cls is torch.optim.AdamW
+        assert info_of(torch.optim.AdamW).cls is torch.optim.AdamW
+        assert info_of(torch.optim.Adam).cls is torch.optim.Adam
+        assert info_of(torch.optim.SGD).cls is torch.optim.SGD
+    assert info_of(ZeroStartSGD).resolve() is ZeroStartSGD
+    unknown = info_of(Stepping)
+    assert (unknown.cls, unknown.update, dict(unknown.rules)) == (Stepping, None, {})
+    assert info_of(type("Further", (Stepping,), {})).update is None
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "AdamWScheduleFree", "ZeroStartSGD"])
+def test_an_optimizer_of_another_package_is_not_known_by_its_name(name):
+    assert name in {info.name for info in registered_optimizers()}
+    for kind in (named(name), named(name, torch.optim.NAdam)):
+        unknown = info_of(kind)
+        assert (unknown.cls, unknown.update, dict(unknown.rules)) == (kind, None, {})
+
+
+def test_the_weight_decay_of_a_group_is_coupled_as_torch_steps():
+    """The gradient is 0, so that AdamW's moments see coupled weight decay alone."""
+    for name, settings, coupled in (
+        ("Adam", {}, True),
+        ("AdamW", {}, False),
+        ("NAdam", {}, True),
+        ("NAdam", {"decoupled_weight_decay": True}, False),
+        ("RAdam", {"decoupled_weight_decay": True}, False),
+    ):
+        parameter = nn.Parameter(torch.ones(2))
+        optimizer = getattr(torch.optim, name)([parameter], lr=0.1, weight_decay=0.5, **settings)
+        parameter.grad = torch.zeros(2)
+        optimizer.step()
+        assert bool(optimizer.state[parameter]["exp_avg"].any()) == coupled
+        assert optimizer_info(optimizer).couples_weight_decay(optimizer.param_groups[0]) == coupled

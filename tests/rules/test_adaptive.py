@@ -1,4 +1,4 @@
-"""Adam and its like: their direction, in steps as long as SGD's at 1/L; and the schedule of runs that bring none."""
+"""Adam-type optimizers: their direction, in steps as long as SGD's at 1/L."""
 
 import math
 import warnings
@@ -7,15 +7,17 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from helpers import EXAMPLES, Classifier, Steps, adamws_scale, examples, loader, trainer
+from helpers import Classifier, Steps, adamws_scale, loader, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset
 
-from lit_lipschitz import LinearWarmupDecay, LipschitzLR, LitLipschitzError
+from lit_lipschitz import LipschitzLR, LitLipschitzError
 from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control.policy import Measurement, Policy
-from lit_lipschitz.rules import registry as rules
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
+from lit_lipschitz.measurement.step_scale import StepScale
+from lit_lipschitz.rules.adaptive import MeanByGradNormState, MeanState, grafted
+from lit_lipschitz.rules.base import RuleInput
 
 MAKERS = {
     "Adam": torch.optim.Adam,
@@ -85,41 +87,39 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
     assert rates == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_readings_weight_halves_with_each_that_follows():
-    scale = rules.StepScale()
+def test_the_weight_of_a_measured_ratio_halves_with_each_that_follows():
+    scale = StepScale()
     assert scale.value == 0
-    scale = scale.seen(3.0)
+    scale = scale.update(3.0)
     assert scale.value == 3.0
-    assert scale.seen(12.0).value == pytest.approx(6.0)
-    assert scale.seen(12.0).seen(1 / 6).value == pytest.approx(1.0)
-    for reading in (math.nan, math.inf, 0.0):
-        assert scale.seen(reading) == scale
+    assert scale.update(12.0).value == pytest.approx(6.0)
+    assert scale.update(12.0).update(1 / 6).value == pytest.approx(1.0)
+    for ratio in (math.nan, math.inf, 0.0):
+        assert scale.update(ratio) == scale
 
 
 def test_a_rate_falls_at_once_with_the_gradients_and_grows_slowly_with_them():
-    settings, state = {"betas": (0.0, 0.999)}, rules.RuleState()
+    settings, state = {"betas": (0.0, 0.999)}, MeanState()
     for _ in range(9):
-        rate, state = rules.grafted(rules.Observation(2.0, 4.0, scale=1.0), state, settings)
+        rate, state, _ = grafted(RuleInput(2.0, 4.0, step_scale=1.0), state, settings)
         assert rate == pytest.approx(0.5)
-    fallen, _ = rules.grafted(rules.Observation(2.0, 4.0, scale=0.1), state, settings)
-    assert fallen == pytest.approx(0.05)
-    grown, _ = rules.grafted(rules.Observation(2.0, 4.0, scale=100.0), state, settings)
-    assert grown == pytest.approx(5.45)
+    assert grafted(RuleInput(2.0, 4.0, step_scale=0.1), state, settings).rate == pytest.approx(0.05)
+    assert grafted(RuleInput(2.0, 4.0, step_scale=100.0), state, settings).rate == pytest.approx(5.45)
 
 
 def test_a_rate_follows_the_constant_at_once():
-    settings, state = {"betas": (0.0, 0.999)}, rules.RuleState()
+    settings, state = {"betas": (0.0, 0.999)}, MeanState()
     for constant in (2.0, 2.0, 4.0):
-        rate, state = rules.grafted(rules.Observation(constant, constant**2, scale=1.0), state, settings)
+        rate, state, _ = grafted(RuleInput(constant, constant**2, step_scale=1.0), state, settings)
         assert rate == pytest.approx(1 / constant)
 
 
 def test_without_a_usable_gradient_there_is_no_rate():
-    arguments = {"loss": Loss("cross_entropy"), "num_outputs": 3, "optimizer": "AdamW", "last": None}
-    arguments |= {"groups": torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).param_groups}
-    decide = Policy().decide
-    assert decide(Measurement(4.0, 1.0, 16, 0, scale=0.0), state=rules.RuleState(), **arguments) is None
-    (decision, _) = decide(Measurement(4.0, 1.0, 16, 0, scale=0.5), state=rules.RuleState(), **arguments)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    arguments = {"optimizer": optimizer_info(optimizer), "groups": optimizer.param_groups, "last": None}
+    arguments |= {"loss": Loss("cross_entropy"), "num_outputs": 3, "state": MeanByGradNormState()}
+    assert Policy().decide(Measurement(4.0, 1.0, 16, 0, step_scale=0.0), **arguments) is None
+    (decision, _) = Policy().decide(Measurement(4.0, 1.0, 16, 0, step_scale=0.5), **arguments)
     assert decision.lr == pytest.approx(0.1 * math.sqrt(16 / 2) * LONGER * 0.5 / decision.constant)
 
 
@@ -176,8 +176,8 @@ def test_groups_with_other_rates_count_by_them(ratio):
     assert look.moved**0.5 == pytest.approx(LONGER * look.sgd**0.5 / callback.constant, rel=1e-4)
 
 
-def test_parameters_that_thaw_begin_the_readings_anew():
-    """The step of many more parameters is longer; the mean over readings of the few would keep the rate up."""
+def test_parameters_that_thaw_restart_the_estimate():
+    """The step of many more parameters is longer; the mean over the ratios of the few would keep the rate up."""
 
     class Thawing(Classifier):
         def configure_optimizers(self):
@@ -201,83 +201,6 @@ def test_the_state_of_another_optimizers_rule_is_refused():
     module = Classifier(lambda p: torch.optim.AdamW(p, lr=1.0))
     with pytest.raises(LitLipschitzError, match="rule 'inverse', and this run's AdamW has the rule 'observed'"):
         trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(module, loader(), ckpt_path="sgd.ckpt")
-
-
-# -- the schedule ------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_without_a_scheduler_warms_up_and_decays_as_with_one():
-    def scheduled(parameters):
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        scheduler = LinearWarmupDecay(optimizer, total_steps=3 * EXAMPLES // 16)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    class Scheduled(Classifier):
-        def configure_optimizers(self):
-            return scheduled(self.parameters())
-
-    torch.manual_seed(0)
-    expected = fit(LipschitzLR(), Scheduled(), max_epochs=3)
-    torch.manual_seed(0)
-    assert fit(LipschitzLR(), Classifier(), max_epochs=3) == pytest.approx(expected, rel=1e-12)
-    assert expected[0] < expected[1]
-    assert 0 < expected[-1] < 0.2 * max(expected)
-
-
-def test_the_rate_that_is_logged_is_the_one_that_is_used():
-    callback = LipschitzLR()
-    rates = fit(callback, Classifier(), max_steps=6)
-    assert callback.lr == pytest.approx(rates[-1])
-    assert callback.lr == pytest.approx(callback.rate * LinearFactor.at(5, 6))
-
-
-class LinearFactor:
-    """The factor written out for whole numbers: w = T / 10."""
-
-    @staticmethod
-    def at(step, total):
-        rise = total / 10
-        return min((step + 1) / (rise + 1), (total - step) / (total - rise))
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield from (examples()[i] for i in range(EXAMPLES))
-
-
-@pytest.mark.parametrize(
-    ("callback", "data", "settings"),
-    [
-        (lambda: LipschitzLR(schedule="none"), lambda: loader(), {"max_epochs": 2}),
-        (lambda: LipschitzLR(bound="paper"), lambda: loader(), {"max_epochs": 2}),
-        (LipschitzLR, lambda: DataLoader(Endless(), batch_size=16), {"max_epochs": 1, "limit_train_batches": 4}),
-    ],
-    ids=["none", "paper", "known by the limit"],
-)
-def test_a_schedule_is_there_only_where_it_is_asked_for_and_the_length_is_known(callback, data, settings):
-    run = trainer(ours := callback(), Steps(), **settings)
-    run.fit(Classifier(), data())
-    constant = ours.rate == ours.lr
-    assert constant == (ours.options.schedule == "none" or ours.policy.bound == "paper")
-
-
-def test_accumulation_that_changes_has_no_schedule():
-    run = trainer(callback := LipschitzLR(), L.pytorch.callbacks.GradientAccumulationScheduler({0: 2, 1: 1}))
-    run.fit(Classifier(), loader())
-    assert callback.rate == callback.lr
-
-
-def test_a_run_of_unknown_length_says_that_it_has_no_schedule(caplog):
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = batch_idx == 3
-
-    with caplog.at_level("INFO"):
-        run = trainer(callback := LipschitzLR(), Stop(), max_epochs=-1)
-        run.fit(Classifier(), DataLoader(Endless(), batch_size=16))
-    assert callback.rate == callback.lr
-    assert "length of the run is not known" in caplog.text
 
 
 def test_a_batch_that_makes_no_gradient_for_some_parameters_counts_the_others():

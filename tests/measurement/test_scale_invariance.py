@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
-from lit_lipschitz.measurement.optimizer_updates import lengths_of_weights
-from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, usual_lengths
+from lit_lipschitz.measurement.optimizer_updates import mean_grad_to_update_ratio
+from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
 
 
 def adamw(parameters):
@@ -53,7 +53,7 @@ ORTHOGONAL = torch.tensor([[-4.0, 3.0]])  # to (3, 4)
 
 
 def growth(seen, weight, grad, place=0):
-    return float(seen.growth(weight, grad, place))
+    return float(seen.norm_growth(weight, grad, place))
 
 
 def followed(body, inputs):
@@ -81,14 +81,14 @@ def test_a_weight_in_front_of_a_normalisation_is_told_from_a_head(name, dtype):
                 weight.mul_(1.1)
     assert found[0] > 1.9
     if dtype != torch.bfloat16:
-        assert seen.count == 1
+        assert seen.num_scale_invariant == 1
 
 
 def test_a_weight_of_a_known_layer_is_as_long_as_it_is_beside_hes_length():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, **CONV, bias=False), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten())
     network.append(nn.Linear(8 * 36, CLASSES))
-    seen = ScaleInvariance(usual_lengths(network))
+    seen = ScaleInvariance(he_init_norms(network))
     for factor in (1.0, 3.0):
         nn.init.kaiming_normal_(network[0].weight, nonlinearity="relu")
         with torch.no_grad():
@@ -128,7 +128,7 @@ def test_hes_length_is_that_of_his_initialisation(name):
     layer = LAYERS[name]()
     mode = "fan_out" if name == "transposed" else "fan_in"  # torch takes the first dimension for the outputs
     nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
-    assert usual_lengths(nn.Sequential(layer)) == {layer.weight: pytest.approx(layer.weight.norm().item(), rel=0.03)}
+    assert he_init_norms(nn.Sequential(layer)) == {layer.weight: pytest.approx(layer.weight.norm().item(), rel=0.03)}
 
 
 def test_what_has_changed_the_loss_once_is_never_taken_for_one():
@@ -162,10 +162,10 @@ def test_what_chance_makes_orthogonal_is_not_taken_for_one_for_long():
         for place, weight in enumerate(weights):
             found.append(growth(seen, weight.mul_(1.1), torch.randn(8, 8, generator=generator), place))
         if reading == 0:
-            assert seen.count < 50
+            assert seen.num_scale_invariant < 50
     assert 0 < sum(one != 1.0 for one in found[1000:2000]) < 150
     assert set(found[-2000:]) == {1.0}
-    assert seen.count == 0
+    assert seen.num_scale_invariant == 0
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan, 1e-25, 1e30])
@@ -186,7 +186,7 @@ def test_weights_that_start_at_zero_have_not_grown_and_rows_without_a_gradient_t
     assert growth(seen, weight, grad) == 1.0
     weight[1:] = 1.0
     assert growth(seen, weight, grad) == 1.0
-    assert seen.count == 0
+    assert seen.num_scale_invariant == 0
     rows, of_rows = torch.ones(4, 2), ScaleInvariance()
     growth(of_rows, rows, grad)
     assert growth(of_rows, 2 * rows, grad) == 1.0
@@ -206,7 +206,7 @@ def test_an_embedding_that_starts_at_zero_has_the_rate_of_any_other(monkeypatch)
     for measured in (True, False):
         torch.manual_seed(0)
         if not measured:
-            monkeypatch.setattr(ScaleInvariance, "growth", lambda *_: 1.0)
+            monkeypatch.setattr(ScaleInvariance, "norm_growth", lambda *_: 1.0)
         trainer(LipschitzLR(schedule="none"), steps := Steps(), max_epochs=1).fit(Words(), data)
         rates.append([rate for (rate,) in steps.rates])
     assert rates[0] == rates[1]
@@ -217,13 +217,13 @@ def test_weights_that_have_grown_do_not_change_the_scale():
     network, inputs = normalised(), torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(2))
     parameters = with_gradients(network, inputs)
     optimizer, seen = adamw(parameters), ScaleInvariance()
-    before, plain = lengths_of_weights(optimizer, invariance=seen), lengths_of_weights(optimizer)
+    before, plain = mean_grad_to_update_ratio(optimizer, invariance=seen), mean_grad_to_update_ratio(optimizer)
     torch.testing.assert_close(before, plain)
     with torch.no_grad():
         network[2].weight.mul_(2.0)
     with_gradients(network, inputs)
-    torch.testing.assert_close(lengths_of_weights(optimizer, invariance=seen), before, rtol=1e-3, atol=0)
-    assert float(lengths_of_weights(optimizer)[0]) < 0.95 * float(plain[0])
+    torch.testing.assert_close(mean_grad_to_update_ratio(optimizer, invariance=seen), before, rtol=1e-3, atol=0)
+    assert float(mean_grad_to_update_ratio(optimizer)[0]) < 0.95 * float(plain[0])
 
 
 @pytest.mark.parametrize("optimizer", [adamw, lambda p: AdamWScheduleFree(p, lr=1.0)])
@@ -263,7 +263,7 @@ def test_the_rate_does_not_fall_because_they_grow(monkeypatch):
     rates = []
     for measured in (True, False):
         if not measured:
-            monkeypatch.setattr(ScaleInvariance, "growth", lambda *_: 1.0)
+            monkeypatch.setattr(ScaleInvariance, "norm_growth", lambda *_: 1.0)
         rates.append([fit(), fit(Grow())])
     (still, grown), (_, before) = rates
     assert grown[-1] > 0.7 * still[-1]
@@ -276,8 +276,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_rates(tmp_path):
     path = tmp_path / "step=18.ckpt"
     assert fit(Grow(), path=path) == whole[18:]
     checkpoint = torch.load(path, weights_only=True)
-    readings = checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["readings"]
-    assert sum(0 <= cosine < 0.3 and norm > 0 for cosine, norm in readings["orthogonal"]) == 1
-    readings["orthogonal"] = []
+    state = checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["step_scale"]
+    assert sum(0 <= cosine < 0.3 and norm > 0 for cosine, norm in state["scale_invariance"]) == 1
+    state["scale_invariance"] = []
     torch.save(checkpoint, path)
     assert fit(Grow(), path=path) != whole[18:]
