@@ -20,7 +20,7 @@ from lit_lipschitz.cli.fit.progress import EpochLines
 from lit_lipschitz.cli.main import fail
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.recognition import heads as inspection
+from lit_lipschitz.recognition.heads import head_size
 from lit_lipschitz.rules.registry import RULES
 
 _WRITERS = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, EpochLines, PredictionFile,
@@ -132,7 +132,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     """
     policy, options, decision = controller.policy, controller.options, controller.decision
     assert decision is not None
-    optimizer, rates = controller.optimizer, controller.rates
+    optimizer, rates, estimator = controller.optimizer, controller.rates, controller.updater.estimator
     schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
     own = [f"LipschitzLR's own {controller.schedule}"] if controller.schedule is not None else []
     return {
@@ -144,7 +144,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "norm": policy.norm,
         "measure": options.measure,
         "weights": options.weights,
-        "accumulation": controller.accumulated,
+        "accumulation": controller.updater.state.accumulated,
         "ranks": trainer.world_size,
         "rule": decision.rule or None,
         "rule_description": RULES[decision.rule].description if decision.rule else None,
@@ -154,9 +154,9 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "rate": decision.lr,
         "limit": decision.cap or None,
         "initial_lr": options.initial_lr if not decision.rule else None,
-        "num_scale_invariant": controller.num_scale_invariant,
-        "unexplained": controller.unexplained,
-        "restraint": controller.restraint,
+        "num_scale_invariant": estimator.num_scale_invariant if estimator else None,
+        "fraction_unexplained": controller.fraction_unexplained,
+        "damping": controller.damping,
         "factor": rates[0] / decision.lr if decision.lr else 1.0,
         "schedulers": [type(scheduler).__name__ for scheduler in schedulers] + own,
         "lr": rates[0],
@@ -166,26 +166,19 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
 
 
 def _head(controller: Controller) -> dict[str, Any] | None:
-    head = controller.head
-    if head is None:
+    if controller.found is None:
         return None
-    width, outputs = inspection.head_size(head)
+    head = controller.found.hook.head
+    width, outputs = head_size(head)
     bias = getattr(head, "bias", None) is not None
     how = "found" if controller.options.head == "auto" else "named by head="
-    return {"name": controller.head_name, "class": type(head).__name__, "inputs": width, "bias": bias,
+    return {"name": controller.found.hook.name, "class": type(head).__name__, "inputs": width, "bias": bias,
             "outputs": outputs, "how": how}  # fmt: skip
 
 
 def _loss(controller: Controller) -> dict[str, Any] | None:
-    loss = controller.loss
-    if loss is None:
+    if controller.found is None:
         return None
-    how = "found in the autograd graph" if controller.options.loss == "auto" else "named by loss="
-    about: dict[str, Any] = {"name": loss.name, "reduction": loss.reduction, "how": how}
-    if loss.name == "cross_entropy":
-        about.update(label_smoothing=loss.label_smoothing, class_weights=loss.class_weights)
-    elif loss.name == "binary_cross_entropy":
-        about.update(pos_weight=loss.pos_weight)
-    elif loss.name in ("huber", "smooth_l1"):
-        about.update(threshold=loss.threshold)
-    return about
+    loss = controller.found.loss
+    how = "found in the autograd graph" if controller.options.loss_name is None else "named by loss="
+    return {"name": loss.name, "reduction": loss.reduction, "arguments": dict(loss.arguments), "how": how}

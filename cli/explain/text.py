@@ -24,8 +24,8 @@ def _found(one: dict[str, Any]) -> list[Row]:
         rows.append(("head", f"{head['name']}, a {head['class']} of {head['inputs']} inputs, {head['outputs']} outputs "
                              f"and {bias}, {head['how']}"))  # fmt: skip
     if loss := one["loss"]:
-        details = [f"{key} {loss[key]:g}" for key in ("label_smoothing", "pos_weight", "threshold") if loss.get(key)]
-        details += ["with class weights"] if loss.get("class_weights") else []
+        details = [f"{name} {value:g}" for name, value in loss["arguments"].items() if isinstance(value, float)]
+        details += ["with class weights"] if "class_weights" in loss["arguments"] else []
         rows.append(("loss", ", ".join([f"{loss['name']}, a {loss['reduction']}", *details, loss["how"]])))
     return rows
 
@@ -82,9 +82,9 @@ def _rate(one: dict[str, Any]) -> list[Row]:
         if one["num_scale_invariant"]:
             many = f"{one['num_scale_invariant']} scale-invariant weights, as in front of a normalisation"
             rows.append(("free", f"{many}: their norm does not enter scale"))
-    if one["unexplained"] is not None:
-        rows.append(("u", f"{one['unexplained']:.6g}, fraction of the targets' variance unexplained in the last "
-                          f"epoch: {one['restraint']:.6g} is in the factor"))  # fmt: skip
+    if one["fraction_unexplained"] is not None:
+        rows.append(("u", f"{one['fraction_unexplained']:.6g}, fraction of the targets' variance unexplained in the last "
+                          f"epoch: {one['damping']:.6g} is in the factor"))  # fmt: skip
     limit = f", by the limit {one['limit']}" if one["limit"] else ""
     by = f", from {' and '.join(one['schedulers'])}" if one["schedulers"] else ", without a scheduler"
     rows += [

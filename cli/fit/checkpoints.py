@@ -181,7 +181,7 @@ def save_last(trainer: L.Trainer) -> str | None:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for ours in callbacks:
         if isinstance(ours, LipschitzLR):
-            ours.share(trainer)
+            ours.share()
     # As ModelCheckpoint does, another run's file of that name is left alone.
     path, version = callback.last_model_path, 0
     while not path or (Path(path).exists() and path != callback.last_model_path):

@@ -120,7 +120,7 @@ def test_every_family_multiplies_out_and_is_what_fit_uses(explain, lit, bound, n
     assert (answer["step"], answer["epoch"]) == (1, 1)
     terms = values(one)
     assert (one["bound"], one["norm"], terms["k"]) == (bound, norm, 10)
-    assert one["loss"]["label_smoothing"] == pytest.approx(0.1)
+    assert one["loss"]["arguments"]["label_smoothing"] == pytest.approx(0.1)
     assert (terms["m"], one["accumulation"], one["ranks"]) == (64, 2, 1)
     assert recompute(one) == pytest.approx(one["L"], rel=1e-12)
     assert terms["data"] + terms["l2"] == terms["L"] == one["L"]
@@ -306,9 +306,9 @@ def test_what_a_squared_error_has_left_is_explained(lit):
         float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("O", "limit", "u", "rate", "factor", "lr")
     )
     assert rate == pytest.approx(min(0.1 * math.sqrt(16 / 2) / seen, limit), rel=1e-4)
-    restraint = float(re.search(r"last epoch: ([\d.e-]+) is in the factor", out)[1])
+    damping = float(re.search(r"last epoch: ([\d.e-]+) is in the factor", out)[1])
     assert 0.2 < unexplained < 1
-    assert factor == pytest.approx(restraint * (60 - 48) / 54, rel=1e-4)  # after a warm-up of 6 steps
+    assert factor == pytest.approx(damping * (60 - 48) / 54, rel=1e-4)  # after a warm-up of 6 steps
     assert lr == pytest.approx(rate * factor, rel=1e-5)
     assert max(map(len, out.splitlines())) <= 120
 

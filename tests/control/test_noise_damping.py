@@ -26,17 +26,17 @@ from lit_lipschitz.rules.sgd import noise
 COUNT, BATCH = 96, 16
 
 
-def after(shares, steps=10, first=1.0, begin=0, parameters=100):
-    """The progress of epochs of so many steps each with these fraction_unexplained shares."""
+def after(fractions, steps=10, first=1.0, begin=0, parameters=100):
+    """The damping after epochs of ``steps`` steps each with these unexplained fractions."""
     seen = NoiseDamping()
     seen.add_first_batches(Residuals(1e12, 1e12, 1e12 * first), begin)  # so many that their error does not matter
-    for epoch, share in enumerate(shares, 1):
+    for epoch, share in enumerate(fractions, 1):
         seen.add_epoch(Residuals(100.0, 100.0, 100.0 * share), begin + epoch * steps, parameters)
     return seen
 
 
 def test_the_factor_by_hand():
-    # Epochs around steps 5, 15 and 25. Since steps 2.5, 7.5 and 12.5, where the shares were 0.9, 0.75 and 0.65, they
+    # Epochs around steps 5, 15 and 25. Since steps 2.5, 7.5 and 12.5, where the fractions were 0.9, 0.75 and 0.65, they
     # have fallen by 0.1, 0.15 and 0.1; and 0.45 / 0.55 of the variance are explained.
     assert after([0.8, 0.6]).factor == 1
     assert after([0.8, 0.6, 0.55]).factor == pytest.approx((0.1 / 0.15) ** 4)
@@ -61,8 +61,8 @@ HARD = [1 - 0.05 * math.log2(2 + epoch) for epoch in range(50)]  # as much again
     ],
     ids=["nothing", "one epoch", "nothing learned", "less than nothing", "fast", "three quarters", "all", "hard"],
 )
-def test_the_rate_is_not_damped(shares):
-    assert after(shares).factor == pytest.approx(1.0, abs=0.15 if shares is HARD else 0)
+def test_the_rate_is_not_damped(fractions):
+    assert after(fractions).factor == pytest.approx(1.0, abs=0.15 if fractions is HARD else 0)
 
 
 def test_the_rate_is_damped_at_most_tenfold_where_only_noise_is_left():
@@ -119,12 +119,12 @@ def test_epochs_whose_targets_do_not_vary_are_ignored():
 
 
 def test_the_damping_continues_from_its_state():
-    shares = [0.9, 0.6, 0.55, 0.5, 0.5]
+    fractions = [0.9, 0.6, 0.55, 0.5, 0.5]
     resumed = NoiseDamping()
-    resumed.load_state_dict(after(shares[:3]).state_dict())
+    resumed.load_state_dict(after(fractions[:3]).state_dict())
     for epoch in (4, 5):
-        resumed.add_epoch(Residuals(100.0, 100.0, 100.0 * shares[epoch - 1]), epoch * 10, 100)
-    assert resumed.factor == after(shares).factor
+        resumed.add_epoch(Residuals(100.0, 100.0, 100.0 * fractions[epoch - 1]), epoch * 10, 100)
+    assert resumed.factor == after(fractions).factor
 
 
 class Regression(L.LightningModule):
