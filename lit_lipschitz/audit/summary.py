@@ -76,7 +76,7 @@ class AuditSummary:
 
     @property
     def verdicts(self) -> list[str]:
-        """The conclusions as sentences: on the premise, on L, and on non-finite steps if there were any."""
+        """Conclusions about the premise, about L and, if there were any, about non-finite steps, one sentence each."""
         lost = f"Gradients were not finite in {self.nonfinite} audited steps, which are not counted."
         sentences = [self._premise(), *self._comparison()] if self.steps else ["No gradient was audited."]
         return [*sentences, lost] if self.nonfinite else sentences
