@@ -273,17 +273,6 @@ def test_a_rate_set_by_hand_starts_the_authors_average_alone():
     assert rules.initial_state("adamo", 0.5) == rules.RuleState()
 
 
-@pytest.mark.parametrize(("estimate", "expected"), [("constant", 0.36), ("scripts", 0.25 / 100 * 7 + 2 * 0.1 * 0.5)])
-def test_the_estimates_of_the_squared_constant(estimate, expected):
-    value = bounds.second_moment(0.5, 0.1, estimate=estimate, activation_norm=10.0, fourth_moment_norm=7.0)
-    assert value == pytest.approx(expected)
-
-
-def test_an_unknown_estimate_is_refused():
-    with pytest.raises(ValueError, match="estimate='mean': expected one of constant, scripts"):
-        bounds.second_moment(1.0, estimate="mean")
-
-
 @pytest.mark.parametrize(
     ("rule", "settings", "named"),
     [
