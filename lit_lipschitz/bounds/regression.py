@@ -137,9 +137,8 @@ def quantile(
 ) -> float:
     """Constant of the quantile (pinball) loss, max(level r, (level - 1) r) of r = target - output.
 
-    Estimate and gradient norm are max(level, 1 - level). The other arguments, the result and the errors are those of
-    :func:`mean_absolute_error`, of which the loss is half at a level of 0.5. Not in the papers: derived the same
-    way.
+    Estimate and gradient norm are max(level, 1 - level). At a level of 0.5 the loss is half the absolute error. Other
+    arguments, result and errors are those of :func:`mean_absolute_error`. Not in the papers: derived the same way.
 
     Args:
         level: The quantile, in (0, 1).

@@ -1,11 +1,11 @@
-"""Every loss on somebody's own module: the constant behind the first step, by hand and against autograd."""
+"""Every loss on somebody's own module: the constant behind the first step, manually and by autograd."""
 
 import math
 
 import lightning as L
 import pytest
 import torch
-from helpers import trainer
+from helpers import CLASSES, LOSSES, ROWS, WIDTH, AnyLoss, first_constant, trainer
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -13,113 +13,41 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import ConfigurationError, LipschitzLR
 
-ROWS, WIDTH, OUTPUTS = 16, 5, 3
-
-
-class Regressor(LightningModule):
-    """Somebody's own module with any loss; keeps the first step's gradient and the head's inputs."""
-
-    def __init__(self, loss, outputs=OUTPUTS, scale=1.0, bias=True):
-        super().__init__()
-        self.body, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, outputs, bias=bias)
-        with torch.no_grad():
-            self.head.weight.mul_(scale)
-        self.loss = loss
-
-    def training_step(self, batch, batch_idx):
-        self.inputs = self.body(batch[0]).relu()
-        self.outputs = self.head(self.inputs)
-        return self.loss(self.outputs, batch[1])
-
-    def on_after_backward(self):
-        parts = [p.grad.flatten() for p in self.head.parameters()]
-        self.gradient = torch.cat(parts).norm().item()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def first_step(module, targets, inputs=None, **settings):
-    """Trains one step; returns the constant."""
-    inputs = torch.randn(len(targets), WIDTH) if inputs is None else inputs
-    callback = LipschitzLR(**settings)
-    trainer(callback, max_steps=1).fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=len(targets)))
-    assert callback.rate == pytest.approx(1 / callback.constant)
-    return callback.constant
-
-
-CLASSES = torch.arange(ROWS) % OUTPUTS
-REAL = torch.linspace(-3, 3, ROWS * OUTPUTS).reshape(ROWS, OUTPUTS)
+LABELS = torch.arange(ROWS) % CLASSES
+REAL = torch.linspace(-3, 3, ROWS * CLASSES).reshape(ROWS, CLASSES)
 BINARY = (REAL > 0).float()
-POSITIVE = torch.tensor([0.5, 3.0, 1.0])
-WEIGHTS = torch.tensor([1.0, 2.0, 4.0])
-SOFT = F.softmax(REAL, dim=1)
-
-# Loss, targets, and by hand the slope and the curvature of one example in the outputs.
-LOSSES = {
-    "cross-entropy": (F.cross_entropy, CLASSES, math.sqrt(2), 1 / 2),
-    "smoothed": (
-        lambda z, y: F.cross_entropy(z, y, label_smoothing=0.3),
-        CLASSES,
-        math.sqrt(1 + 0.49 - 0.09 / 3),
-        1 / 2,
-    ),
-    "probabilities": (F.cross_entropy, SOFT, math.sqrt(2), 1 / 2),
-    "weighted": (
-        # By (hi + lo) / (2 sqrt(hi lo)), and by m hi / (hi + (m - 1) lo).
-        lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS),
-        CLASSES,
-        math.sqrt(2) * 5 / 4,
-        1 / 2 * ROWS * 4 / (4 + ROWS - 1),
-    ),
-    "summed": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), CLASSES, ROWS * math.sqrt(2), ROWS / 2),
-    "halved": (lambda z, y: 0.5 * F.cross_entropy(z, y), CLASSES, math.sqrt(2) / 2, 1 / 4),
-    "binary": (F.binary_cross_entropy_with_logits, BINARY, 1 / math.sqrt(3), 1 / 12),
-    "sigmoid": (lambda z, y: F.binary_cross_entropy(z.sigmoid(), y), BINARY, 1 / math.sqrt(3), 1 / 12),
-    "positives": (
-        lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=POSITIVE),
-        BINARY,
-        3 / math.sqrt(3),
-        3 / 12,
-    ),
-    "absolute": (F.l1_loss, REAL, 1 / math.sqrt(3), None),
-    "huber": (lambda z, y: F.huber_loss(z, y, delta=0.7), REAL, 0.7 / math.sqrt(3), 1 / 3),
-    "smooth l1": (lambda z, y: F.smooth_l1_loss(z, y, beta=0.7), REAL, 1 / math.sqrt(3), 1 / 0.7 / 3),
-    "squared": (F.mse_loss, REAL, None, 2 / 3),
-}
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_has_its_constant_and_the_gradient_is_below_it(name):
-    loss, targets, slope, _ = LOSSES[name]
+@pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES)
+def test_a_loss_has_its_constant_and_the_gradient_is_below_it(case):
+    targets = case.targets(LABELS)
     for scale in (1.0, 30.0):
-        module = Regressor(loss, scale=scale)
-        constant = first_step(module, targets)
+        module = AnyLoss(case.function, scale=scale)
+        constant = first_constant(module, targets)
         size = (module.inputs.square().sum(dim=1) + 1).mean().sqrt().item()
-        if slope is None:
-            # 2 / (m n) (norm(Z) + norm(Y)) norm(A~)
-            matrices = module.outputs.norm() + REAL.norm()
-            slope_here = 2 / OUTPUTS * matrices.item() / math.sqrt(ROWS)
-        else:
-            slope_here = slope
-        assert constant == pytest.approx(slope_here * size, rel=1e-5)
+        gradient_norm = case.gradient_norm
+        if gradient_norm is None:
+            # 2 / (m n) (norm(Z) + norm(Y)) norm(A~), and of a mean over m; norm(A~) is sqrt(m) times the size.
+            matrices = (module.outputs.norm() + targets.norm()).item()
+            gradient_norm = case.curvature * matrices / math.sqrt(ROWS)
+        assert constant == pytest.approx(gradient_norm * size, rel=1e-5)
         assert 0 < module.gradient <= constant
 
 
-@pytest.mark.parametrize("name", [name for name, (*_, curvature) in LOSSES.items() if curvature])
+@pytest.mark.parametrize("name", [name for name, case in LOSSES.items() if case.curvature])
 def test_the_smooth_family_has_the_curvature_of_each_loss(name):
-    loss, targets, _, curvature = LOSSES[name]
-    module = Regressor(loss)
-    constant = first_step(module, targets, bound="smooth", norm="frobenius")
+    case = LOSSES[name]
+    module = AnyLoss(case.function)
+    constant = first_constant(module, case.targets(LABELS), bound="smooth", norm="frobenius")
     size = (module.inputs.square().sum(dim=1) + 1).mean().item()
-    assert constant == pytest.approx(curvature * size, rel=1e-5)
+    assert constant == pytest.approx(case.curvature * size, rel=1e-5)
 
 
 def test_a_squared_error_of_single_outputs_in_each_norm():
     inputs, targets = torch.randn(ROWS, WIDTH), torch.linspace(-3, 3, ROWS)
     for settings in ({}, {"norm": "sample"}, {"bound": "paper"}, {"bound": "paper", "norm": "sample"}):
-        module = Regressor(lambda z, y: F.mse_loss(z[:, 0], y), outputs=1)
-        constant = first_step(module, targets, inputs, **settings)
+        module = AnyLoss(lambda z, y: F.mse_loss(z[:, 0], y), outputs=1)
+        constant = first_constant(module, targets, inputs, **settings)
         rows, outputs = module.inputs, module.outputs[:, 0]
         with_ones = (rows.square().sum(dim=1) + 1).sqrt()
         expected = {
@@ -134,17 +62,17 @@ def test_a_squared_error_of_single_outputs_in_each_norm():
 def test_the_mean_is_over_what_the_loss_counts():
     """Tokens that are ignored count neither in a batch of many nor where they are all but one."""
     for ignored in (0, 5, ROWS - 1):
-        targets = CLASSES.clone()
+        targets = LABELS.clone()
         targets[:ignored] = -100
-        module = Regressor(F.cross_entropy)
-        constant = first_step(module, targets)
+        module = AnyLoss(F.cross_entropy)
+        constant = first_constant(module, targets)
         total = (module.inputs.square().sum(dim=1) + 1).sum()
         assert constant == pytest.approx(math.sqrt(2 * total / (ROWS - ignored)), rel=1e-5)
         assert module.gradient <= constant
 
 
 def test_a_batch_whose_targets_are_all_ignored_is_left_out():
-    module, callback = Regressor(F.cross_entropy), LipschitzLR()
+    module, callback = AnyLoss(F.cross_entropy), LipschitzLR()
     data = DataLoader(TensorDataset(torch.randn(ROWS, WIDTH), torch.full((ROWS,), -100)), batch_size=ROWS)
     with pytest.warns(UserWarning, match="keeping the configured rate"):
         trainer(callback, max_steps=1).fit(module, data)
@@ -166,16 +94,16 @@ def test_a_loss_can_be_named(name):
         "mean_squared_error": (F.mse_loss, lambda z, y: (z - y).square().mean()),
     }
     known, other = functions[name]
-    targets = CLASSES if name == "cross_entropy" else BINARY
+    targets = LABELS if name == "cross_entropy" else BINARY
     settings = {"bound": "smooth"} if name == "mean_squared_error" else {}
     inputs = torch.randn(ROWS, WIDTH)
     found = []
     for loss, named in ((known, {}), (other, {"loss": name})):
         torch.manual_seed(3)
-        found.append(first_step(Regressor(loss), targets, inputs, **settings, **named))
+        found.append(first_constant(AnyLoss(loss), targets, inputs, **settings, **named))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     with pytest.raises(ConfigurationError, match="pass loss= with its name"):
-        first_step(Regressor(other), targets, inputs, **settings)
+        first_constant(AnyLoss(other), targets, inputs, **settings)
 
 
 @pytest.mark.parametrize(
@@ -192,22 +120,22 @@ def test_a_loss_can_be_named(name):
 )
 def test_a_loss_without_a_constant_is_refused(loss, targets, settings, message):
     with pytest.raises(ConfigurationError, match=message):
-        first_step(Regressor(loss), targets, **settings)
+        first_constant(AnyLoss(loss), targets, **settings)
 
 
 def test_more_rows_at_the_head_than_targets_are_refused():
-    class Tokens(Regressor):
+    class Tokens(AnyLoss):
         def training_step(self, batch, batch_idx):
             tokens = batch[0][:, None].expand(-1, 4, -1)
             return F.cross_entropy(self.head(self.body(tokens))[:, :1].flatten(0, 1), batch[1])
 
     with pytest.raises(ConfigurationError, match=f"measured {4 * ROWS} rows at the head 'head' .* {ROWS} targets"):
-        first_step(Tokens(F.cross_entropy), CLASSES)
-    assert first_step(Tokens(F.cross_entropy), CLASSES, head="head") > 0
+        first_constant(Tokens(F.cross_entropy), LABELS)
+    assert first_constant(Tokens(F.cross_entropy), LABELS, head="head") > 0
 
 
 def constants_of(module, batches, **settings):
-    """The constant behind each step of an epoch, decided anew after each."""
+    """The constant behind each step of an epoch, which is decided after each."""
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
@@ -220,7 +148,7 @@ def constants_of(module, batches, **settings):
 
 
 def test_a_pooled_squared_error_is_bounded_too():
-    class Pooled(Regressor):
+    class Pooled(AnyLoss):
         def training_step(self, batch, batch_idx):
             self.inputs = self.body(batch[0][:, None] * torch.ones(1, 4, 1)).relu()
             self.outputs = self.head(self.inputs).mean(dim=1)[:, 0]
@@ -229,7 +157,7 @@ def test_a_pooled_squared_error_is_bounded_too():
     for settings in ({}, {"norm": "sample"}, {"bound": "paper"}):
         module = Pooled(None, outputs=1)
         targets = torch.linspace(-3, 3, ROWS)
-        constant = first_step(module, targets, **settings)
+        constant = first_constant(module, targets, **settings)
         assert module.gradient <= constant
         if not settings:
             rows = (module.inputs.square().sum(dim=2) + 1).mean().sqrt()
@@ -238,19 +166,19 @@ def test_a_pooled_squared_error_is_bounded_too():
 
 
 def test_a_batch_that_makes_no_loss_is_forgotten():
-    class Skipping(Regressor):
+    class Skipping(AnyLoss):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 1 else loss
 
     inputs = torch.randn(4, ROWS, WIDTH)
     inputs[1] *= 1000
-    batches = DataLoader(TensorDataset(inputs.flatten(0, 1), CLASSES.repeat(4)), batch_size=ROWS)
+    batches = DataLoader(TensorDataset(inputs.flatten(0, 1), LABELS.repeat(4)), batch_size=ROWS)
     assert max(constants_of(Skipping(F.cross_entropy), batches)) < 10
 
 
 def test_a_frozen_head_is_measured_and_not_what_runs_after_it():
-    class Frozen(Regressor):
+    class Frozen(AnyLoss):
         def __init__(self):
             super().__init__(F.cross_entropy)
             self.head.requires_grad_(False)
@@ -265,7 +193,7 @@ def test_a_frozen_head_is_measured_and_not_what_runs_after_it():
             pass
 
     module = Frozen()
-    constant = first_step(module, CLASSES)
+    constant = first_constant(module, LABELS)
     assert constant == pytest.approx(math.sqrt(2 * (module.inputs.square().sum(dim=1) + 1).mean()), rel=1e-5)
 
 
@@ -273,32 +201,32 @@ def test_a_frozen_head_is_measured_and_not_what_runs_after_it():
 def test_a_sum_over_a_number_that_varies_is_a_mean(bound):
     """As people write it who count their tokens: the divisor is another in every batch, and a tensor."""
 
-    def by_hand(z, y):
+    def manual(z, y):
         return F.cross_entropy(z, y, reduction="sum", ignore_index=-100) / (y != -100).sum()
 
     def number(z, y):
         return F.cross_entropy(z, y, reduction="sum") / len(y[y != -100])
 
-    targets = CLASSES.repeat(4).reshape(4, ROWS).clone()
+    targets = LABELS.repeat(4).reshape(4, ROWS).clone()
     for batch, ignored in enumerate((0, 15, 8, 3)):
         targets[batch, :ignored] = -100
     inputs = torch.randn(4 * ROWS, WIDTH)
     found = []
-    for loss in (F.cross_entropy, by_hand, number):
+    for loss in (F.cross_entropy, manual, number):
         torch.manual_seed(3)
         batches = DataLoader(TensorDataset(inputs, targets.flatten()), batch_size=ROWS)
         settings = {"bound": bound, "norm": "frobenius", "update": 1}
-        found.append(constants_of(Regressor(loss), batches, **settings))
+        found.append(constants_of(AnyLoss(loss), batches, **settings))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_a_weight_that_changes_is_noticed():
-    class Warming(Regressor):
+    class Warming(AnyLoss):
         def training_step(self, batch, batch_idx):
             return (batch_idx + 1) * super().training_step(batch, batch_idx)
 
-    batches = DataLoader(TensorDataset(torch.randn(1, WIDTH).expand(ROWS * 3, -1), CLASSES.repeat(3)), batch_size=ROWS)
+    batches = DataLoader(TensorDataset(torch.randn(1, WIDTH).expand(ROWS * 3, -1), LABELS.repeat(3)), batch_size=ROWS)
     settings = {"update": 1, "max_lr": 1e-9}  # so that the network stays the same
     first, *others = constants_of(Warming(F.cross_entropy), batches, **settings)
     assert others == pytest.approx([1 * first, 2 * first], rel=1e-5)  # of the batch before
@@ -317,25 +245,25 @@ def test_what_is_added_to_a_named_loss_is_disregarded_and_nothing_else(loss, nam
     inputs, found = torch.randn(ROWS, WIDTH), []
     for extra in (False, True):
         torch.manual_seed(3)
-        module = Regressor(lambda z, y, extra=extra: loss(z, y) + (1e-3 * z.exp().sum() if extra else 0.0))
-        found.append(first_step(module, CLASSES, inputs, loss=name))
+        module = AnyLoss(lambda z, y, extra=extra: loss(z, y) + (1e-3 * z.exp().sum() if extra else 0.0))
+        found.append(first_constant(module, LABELS, inputs, loss=name))
         assert 0 < module.gradient <= found[-1] * 1.01
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_named_loss_of_two_heads_asks_for_the_head():
-    class Auxiliary(Regressor):
+    class Auxiliary(AnyLoss):
         def __init__(self):
             super().__init__(F.cross_entropy)
-            self.aux = nn.Linear(WIDTH, OUTPUTS)
+            self.aux = nn.Linear(WIDTH, CLASSES)
 
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + 0.4 * F.cross_entropy(self.aux(batch[0]), batch[1])
 
     with pytest.raises(ConfigurationError, match="found 2 of different heads or kinds; pass head="):
-        first_step(Auxiliary(), CLASSES, loss="cross_entropy")
+        first_constant(Auxiliary(), LABELS, loss="cross_entropy")
     module = Auxiliary()
-    constant = first_step(module, CLASSES, loss="cross_entropy", head="head")
+    constant = first_constant(module, LABELS, loss="cross_entropy", head="head")
     assert constant == pytest.approx(math.sqrt(2 * (module.inputs.square().sum(dim=1) + 1).mean()), rel=1e-5)
 
     class Words(Auxiliary):
@@ -344,7 +272,7 @@ def test_a_named_loss_of_two_heads_asks_for_the_head():
             return self.head(hidden).exp().mean() + self.aux(batch[0]).exp().mean()
 
     with pytest.raises(ConfigurationError, match="found 2 of them behind the loss; pass head="):
-        first_step(Words(), CLASSES, loss="cross_entropy")
+        first_constant(Words(), LABELS, loss="cross_entropy")
 
 
 def test_mixup_has_the_constant_of_the_cross_entropy():
@@ -357,8 +285,8 @@ def test_mixup_has_the_constant_of_the_cross_entropy():
         lambda z, y: (F.cross_entropy(z, y) + F.cross_entropy(z, y.flip(0))) / 2 + 1.0,
     ):
         torch.manual_seed(3)
-        module = Regressor(loss)
-        found.append(first_step(module, CLASSES, inputs))
+        module = AnyLoss(loss)
+        found.append(first_constant(module, LABELS, inputs))
         assert 0 < module.gradient <= found[-1]
     assert found[1:] == pytest.approx([found[0]] * 3, rel=1e-5)
 
@@ -375,9 +303,9 @@ def test_the_outputs_that_a_loss_leaves_out_do_not_count(settings, rows):
             (1, lambda z, y, loss=loss: loss(z.gather(1, torch.zeros(rows, 1, dtype=torch.long)), y[:, :1])),
         )
         for left, part in parts:
-            module = Regressor(part, outputs=5)
-            constant = first_step(module, targets, inputs, **settings)
-            alone = Regressor(lambda z, y, loss=loss, left=left: loss(z, y[:, :left]), outputs=left)
+            module = AnyLoss(part, outputs=5)
+            constant = first_constant(module, targets, inputs, **settings)
+            alone = AnyLoss(lambda z, y, loss=loss, left=left: loss(z, y[:, :left]), outputs=left)
             with torch.no_grad():
                 alone.head.weight.copy_(module.head.weight[:left])
             assert module.gradient <= constant * (1 + 1e-6)
@@ -388,7 +316,7 @@ def test_the_outputs_that_a_loss_leaves_out_do_not_count(settings, rows):
                 assert constant == pytest.approx(size.item() / math.sqrt(left), rel=1e-5)
 
 
-class Steps(Regressor):
+class Steps(AnyLoss):
     """The head is called once for each of several steps, whose outputs are written into one tensor, or left so."""
 
     def __init__(self, steps, bend=None):
@@ -397,16 +325,16 @@ class Steps(Regressor):
 
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
-        outputs = torch.zeros(self.steps[batch_idx], len(inputs), OUTPUTS)
+        outputs = torch.zeros(self.steps[batch_idx], len(inputs), CLASSES)
         for step in range(len(outputs)):
             outputs[step] = self.head(self.body(inputs))
         outputs = outputs if self.bend is None else self.bend(outputs)
         return F.cross_entropy(outputs.flatten(0, 1), targets.repeat(len(outputs)))
 
 
-def test_calls_of_the_head_count_anew_in_every_batch():
+def test_calls_of_the_head_are_counted_in_every_batch():
     inputs = torch.randn(ROWS, WIDTH)
-    batches = DataLoader(TensorDataset(inputs.repeat(3, 1), CLASSES.repeat(3)), batch_size=ROWS)
+    batches = DataLoader(TensorDataset(inputs.repeat(3, 1), LABELS.repeat(3)), batch_size=ROWS)
     for settings, bend in (({}, None), ({"head": "head"}, torch.sin)):
         torch.manual_seed(3)
         module = Steps((2, 1, 6), bend)
@@ -417,15 +345,15 @@ def test_calls_of_the_head_count_anew_in_every_batch():
 
 
 def test_a_named_loss_behind_something_unknown_keeps_its_factor_and_its_rows():
-    targets = CLASSES.clone()
+    targets = LABELS.clone()
     targets[:5] = -100
-    module = Regressor(lambda z, y: 3 * F.cross_entropy(z.sin(), y) + 1e-3 * z.abs().sum())
-    constant = first_step(module, targets, loss="cross_entropy", head="head")
+    module = AnyLoss(lambda z, y: 3 * F.cross_entropy(z.sin(), y) + 1e-3 * z.abs().sum())
+    constant = first_constant(module, targets, loss="cross_entropy", head="head")
     total = (module.inputs.square().sum(dim=1) + 1).sum()
     assert constant == pytest.approx(3 * math.sqrt(2 * total / (ROWS - 5)), rel=1e-5)
 
 
-class Answers(Regressor):
+class Answers(AnyLoss):
     """Where an answer begins and ends, chosen among the places of a text, as in models of transformers."""
 
     def __init__(self):
@@ -441,7 +369,7 @@ class Answers(Regressor):
 @pytest.mark.parametrize("norm", ["frobenius", "sample"])
 def test_an_answer_is_chosen_among_places(norm):
     module = Answers()
-    constant = first_step(module, CLASSES, norm=norm)
+    constant = first_constant(module, LABELS, norm=norm)
     rows = module.inputs.square().sum(dim=2) + 1
     size = (rows.sum() / ROWS) if norm == "frobenius" else 7 * rows.max()
     assert constant == pytest.approx(math.sqrt(2 * size), rel=1e-5)
@@ -450,14 +378,14 @@ def test_an_answer_is_chosen_among_places(norm):
 
 @pytest.mark.parametrize("bend", [torch.sigmoid, torch.tanh, torch.relu])
 def test_outputs_between_bounds_have_a_bound_for_the_gradient_alone(bend):
-    module = Regressor(lambda z, y: F.mse_loss(bend(z), y))
-    constant = first_step(module, REAL)
+    module = AnyLoss(lambda z, y: F.mse_loss(bend(z), y))
+    constant = first_constant(module, REAL)
     norms = bend(module.outputs).norm() + REAL.norm()
-    expected = 2 / (ROWS * OUTPUTS) * norms * (module.inputs.square().sum(dim=1) + 1).sum().sqrt()
+    expected = 2 / (ROWS * CLASSES) * norms * (module.inputs.square().sum(dim=1) + 1).sum().sqrt()
     assert constant == pytest.approx(expected.item(), rel=1e-5)
     assert module.gradient <= constant
     with pytest.raises(ConfigurationError, match=f"found MseLoss > {bend.__name__.capitalize()} > Addmm"):
-        first_step(Regressor(lambda z, y: F.mse_loss(bend(z), y)), REAL, bound="smooth")
+        first_constant(AnyLoss(lambda z, y: F.mse_loss(bend(z), y)), REAL, bound="smooth")
 
 
 class Map(LightningModule):
@@ -470,8 +398,8 @@ class Map(LightningModule):
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.change(self.head(batch[0])), batch[1])
 
-    on_after_backward = Regressor.on_after_backward
-    configure_optimizers = Regressor.configure_optimizers
+    on_after_backward = AnyLoss.on_after_backward
+    configure_optimizers = AnyLoss.configure_optimizers
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
@@ -488,7 +416,7 @@ def test_places_that_are_enlarged_or_averaged_are_rows(change, shape, ignored):
     images[-1] *= 100  # alone in the gradient where the others are ignored
     labels[:ignored] = -100
     module = Map(change)
-    constant = first_step(module, labels, images)
+    constant = first_constant(module, labels, images)
     rows = images.square().sum(dim=1) + 1
     assert constant == pytest.approx(math.sqrt(2 * rows.sum() / (15 * (4 - ignored))), rel=1e-5)
     assert module.gradient <= constant
@@ -501,9 +429,9 @@ def test_a_named_heads_outputs_may_be_multiplied_by_a_number(bound):
     cold = torch.tensor(0.05)
     for change in (lambda z: z, lambda z: z / 0.05, lambda z: (4 * z[:, :3]).clamp(-9e9, 9e9) / (4 * cold)):
         torch.manual_seed(3)
-        module = Regressor(lambda z, y, change=change: F.cross_entropy(change(z), y))
+        module = AnyLoss(lambda z, y, change=change: F.cross_entropy(change(z), y))
         settings = {"bound": bound, "norm": "frobenius", "head": "head"}
-        found.append(first_step(module, CLASSES, inputs, **settings))
+        found.append(first_constant(module, LABELS, inputs, **settings))
         assert bound != "strict" or module.gradient <= found[-1]
     times = 400 if bound == "smooth" else 20
     assert found[1:] == pytest.approx([times * found[0]] * 2, rel=1e-5)
@@ -513,7 +441,7 @@ class Stretching(torch.nn.Linear):
     """An affine map that is none of its input."""
 
     def __init__(self, by, **settings):
-        super().__init__(8, OUTPUTS, **settings)
+        super().__init__(8, CLASSES, **settings)
         self.by = by
 
     def forward(self, inputs):
@@ -524,11 +452,11 @@ class Stretching(torch.nn.Linear):
 def test_a_head_that_changes_its_input_is_refused(settings):
     inputs = torch.randn(ROWS, WIDTH)
     for by, bias in ((10.0, True), (0.1, False), (1.0, True)):
-        module = Regressor(F.cross_entropy)
+        module = AnyLoss(F.cross_entropy)
         module.head = Stretching(by, bias=bias)
         if by == 1:
-            assert first_step(module, CLASSES, inputs, **settings) > 0
+            assert first_constant(module, LABELS, inputs, **settings) > 0
             continue
         with pytest.raises(ConfigurationError, match="found that its forward, of Stretching, changes them"):
-            first_step(module, CLASSES, inputs, **settings)
-        assert first_step(module, CLASSES, inputs, head="head", **settings) > 0
+            first_constant(module, LABELS, inputs, **settings)
+        assert first_constant(module, LABELS, inputs, head="head", **settings) > 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Steps, adamws_scale, loader, trainer
+from helpers import CLASSES, LOSSES, WIDTH, Classifier, Steps, adamws_scale, loader, one_hot, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -65,34 +65,9 @@ def first_step(module, callback=None, **settings):
     return callback, once.norms
 
 
-def one_hot(classes):
-    return F.one_hot(classes, CLASSES).float()
-
-
-LOSSES = {
-    "cross-entropy": (F.cross_entropy, None),
-    "smoothed": (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), None),
-    "probabilities": (F.cross_entropy, one_hot),
-    "times 3": (lambda z, y: 3 * F.cross_entropy(z, y), None),
-    "sum": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), None),
-    "mean by hand": (lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), None),
-    "nll": (lambda z, y: F.nll_loss(F.log_softmax(z, dim=1), y), None),
-    "weighted": (lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0, 0.5])), None),
-    "mixup": (lambda z, y: 0.7 * F.cross_entropy(z, y) + 0.3 * F.cross_entropy(z, y.roll(1)), None),
-    "binary": (F.binary_cross_entropy_with_logits, one_hot),
-    "binary of probabilities": (lambda z, y: F.binary_cross_entropy(z.sigmoid(), y), one_hot),
-    "squares": (F.mse_loss, one_hot),
-    "sum of squares": (lambda z, y: F.mse_loss(z, y, reduction="sum"), one_hot),
-    "absolute": (lambda z, y: (z - y).abs().mean(), one_hot),
-    "huber": (lambda z, y: F.huber_loss(z, y, delta=0.3), one_hot),
-    "smooth l1": (F.smooth_l1_loss, one_hot),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_constant_that_is_seen_is_the_product_of_the_norms_and_bounds_the_heads_gradient(name):
-    loss, targets = LOSSES[name]
-    callback, (slope, size, gradient) = first_step(Watched(loss, targets=targets))
+@pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES)
+def test_the_constant_that_is_seen_is_the_product_of_the_norms_and_bounds_the_heads_gradient(case):
+    callback, (slope, size, gradient) = first_step(Watched(case.function, targets=case.targets))
     decision = callback.controllers[0].decision
     assert decision.observed_constant == pytest.approx(slope * size, rel=1e-4)
     assert gradient <= slope * size

@@ -1,3 +1,5 @@
+"""The constants of linear, logistic and softmax regression against autograd, numpy and the papers' numbers."""
+
 import math
 
 import numpy as np
@@ -5,9 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_lipschitz.bounds import classical as regression
-
-# -- losses as functions of the weights, and what autograd says of them ------------------------------------------------
+from lit_lipschitz.bounds import classical
 
 
 def least_squares(features, targets):
@@ -49,9 +49,6 @@ def weights_for(features, outputs):
     return torch.linalg.pinv(features) @ outputs
 
 
-# -- strict ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bound", ["strict", "paper"])
 @pytest.mark.parametrize("intercept", [False, True])
 def test_the_gradient_of_least_squares_is_never_above_the_constant(bound, intercept):
@@ -60,7 +57,7 @@ def test_the_gradient_of_least_squares_is_never_above_the_constant(bound, interc
         design = with_ones(features) if intercept else features
         targets = torch.randn(len(features), generator=generator, dtype=torch.float64) * 5
         limit = 4.0
-        constant = regression.linear_regression(features, targets, limit, bound=bound, intercept=intercept)
+        constant = classical.linear_regression(features, targets, limit, bound=bound, intercept=intercept)
         first = torch.linalg.svd(design).Vh[0]
         random = torch.randn(design.shape[1], generator=generator, dtype=torch.float64)
         for direction in (first, -first, random, -design.T @ targets):
@@ -76,7 +73,7 @@ def test_the_gradient_of_logistic_regression_is_never_above_the_strict_constant(
     closest = 0.0
     for features, generator in draws():
         design = with_ones(features) if intercept else features
-        constant = regression.logistic_regression(features, intercept=intercept)
+        constant = classical.logistic_regression(features, intercept=intercept)
         signs = torch.randint(2, (len(features),), generator=generator, dtype=torch.float64) * 2 - 1
         for _ in range(5):  # the signs that make the rows add up
             signs = torch.where(design @ (design.T @ signs) >= 0, 1.0, -1.0).double()
@@ -94,7 +91,7 @@ def test_the_gradient_of_softmax_regression_is_never_above_the_strict_constant(i
     for features, generator in draws():
         classes = int(torch.randint(2, 6, (), generator=generator))
         design = with_ones(features) if intercept else features
-        constant = regression.softmax_regression(features, classes, intercept=intercept)
+        constant = classical.softmax_regression(features, classes, intercept=intercept)
         chosen = torch.zeros(len(features), dtype=torch.long)
         random = torch.randint(classes, (len(features),), generator=generator)
         for winners in (chosen, random):
@@ -114,23 +111,20 @@ def test_the_strict_constants_are_attained_by_rows_that_are_alike_and_by_orthogo
     features = features.double()
     sure = weights_for(features, torch.full((4,), 60.0, dtype=torch.float64))
     assert gradient_norm(logistic(features, torch.zeros(4).double()), sure) == pytest.approx(
-        regression.logistic_regression(features), rel=1e-12
+        classical.logistic_regression(features), rel=1e-12
     )
     weights = torch.stack([sure, -sure, -sure], dim=1)
     assert gradient_norm(softmax(features, torch.ones(4, dtype=torch.long), 3), weights.flatten()) == pytest.approx(
-        regression.softmax_regression(features, 3), rel=1e-12
+        classical.softmax_regression(features, 3), rel=1e-12
     )
 
 
 def test_the_strict_constant_of_least_squares_is_attained():
     features = torch.diag(torch.tensor([5.0, 1.0]))
     targets = torch.tensor([-3.0, 0.0])
-    constant = regression.linear_regression(features, targets, 2.0)
+    constant = classical.linear_regression(features, targets, 2.0)
     assert constant == pytest.approx((2 * 25 + 15) / 2)
     assert gradient_norm(least_squares(features, targets), torch.tensor([2.0, 0.0])) == pytest.approx(constant)
-
-
-# -- smooth ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -141,13 +135,13 @@ def test_no_eigenvalue_of_the_hessian_is_above_the_smooth_constant(intercept):
         rows, width = design.shape
         weights = torch.randn(width, 3, generator=generator, dtype=torch.float64) * 0.1
         targets = torch.randint(2, (rows,), generator=generator)
-        exact = regression.linear_regression(features, targets, 0.0, bound="smooth", intercept=intercept)
+        exact = classical.linear_regression(features, targets, 0.0, bound="smooth", intercept=intercept)
         assert largest_eigenvalue(least_squares(design, targets), weights[:, 0]) == pytest.approx(exact, rel=1e-9)
-        bound = regression.logistic_regression(features, bound="smooth", intercept=intercept)
+        bound = classical.logistic_regression(features, bound="smooth", intercept=intercept)
         assert largest_eigenvalue(logistic(design, targets.double()), weights[:, 0]) <= bound * (1 + 1e-9)
         at_zero = largest_eigenvalue(logistic(design, targets.double()), torch.zeros(width, dtype=torch.float64))
         assert at_zero == pytest.approx(bound, rel=1e-9)
-        bound = regression.softmax_regression(features, 3, bound="smooth", intercept=intercept)
+        bound = classical.softmax_regression(features, 3, bound="smooth", intercept=intercept)
         largest = largest_eigenvalue(softmax(design, targets, 3), weights.flatten())
         assert largest <= bound * (1 + 1e-9)
         closest = max(closest, largest / bound)
@@ -157,10 +151,7 @@ def test_no_eigenvalue_of_the_hessian_is_above_the_smooth_constant(intercept):
 def test_the_smooth_constant_of_softmax_is_attained_by_two_classes():
     features = torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.float64)
     largest = largest_eigenvalue(softmax(features, torch.tensor([0, 1]), 2), torch.zeros(4, dtype=torch.float64))
-    assert largest == pytest.approx(regression.softmax_regression(features, 2, bound="smooth"), rel=1e-12)
-
-
-# -- paper, by numpy and by the papers' numbers ------------------------------------------------------------------------
+    assert largest == pytest.approx(classical.softmax_regression(features, 2, bound="smooth"), rel=1e-12)
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -185,31 +176,31 @@ def test_the_constants_are_those_that_numpy_computes(intercept):
     for (model, bound), value in expected.items():
         keywords = {"bound": bound, "intercept": intercept}
         if model == "linear":
-            found = regression.linear_regression(features, torch.from_numpy(targets), 3.0, **keywords)
+            found = classical.linear_regression(features, torch.from_numpy(targets), 3.0, **keywords)
         elif model == "logistic":
-            found = regression.logistic_regression(features, **keywords)
+            found = classical.logistic_regression(features, **keywords)
         else:
-            found = regression.softmax_regression(features, 5, **keywords)
+            found = classical.softmax_regression(features, 5, **keywords)
         assert type(found) is float
         assert found == pytest.approx(value, rel=1e-12), (model, bound)
 
 
 def test_strict_is_the_default():
     features, targets = torch.arange(6.0).reshape(3, 2), torch.ones(3)
-    assert regression.linear_regression(features, targets, 1.0) == regression.linear_regression(
+    assert classical.linear_regression(features, targets, 1.0) == classical.linear_regression(
         features, targets, 1.0, bound="strict"
     )
-    assert regression.logistic_regression(features) == regression.logistic_regression(features, bound="strict")
-    assert regression.softmax_regression(features, 3) == regression.softmax_regression(features, 3, bound="strict")
+    assert classical.logistic_regression(features) == classical.logistic_regression(features, bound="strict")
+    assert classical.softmax_regression(features, 3) == classical.softmax_regression(features, 3, bound="strict")
 
 
 def test_the_paper_constants_of_logistic_and_softmax_regression_are_no_bounds():
     features = torch.ones(100, 1, dtype=torch.float64)
     sure = torch.tensor([50.0], dtype=torch.float64)
     gradient = gradient_norm(logistic(features, torch.zeros(100).double()), sure)
-    assert gradient / regression.logistic_regression(features, bound="paper") == pytest.approx(20, rel=1e-6)
+    assert gradient / classical.logistic_regression(features, bound="paper") == pytest.approx(20, rel=1e-6)
     gradient = gradient_norm(softmax(features, torch.ones(100, dtype=torch.long), 2), torch.cat([sure, -sure]))
-    ratio = gradient / regression.softmax_regression(features, 2, bound="paper")
+    ratio = gradient / classical.softmax_regression(features, 2, bound="paper")
     assert ratio == pytest.approx(math.sqrt(200) * 2, rel=1e-6)
 
 
@@ -220,7 +211,7 @@ def test_the_published_rates_of_logistic_regression_come_out(data, published):
     features = features[targets < 2]  # Iris as two classes
     features = np.hstack([np.ones((len(features), 1)), features])
     features = torch.from_numpy(features / features.sum(axis=0))
-    assert 1 / regression.logistic_regression(features, bound="paper") == pytest.approx(published, rel=1e-12)
+    assert 1 / classical.logistic_regression(features, bound="paper") == pytest.approx(published, rel=1e-12)
 
 
 @pytest.mark.parametrize(("data", "low", "high"), [("iris", 1.88, 1.99), ("digits", 0.63, 0.64)])
@@ -231,19 +222,16 @@ def test_the_published_rates_of_softmax_regression_come_out(data, low, high):
         20
     ):  # the published split is not known: 1.902, 1.907 and 1.936 for Iris, 0.634 to 0.636 for Digits
         rows = np.random.default_rng(seed).permutation(len(features))[: int(0.7 * len(features))]
-        constant = regression.softmax_regression(torch.from_numpy(features[rows]), len(set(targets)), bound="paper")
+        constant = classical.softmax_regression(torch.from_numpy(features[rows]), len(set(targets)), bound="paper")
         assert low < 1 / constant < high
-
-
-# -- what comes in -----------------------------------------------------------------------------------------------------
 
 
 def test_integers_half_precision_and_gradients_are_taken_as_numbers():
     features = torch.tensor([[3, 4], [6, 8]])
-    constant = regression.logistic_regression(features)
-    assert regression.logistic_regression(features.to(torch.bfloat16)) == constant
-    assert regression.logistic_regression(features.float().requires_grad_()) == constant
-    assert regression.linear_regression(features, torch.tensor([1, 0]), 1) == regression.linear_regression(
+    constant = classical.logistic_regression(features)
+    assert classical.logistic_regression(features.to(torch.bfloat16)) == constant
+    assert classical.logistic_regression(features.float().requires_grad_()) == constant
+    assert classical.linear_regression(features, torch.tensor([1, 0]), 1) == classical.linear_regression(
         features.double(), torch.tensor([1.0, 0.0]).requires_grad_(), 1.0
     )
 
@@ -251,9 +239,9 @@ def test_integers_half_precision_and_gradients_are_taken_as_numbers():
 def test_features_of_zeros_have_a_constant_of_zero():
     zeros = torch.zeros(3, 2)
     for bound in ("paper", "strict", "smooth"):
-        assert regression.logistic_regression(zeros, bound=bound) == 0
-        assert regression.softmax_regression(zeros, 3, bound=bound) == 0
-        assert regression.linear_regression(zeros, torch.ones(3), 1.0, bound=bound) == 0
+        assert classical.logistic_regression(zeros, bound=bound) == 0
+        assert classical.softmax_regression(zeros, 3, bound=bound) == 0
+        assert classical.linear_regression(zeros, torch.ones(3), 1.0, bound=bound) == 0
 
 
 HOLES = torch.ones(3, 2)
@@ -273,11 +261,11 @@ HOLES[2, 1] = math.inf
 )
 def test_features_of_another_kind_are_named(features, named):
     with pytest.raises(ValueError, match=named):
-        regression.logistic_regression(features)
+        classical.logistic_regression(features)
     with pytest.raises(ValueError, match=named):
-        regression.softmax_regression(features, 3)
+        classical.softmax_regression(features, 3)
     with pytest.raises(ValueError, match=named):
-        regression.linear_regression(features, torch.ones(3), 1.0)
+        classical.linear_regression(features, torch.ones(3), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +286,13 @@ def test_features_of_another_kind_are_named(features, named):
 def test_an_argument_of_linear_regression_out_of_its_range_is_named(change, named):
     arguments = {"features": torch.ones(3, 2), "targets": torch.ones(3), "weight_norm": 1.0, **change}
     with pytest.raises(ValueError, match=named):
-        regression.linear_regression(**arguments)
+        classical.linear_regression(**arguments)
 
 
 def test_other_arguments_out_of_their_range_are_named():
     with pytest.raises(ValueError, match="num_classes=1"):
-        regression.softmax_regression(torch.ones(3, 2), 1)
+        classical.softmax_regression(torch.ones(3, 2), 1)
     with pytest.raises(ValueError, match="bound='loose'"):
-        regression.softmax_regression(torch.ones(3, 2), 3, bound="loose")
+        classical.softmax_regression(torch.ones(3, 2), 3, bound="loose")
     with pytest.raises(ValueError, match="bound='loose'"):
-        regression.logistic_regression(torch.ones(3, 2), bound="loose")
+        classical.logistic_regression(torch.ones(3, 2), bound="loose")
