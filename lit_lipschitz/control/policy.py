@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from lit_lipschitz import bounds
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, registered_optimizers
+from lit_lipschitz.measurement import optimizer_updates
+from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, SecondMoment, Term
 from lit_lipschitz.rules.registry import RULES
 
@@ -215,7 +216,7 @@ class Policy:
                     f"{', '.join(str(group[key]) for group in groups)}: make them equal, or pass rule='inverse'"
                 )
         if rule.step_scale is not None and optimizer.update is None:
-            known = ", ".join(info.name for info in registered_optimizers() if info.update is not None)
+            known = ", ".join(info.name for info in optimizer_updates.OPTIMIZERS if info.update is not None)
             raise ConfigurationError(
                 f"LipschitzLR(rule={rule.name!r}) needs an optimizer whose update is known, {known}, and found "
                 f"{optimizer.name}; use one of them, or pass another rule="
@@ -228,7 +229,7 @@ class Policy:
         forced = f"rule= with one of {_quoted(RULES)} would force one"
         name = optimizer.rule_name(self.bound, settings)
         if name is None:
-            known = [info.name for info in registered_optimizers() if self.bound in info.rules]
+            known = [info.name for info in optimizer_updates.OPTIMIZERS if self.bound in info.rules]
             found = f"{optimizer.name} with bound={self.bound!r}" if optimizer.rules else optimizer.name
             if found in known:  # another class of the same name
                 found = f"{optimizer.resolve().__module__}.{found}"

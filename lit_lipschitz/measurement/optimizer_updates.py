@@ -129,7 +129,7 @@ _ADAPTIVE = {"strict": "observed", "smooth": "grafted"}
 _ADAM = {**_ADAPTIVE, "paper": "adam"}
 _SGD = {"strict": "inverse", "smooth": "inverse", "paper": "inverse"}
 _MOMENTUM = {"strict": "noise", "paper": "adamo"}
-_OPTIMIZERS: list[OptimizerInfo] = [
+OPTIMIZERS: list[OptimizerInfo] = [
     OptimizerInfo(SGD, rules=_SGD, momentum_rules=_MOMENTUM),
     OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", rules=_SGD, momentum_rules=_MOMENTUM),
     OptimizerInfo(Adam, _adam, _ADAM),
@@ -146,6 +146,7 @@ _OPTIMIZERS: list[OptimizerInfo] = [
         averages_weights=True,
     ),
 ]
+"""The optimizers that are known; see :func:`register_optimizer`."""
 
 
 def register_optimizer(info: OptimizerInfo) -> None:
@@ -159,12 +160,7 @@ def register_optimizer(info: OptimizerInfo) -> None:
         >>> optimizer_info(Halved([nn.Parameter(torch.ones(1))])).rule_name("strict", {})
         'inverse'
     """
-    _OPTIMIZERS[:] = [*(one for one in _OPTIMIZERS if one.cls != info.cls), info]
-
-
-def registered_optimizers() -> tuple[OptimizerInfo, ...]:
-    """What is known of all optimizers."""
-    return tuple(_OPTIMIZERS)
+    OPTIMIZERS[:] = [*(one for one in OPTIMIZERS if one.cls != info.cls), info]
 
 
 def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
@@ -176,13 +172,14 @@ def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
         What is registered; for other classes a record without rules and update.
     """
     kind = type(optimizer)
-    known = {cls: info for info in _OPTIMIZERS if (cls := info.resolve()) is not None}
+    known = {cls: info for info in OPTIMIZERS if (cls := info.resolve()) is not None}
     found: Any = next((cls for cls in kind.__mro__ if cls in known), None)
     # torch wraps the `step` of a class when its first instance is made.
     if found is None or inspect.unwrap(kind.step) is not inspect.unwrap(found.step):
         return OptimizerInfo(kind)
-    others = {info.name for cls, info in known.items() if cls is not found}
-    return known[found] if kind is found or kind.__name__ not in others else OptimizerInfo(kind)
+    info = known[found]
+    others = {other.name for other in OPTIMIZERS if other is not info}
+    return info if kind is found or kind.__name__ not in others else OptimizerInfo(kind)
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -172,10 +172,10 @@ MISTAKES = {
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
     "An optimizer without a rule": lambda: fit(LipschitzLR(), module=Classifier(torch.optim.Adagrad)),
-    "A rule for the steps of another optimizer": lambda: fit(
+    "A rule that needs the update of another optimizer": lambda: fit(
         LipschitzLR(rule="grafted"), module=Classifier(torch.optim.Adagrad)
     ),
-    "A slope that a family does not have": lambda: LipschitzLR(bound="smooth", rule="observed"),
+    "A rule for another family of constants": lambda: LipschitzLR(bound="smooth", rule="observed"),
     "A rule that does not fit the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)
     ),
