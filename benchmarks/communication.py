@@ -147,8 +147,8 @@ def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
     return 4 * (6 + ranks + spectral_width)
 
 
-def bytes_of_reading(ranks: int) -> int:
-    """Bytes of a reading of AdamW's steps: two lengths, and the slopes that each rank has seen, in two numbers."""
+def bytes_of_norms(ranks: int) -> int:
+    """Bytes of the norms of AdamW's updates: two norms, and two numbers per rank on the gradients in the logits."""
     return 4 * (2 + 2 * ranks)
 
 
@@ -176,10 +176,10 @@ def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> l
                 for name, size in (("strict", bytes_of_update(count)), ("smooth", bytes_of_update(count, width + 1))):
                     row[f"{name}_bytes"] = size
                     row[f"{name}_ms"] = 1e3 * seconds(count, size, hop, bandwidth, ring)
-                reading = 1e3 * seconds(count, bytes_of_reading(count), hop, bandwidth, ring)
+                norms = 1e3 * seconds(count, bytes_of_norms(count), hop, bandwidth, ring)
                 row["first_epoch_ms"] = (math.floor(math.log2(steps)) + 2) * row["strict_ms"]
                 row["epoch_ms"] = row["strict_ms"]
-                row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * reading
+                row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * norms
                 rows.append(row)
     return rows
 

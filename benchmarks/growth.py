@@ -165,7 +165,7 @@ def slope(rows: Sequence[Row], name: str) -> float | None:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def beside(shape: Shape, rounds: int, most: float, device: torch.device) -> Row:
+def compare_with_head(shape: Shape, rounds: int, most: float, device: torch.device) -> Row:
     """A row with milliseconds of the head's matmul, in fp32, and of each statistic, measured in turns."""
     rows, width, classes = shape
     part = max(1, min(rows, int(most / (2 * width * classes))))
@@ -262,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for one in grow(sweep, scaled(shapes), dtype, options.rounds, device)
     ]
     print("\n".join(growth_lines(growth)), flush=True)
-    heads = [beside(shape, options.rounds, options.slice, device) for shape in scaled(HEADS)]
-    print("fp32, beside the head's matmul; * scaled from a part of the rows")
+    heads = [compare_with_head(shape, options.rounds, options.slice, device) for shape in scaled(HEADS)]
+    print("fp32, compared with the head's matmul; * scaled from a part of the rows")
     print("\n".join(head_lines(heads)))
     write_summary(options.out, [{**row, **machine(device), "rounds": options.rounds} for row in (*growth, *heads)])
 

@@ -97,7 +97,7 @@ def _is_accuracy(task: str) -> bool:
 
 
 def defaults(rows: Rows) -> str:
-    """A Markdown table: each default beside the best fixed learning rate of its optimizer."""
+    """A Markdown table: each default and the best fixed learning rate of its optimizer."""
     by_name = {(row["task"], row["policy"]): row for row in rows}
     lines = ["| task | default | test | best fixed | test | default - best fixed | seeds |", "|---" * 7 + "|"]
     for row in rows:

@@ -123,13 +123,13 @@ def differences(first: object, second: object, path: str = "") -> list[str]:
 
 def trial(folder: Path, options: argparse.Namespace, length: float, counts: Counter[str], chance: random.Random) -> str:
     """One run, killed and resumed until its end; what happened, for a line."""
-    told: list[str] = []
+    moments: list[str] = []
     resume: tuple[str, ...] = ()
-    while not told or chance.random() < options.again:
+    while not moments or chance.random() < options.again:
         moment = chance.uniform(0, length)
         if not killed(start(folder, options.epochs, *resume), moment):
-            if told:
-                return ", ".join(told)
+            if moments:
+                return ", ".join(moments)
             # The run is repeated, and must not find the checkpoints of this one.
             shutil.rmtree(folder / "lightning_logs")
             continue
@@ -137,13 +137,13 @@ def trial(folder: Path, options: argparse.Namespace, length: float, counts: Coun
         step = torch.load(left[-1], weights_only=True)["global_step"] if left else None
         counts["kills"] += 1
         counts["before the first checkpoint"] += step is None
-        told.append(f"{moment:.2f} s ({'no checkpoint' if step is None else f'step {step}'})")
+        moments.append(f"{moment:.2f} s ({'no checkpoint' if step is None else f'step {step}'})")
         resume = () if step is None else ("--ckpt_path", "last")
     if code := end(start(folder, options.epochs, *resume)):
         counts["ended with an error"] += 1
         print((folder / "log.txt").read_text()[-2000:])
-        return f"{', '.join(told)}: exit code {code}"
-    return ", ".join(told)
+        return f"{', '.join(moments)}: exit code {code}"
+    return ", ".join(moments)
 
 
 def signalled(
@@ -307,10 +307,10 @@ def measure(options: argparse.Namespace, root: Path) -> int:
         folder = root / f"run{counts['runs']}"
         folder.mkdir()
         counts["runs"] += 1
-        told = trial(folder, options, length, counts, chance)
+        moments = trial(folder, options, length, counts, chance)
         found = differences(expected, state(folder))
         counts["the same, bit for bit"] += not found
-        print(f"killed at {told}: {'DIFFERENT: ' + ', '.join(found[:4]) if found else 'the same'}", flush=True)
+        print(f"killed at {moments}: {'DIFFERENT: ' + ', '.join(found[:4]) if found else 'the same'}", flush=True)
     print(
         f"{counts['kills']} kills in {counts['runs']} runs; {counts['before the first checkpoint']} kills came before "
         f"the first checkpoint (restarted from scratch); {counts['ended with an error']} runs ended with an error; "

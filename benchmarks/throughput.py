@@ -58,7 +58,7 @@ SKIP = 4 if torch.cuda.is_available() else 5
 
 
 def arguments_of(name: str) -> dict[str, Any]:
-    """Arguments of a network beside its defaults."""
+    """Arguments of a network that differ from its defaults."""
     return {"in_shape": [1, 28, 28]} if name == "mlp" else {}
 
 

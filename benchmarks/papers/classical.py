@@ -151,15 +151,15 @@ def rates_of(problem: Problem, features: Tensor, targets: Tensor, training: Tens
     return rates
 
 
-def losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' losses and their slopes in the logits.
+def losses_and_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' losses and their gradients in the logits.
 
     Args:
         logits: Shape (seeds, outputs, rows).
         targets: Classes, shape (rows,).
 
     Returns:
-        The losses, shape (seeds, rows), and the slopes, of the logits' shape.
+        The losses, shape (seeds, rows), and the gradients, of the logits' shape.
     """
     if logits.shape[1] == 1:
         return (F.softplus(logits) - logits * targets)[:, 0], logits.sigmoid() - targets
@@ -189,7 +189,7 @@ def descend(features: Tensor, targets: Tensor, start: Draw, rates: Tensor, *, th
         weights, part, rate = final[active], share[active, None], rates[active, None, None]
         previous, higher = torch.full_like(rate[:, 0, 0], math.inf), torch.zeros_like(rate[:, 0, 0])
         for epoch in range(1, cap + 1):
-            each, slopes = losses_and_slopes(logits_of(weights, features), targets)
+            each, gradients = losses_and_gradients(logits_of(weights, features), targets)
             loss = (each * part[:, 0]).sum(dim=1)
             higher += loss > previous
             below = loss < threshold
@@ -200,10 +200,10 @@ def descend(features: Tensor, targets: Tensor, start: Draw, rates: Tensor, *, th
                 rises[active[ended]] = higher[ended] / max(epoch - 1, 1)
                 if ended.all():
                     break
-                active, weights, part, rate, slopes, loss, higher = (
-                    values[~ended] for values in (active, weights, part, rate, slopes, loss, higher)
+                active, weights, part, rate, gradients, loss, higher = (
+                    values[~ended] for values in (active, weights, part, rate, gradients, loss, higher)
                 )
-            weights = weights - rate * ((slopes * part).flatten(0, 1) @ features).view_as(weights)
+            weights = weights - rate * ((gradients * part).flatten(0, 1) @ features).view_as(weights)
             previous = loss
     return Runs(rates, epochs, losses, rises, *accuracies(features, targets, start.training, final))
 

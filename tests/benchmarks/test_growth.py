@@ -91,10 +91,10 @@ def test_what_an_update_sends_is_what_the_projection_counts(scripts):
         assert len(calls) == 2 * len(sent)  # and a barrier each, which Lightning's reduce makes
 
 
-def test_a_reading_of_adams_steps_sends_what_the_projection_counts(scripts):
+def test_the_norms_of_adams_updates_send_what_the_projection_counts(scripts):
     _, communication, _ = scripts
     calls, _ = communication.listen(2, *communication.RUNS["strict, AdamW"], 2)
-    assert [call.step for call in calls if call.size == communication.bytes_of_reading(2)] == [
+    assert [call.step for call in calls if call.size == communication.bytes_of_norms(2)] == [
         0,
         1,
         3,
