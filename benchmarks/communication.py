@@ -1,10 +1,10 @@
-"""What LipschitzLR sends between ranks: counted in real runs of several processes, and projected to more.
+"""Communication of LipschitzLR between ranks: counted in runs of several processes, and projected to more.
 
-Trains a tiny network under DistributedDataParallel with gloo on 2 and 4 processes of this machine, notes every call of
-torch.distributed that the callback makes, and prints calls and bytes for each kind of moment. Then projects the time
+Trains a tiny network under DistributedDataParallel with gloo on 2 and 4 processes of this machine, records every call
+of torch.distributed that the callback makes, and prints their number, sizes and steps. Then projects the time
 of these calls to more ranks by the usual model of latency and bandwidth; its assumptions are printed with it:
 
-    python benchmarks/communication.py [--ranks 2 4] [--epochs 3] [--out benchmarks/results/communication.json]
+    python benchmarks/communication.py [--ranks 2 4] [--epochs 3]
 """
 
 import argparse
@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import LipschitzLR
 
-OUT = Path(__file__).parent / "results" / "communication.json"
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "barrier")
 HOOKS = ("on_fit_start", "on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 TIMES = ("strict_ms", "smooth_ms", "epoch_ms", "epoch_adamw_ms", "first_epoch_ms")
@@ -140,7 +139,6 @@ def summary(calls: Sequence[Call]) -> dict[str, Any]:
     return {
         "calls": [{"name": name, "bytes": size, "count": count} for (name, size), count in counted.items()],
         "steps_before": steps,
-        "bytes": sum(call.size for call in calls),
     }
 
 
@@ -149,8 +147,8 @@ def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
     return 4 * (6 + ranks + spectral_width)
 
 
-def bytes_of_reading(ranks: int) -> int:
-    """Bytes of a reading of AdamW's steps: two lengths, and the slopes that each rank has seen, in two numbers."""
+def bytes_of_norms(ranks: int) -> int:
+    """Bytes of the norms of AdamW's updates: two norms, and two numbers per rank on the gradients in the logits."""
     return 4 * (2 + 2 * ranks)
 
 
@@ -178,23 +176,22 @@ def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> l
                 for name, size in (("strict", bytes_of_update(count)), ("smooth", bytes_of_update(count, width + 1))):
                     row[f"{name}_bytes"] = size
                     row[f"{name}_ms"] = 1e3 * seconds(count, size, hop, bandwidth, ring)
-                reading = 1e3 * seconds(count, bytes_of_reading(count), hop, bandwidth, ring)
+                norms = 1e3 * seconds(count, bytes_of_norms(count), hop, bandwidth, ring)
                 row["first_epoch_ms"] = (math.floor(math.log2(steps)) + 2) * row["strict_ms"]
                 row["epoch_ms"] = row["strict_ms"]
-                row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * reading
+                row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * norms
                 rows.append(row)
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments, measures, prints and writes."""
+    """Parses the arguments, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--width", type=int, default=4096, help="of the head in the projection, for smooth")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of an epoch in the projection")
     parser.add_argument("--bandwidth", type=float, default=10e9, help="bytes a second of a link in the projection")
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -202,14 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version()}
     print("; ".join(f"{name} {value}" for name, value in versions.items()))
     print(f"a head of width {WIDTH}, {options.epochs} epochs of {STEPS} steps; what rank 0 calls\n")
-    counted: dict[str, Any] = {}
     for name, (settings, optimizer) in RUNS.items():
         for ranks in options.ranks:
             calls = listen(ranks, settings, optimizer, options.epochs)
-            found = counted[f"{name}, {ranks} ranks"] = summary(calls[0])
-            found["alike"] = all(one == calls[0] for one in calls)
+            found = summary(calls[0])
+            alike = all(one == calls[0] for one in calls)
             made = ", ".join(f"{one['count']} {one['name']} of {one['bytes']} bytes" for one in found["calls"])
-            print(f"{name}, {ranks} ranks: {made}{'' if found['alike'] else '; the ranks differ'}")
+            print(f"{name}, {ranks} ranks: {made}{'' if alike else '; the ranks differ'}")
             for what, steps in found["steps_before"].items():
                 print(f"    {what}: with {', '.join(map(str, steps))} steps done")
     projected = project((2, 8, 64, 1024), options.width, options.steps, options.bandwidth)
@@ -223,10 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = (f"{row[f'{name}_bytes']:{width}}" for name, width in (("strict", 15), ("smooth", 8)))
         times = (f"{row[name]:{size}.3f}" for name, size in zip(TIMES, (15, 8, 12, 9, 10), strict=True))
         print(f"{row['ranks']:5}  {row['algorithm']}  {row['hop_us']:7.0f}  {' '.join((*cells, *times))}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"versions": versions, "counted": counted, "projected": projected}, indent=1) + "\n"
-    )
 
 
 if __name__ == "__main__":

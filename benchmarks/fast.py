@@ -1,16 +1,15 @@
-"""CIFAR-10 in a run of 20 epochs: the rate that nobody tuned beside a one-cycle that somebody tuned.
+"""CIFAR-10 in 20 epochs: the computed learning rate compared with a tuned one-cycle schedule.
 
     python benchmarks/fast.py [--seeds 5] [--peaks 0.1 0.2 0.4 0.8 1.6]
 
-Trains `cifar10_fast.yaml` and `cifar10_fast_onecycle.yaml`, a process a run, with bf16-mixed where there is a GPU. The
-peak of the one-cycle is chosen first: one run each on nine tenths of the training images, by the accuracy on the rest.
-Then each config runs with the same seeds on all of them, and meets the test set once, at the end of each run.
+Trains `cifar10_fast.yaml` and `cifar10_fast_onecycle.yaml`, a process a run, with bf16-mixed on a GPU. The peak of the
+one-cycle is chosen first: one run each on nine tenths of the training images, by the accuracy on the rest. Then each
+config is trained with the same seeds on all of them, and tested once, at the end of each run.
 
-A time is from the start of the first step to the end of the test, data and kernels warming up included; the first step,
-in which most of that lies, stands beside it. No checkpoints and no curves are written. Each run is a line of
-`results/fast.jsonl` as soon as it is over, and is not repeated on the same device; without options to make runs
-(`--table`) the table alone is printed. Options behind ``--`` are given to the command as they are, and make other runs
-of these.
+A time is from the start of the first step to the end of the test, warm-up of data and kernels included; most of that is
+in the first step, which is given separately. No checkpoints and no curves are written. Each run is a line of
+`results/fast.jsonl`, which git ignores, as soon as it has ended, and is not repeated on the same device; `--table`
+prints the table without training. Options after ``--`` are passed to the command, and runs with them are kept apart.
 """
 
 import argparse
@@ -34,11 +33,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "fast.jsonl"
 OURS, ONE_CYCLE = "cifar10_fast.yaml", "cifar10_fast_onecycle.yaml"
 PEAKS = (0.1, 0.2, 0.4, 0.8, 1.6)
 TUNING_SEED = 1000
-"""Of the runs that choose the peak; none of the seeds that are compared."""
+"""Seed of the runs that choose the peak; not one of the seeds that are compared."""
 
 
 def command(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs the command; returns its exit code, what it printed, and its messages."""
+    """Runs the command; returns its exit code, stdout and stderr."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
         [sys.executable, "-m", "lit_lipschitz.cli.main", *arguments],
@@ -51,10 +50,10 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def fit(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trains; returns the JSON objects that the command printed, and what the stopwatch wrote.
+    """Trains; returns the JSON objects that the command printed, and the times from the stopwatch.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: The command failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         watch = Path(folder) / "watch.json"
@@ -75,7 +74,7 @@ class Benchmark:
     Args:
         results: The file.
         device: Its name.
-        precision: The trainer's.
+        precision: Precision of the trainer.
         extra: Options of the command that were added to all runs.
     """
 
@@ -88,7 +87,7 @@ class Benchmark:
         return [row for row in read_rows(self.results) if all(row.get(key) == wanted[key] for key in wanted)]
 
     def run(self, config: str, seed: int, peak: float | None, tuning: bool = False) -> dict[str, Any]:
-        """The row of a run, which is made if it isn't there."""
+        """The row of a run, trained if the file does not have it."""
         key = {"config": config, "seed": seed, "peak": peak, "stage": "tuning" if tuning else "test"}
         if found := self.rows(**key):
             return found[-1]
@@ -114,12 +113,12 @@ class Benchmark:
             "python": platform.python_version(),
         }
         add_row(self.results, row)
-        told = " ".join(f"{name} {100 * row[name]:.2f}" for name in ("val_acc", "test_acc") if row[name] is not None)
-        print(f"{config}, seed {seed}{f', peak {peak}' if peak else ''}: {told}, {row['seconds']:.1f} s", flush=True)
+        figures = " ".join(f"{name} {100 * row[name]:.2f}" for name in ("val_acc", "test_acc") if row[name] is not None)
+        print(f"{config}, seed {seed}{f', peak {peak}' if peak else ''}: {figures}, {row['seconds']:.1f} s", flush=True)
         return row
 
     def best_peak(self, peaks: Sequence[float]) -> float:
-        """The peak of the best validation."""
+        """The peak with the best validation accuracy."""
         runs = [self.run(ONE_CYCLE, TUNING_SEED, peak, tuning=True) for peak in peaks]
         return float(max(runs, key=lambda row: row["val_acc"] if row["val_acc"] is not None else -math.inf)["peak"])
 
@@ -146,15 +145,15 @@ def mean(values: Sequence[float], digits: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the options, makes the runs that are missing, and prints."""
+    """Parses the options, trains what is missing, and prints the table."""
     arguments = sys.argv[1:] if arguments is None else arguments
     at = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--peaks", type=float, nargs="+", default=PEAKS, help="to choose the one-cycle's from")
+    parser.add_argument("--peaks", type=float, nargs="+", default=PEAKS, help="candidates for the one-cycle's peak")
     parser.add_argument("--precision", help="default: bf16-mixed on a GPU that has it, else 32-true")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="make no runs")
+    parser.add_argument("--table", action="store_true", help="print the table without training")
     options = parser.parse_args(arguments[:at])
 
     import torch
@@ -165,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = device_name(torch.device("cuda", 0) if gpu else torch.device("cpu"))
     benchmark = Benchmark(options.output, device, precision, arguments[at + 1 :])
     if not options.table:
-        # A single one needs no choice.
+        # A single peak needs no choice.
         peak = benchmark.best_peak(options.peaks) if len(options.peaks) > 1 else options.peaks[0]
         for seed in range(options.seeds):
             for config in (OURS, ONE_CYCLE):

@@ -1,4 +1,4 @@
-"""What several benchmarks need to state a figure: where it was measured, and its spread."""
+"""Shared by the benchmarks: the hardware of a measurement, and quartiles."""
 
 import platform
 import statistics
@@ -17,7 +17,7 @@ def processor() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a run ran on."""
+    """Name of a device, on the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -25,6 +25,6 @@ def device_name(device: torch.device) -> str:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; of one value three times that."""
+    """Lower quartile, median and upper quartile; a single value stands for all three."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return low, middle, high

@@ -1,20 +1,20 @@
-"""The full-size runs: the default on CIFAR-10, and the papers' own rows of it, beside what their authors recorded.
+"""Full-length runs on CIFAR-10: the default, and the papers' own runs compared with their authors' records.
 
     python benchmarks/full_size.py --minutes 9      # again and again, until it exits with 0
 
-Trains one config after another through the command. With ``--minutes`` a call stops in time: it has the run that is
-under way save a checkpoint (SIGTERM), and the next call goes on from there, in mid-epoch. What is under way lies below
-``--work``; a run that is over is a line of ``full_size.jsonl`` below ``--output``, is not repeated, and has its curve
-in ``full_size/NAME.csv`` there, a line an epoch. The plan with an estimate is printed first, a table of the results
-last.
+Trains one config after another through the command. With ``--minutes`` a call stops in time: the current run saves a
+checkpoint (SIGTERM), and the next call resumes it, in mid-epoch. Checkpoints and logs are kept below ``--work``; a
+finished run is a line of ``full_size.jsonl`` below ``--output``, is not repeated, and has its curve there in
+``full_size/NAME.csv``, a line an epoch (git ignores both). The plan with an estimate is printed first, a table of the
+results last.
 
     python benchmarks/full_size.py --dry-run                    # the plan alone
     python benchmarks/full_size.py --only 'default_*_30'        # some of the runs
     python benchmarks/full_size.py --only default_resnet20_30 -- --trainer.limit_train_batches 5   # any option of fit
 
-Options behind ``--`` are given to the command as they are. They make another run of it, which is kept apart.
+Options after ``--`` are passed to the command; runs with them are kept apart.
 
-Exit codes: 0 all runs are done; 75 there is more to do; 1 a run has failed; 2 a mistake in the options; 130 Ctrl-C.
+Exit codes: 0 all runs are done; 75 runs are left; 1 a run has failed; 2 a mistake in the options; 130 Ctrl-C.
 """
 
 import argparse
@@ -39,22 +39,22 @@ from rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 MORE = 75
-"""The exit code where there is more to do, EX_TEMPFAIL."""
+"""The exit code if runs are left, EX_TEMPFAIL."""
 START_UP = 30.0
-"""Seconds that must be left for a run to be started or gone on with: imports take a part of them."""
+"""Seconds that must be left for a run to be started or resumed: imports take a part of them."""
 PATIENCE = 45.0
-"""Seconds that a run has for its checkpoint, until it is killed and the one of its last epoch is taken."""
+"""Seconds that a run has to save its checkpoint, before it is killed and resumes from that of its last epoch."""
 GUESSED = {"resnet20": 5.0, "densenet": 15.0}
 """Seconds of an epoch on a GPU, until one has been measured."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run.
+    """One training run.
 
     Attributes:
         name: Its name.
-        options: What fit is given.
+        options: Options of fit.
         epochs: Its length.
         recorded: The authors' accuracies in per cent: of the last epoch, and of the best one by the test set.
     """
@@ -78,7 +78,7 @@ def _paper(name: str, recorded: tuple[float, float] | None = None) -> Run:
     return Run(f"paper_{name}", ("--config", f"paper_cifar10_{name}.yaml"), 300, recorded)
 
 
-# Short ones first. What the authors recorded is of the scripts published with arXiv 1902.07399.
+# Short ones first. The records are of the scripts published with arXiv 1902.07399.
 RUNS = (
     *(_default("resnet20", epochs) for epochs in (30, 100, 300)),
     *(_default("densenet", epochs, *_DENSENET) for epochs in (30, 100, 300)),
@@ -95,10 +95,10 @@ RUNS = (
 
 
 class Place:
-    """Where the runs lie.
+    """The folders of the runs.
 
     Args:
-        work: The folder of what is under way.
+        work: The folder of checkpoints and logs.
         output: The folder of the results.
         extra: Options of the command that were added to all runs.
     """
@@ -124,7 +124,7 @@ class Place:
         return self.work / self.label(run)
 
     def has_checkpoint(self, run: Run) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return any(self.folder(run).glob("lightning_logs/*/checkpoints/last*.ckpt"))
 
     def curve_file(self, run: Run) -> Path:
@@ -132,7 +132,7 @@ class Place:
         return self.output / "full_size" / f"{self.label(run)}.csv"
 
     def curve(self, run: Run) -> list[dict[str, float | None]]:
-        """The run's epochs so far; the last line of an epoch counts, and what a kill has left of a line does not."""
+        """The run's epochs so far; the last line of an epoch counts, and a line that a kill has cut off does not."""
         path = self.curve_file(run)
         if not path.is_file():
             return []
@@ -144,16 +144,16 @@ class Place:
         return [found[epoch] for epoch in sorted(found)]
 
     def pieces(self, run: Run) -> list[dict[str, Any]]:
-        """Where the run was begun and gone on with."""
+        """The starts of the run, the first one and each resume, with step and device."""
         return read_rows(self.curve_file(run).with_suffix(".jsonl"))
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """The runs that are over, by label."""
+        """The finished runs, by label."""
         return {row["run"]: row for row in read_rows(self.results)}
 
 
 def launch(arguments: list[str], log: Path, seconds: float) -> int:
-    """Runs the command, and has it save a checkpoint and end when its time is up; returns its exit code."""
+    """Runs the command, with SIGTERM, so that it saves a checkpoint, when its time is up; returns its exit code."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -162,11 +162,11 @@ def launch(arguments: list[str], log: Path, seconds: float) -> int:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": path},
         )
-        # Who ends this process has the run save a checkpoint as well.
+        # SIGTERM to this process is passed on, so that the run saves a checkpoint.
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return _wait(process, seconds)
-        except KeyboardInterrupt:  # which the run has got as well
+        except KeyboardInterrupt:  # which the run has received as well
             _wait(process, PATIENCE)
             raise
         finally:
@@ -183,7 +183,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int:
 
 
 def piece(place: Place, run: Run, seconds: float, steps: int = 0) -> int:
-    """Begins a run or goes on with it; returns the command's exit code."""
+    """Starts or resumes a run; returns the command's exit code."""
     folder = place.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
@@ -197,14 +197,14 @@ def piece(place: Place, run: Run, seconds: float, steps: int = 0) -> int:
 
 
 def outcome(place: Place, run: Run) -> dict[str, Any]:
-    """What a run has come to.
+    """The row of a finished run.
 
     Raises:
-        SystemExit: Its curve does not have its last epoch.
+        SystemExit: Its curve lacks the last epoch.
     """
     curve, epochs, pieces = place.curve(run), place.epochs(run), place.pieces(run)
     if not curve or curve[-1]["epoch"] != epochs:
-        raise SystemExit(f"{run.name}: it is over, and {place.curve_file(run)} lacks epoch {epochs}; remove both")
+        raise SystemExit(f"{run.name}: it has ended, and {place.curve_file(run)} lacks epoch {epochs}; remove both")
     best = max(curve, key=lambda row: row["test_acc"] or 0.0)
     return {
         "run": place.label(run),
@@ -225,7 +225,7 @@ def outcome(place: Place, run: Run) -> dict[str, Any]:
 
 
 def plan(place: Place, runs: Sequence[Run]) -> str:
-    """What is done, what comes next, and about how long it takes."""
+    """The finished runs, the next one, and an estimate of the time left."""
     done = place.done()
     lines, total, first, guessed = (
         [f"{'run':34} {'epochs':>7}  {'seconds an epoch':>16}  {'left':>8}"],
@@ -274,7 +274,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def work(place: Place, runs: Sequence[Run], minutes: float, steps: int) -> int:
-    """Does what time allows; returns the exit code."""
+    """Trains as far as the time allows; returns the exit code."""
     end = time.monotonic() + 60 * minutes
     for run in runs:
         if place.label(run) in place.done():
@@ -283,7 +283,7 @@ def work(place: Place, runs: Sequence[Run], minutes: float, steps: int) -> int:
         if left < START_UP:
             return MORE
         trained = sum(1 for _ in place.curve(run))
-        print(f"{run.name}: {'goes on' if place.has_checkpoint(run) else 'begins'} after {trained} epochs", flush=True)
+        print(f"{run.name}: {'resumes' if place.has_checkpoint(run) else 'starts'} after {trained} epochs", flush=True)
         code = piece(place, run, left, steps)
         if code == 0:
             add_row(place.results, outcome(place, run))
@@ -297,7 +297,7 @@ def work(place: Place, runs: Sequence[Run], minutes: float, steps: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses the options and does what they say; returns the exit code."""
+    """Parses the options, trains and prints; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     at = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -321,14 +321,14 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            parser.error(f"--work {place.work}: another call is at work there; let it end, or pass another folder")
+            parser.error(f"--work {place.work}: another call is using it; let it end, or pass another folder")
         try:
             code = work(place, runs, options.minutes, options.steps)
         except KeyboardInterrupt:
             code = 130
     done = place.done()
     finished = [done[place.label(run)] for run in runs if place.label(run) in done]
-    print(table(finished) if finished else "no run is over yet", flush=True)
+    print(table(finished) if finished else "no run has ended yet", flush=True)
     return code
 
 

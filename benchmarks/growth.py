@@ -1,29 +1,28 @@
-"""How the callback's statistic grows with the batch, the head's width and the number of classes, beside the head.
+"""Cost of the callback's statistic over batch size, head width and classes, compared with the head's matmul.
 
-Measures the time and the most extra memory of what the callback does with a batch, under each norm, over rows, width
-and classes, and fits the slope in log-log coordinates; then puts it beside the head's own matmul, forward alone and
-forward with backward, in turns in one process. Prints tables and writes a JSON file:
+Measures time and peak extra memory of the callback's work on a batch, for each norm, over rows, width and classes, and
+fits the slope in log-log coordinates; then compares it with the head's own matmul, forward alone and forward with
+backward, in turns in one process. Prints tables and writes their rows as CSV:
 
-    python benchmarks/growth.py [--rounds 9] [--device cpu] [--threads 1] [--out benchmarks/results/growth.json]
+    python benchmarks/growth.py [--rounds 9] [--device cpu] [--threads 1] [--out benchmarks/results/growth.csv]
 
 A head whose matmul would take more than ``--slice`` floating-point operations is measured on as many of its rows as
-fit, and its time is multiplied by the rest; the tables mark it with a star. The statistic is always measured on all
+fit, and its time is scaled to all of them; the tables mark it with a star. The statistic is always measured on all
 rows. With one thread a time is the process's own on the CPU, which others on the machine do not add to.
 """
 
 import argparse
-import json
 import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import device_name, quartiles
+from figures import device_name
+from rows import write_summary
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lipschitz.measurement.running_maximum import RunningMaximum
 
-OUT = Path(__file__).parent / "results" / "growth.json"
+OUT = Path(__file__).parent / "results" / "growth.csv"
 STATISTICS: dict[str, dict[str, Any]] = {
     "paper": {"norm": "frobenius"},
     "strict": {"norm": "frobenius", "bias": True, "mean": True},
@@ -56,36 +55,8 @@ SETTLE = 2e-3
 """Seconds that one timing lasts at least, by calls that are repeated."""
 
 Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Grown:
-    """A measurement of the statistic: quartiles of milliseconds, and elements read and written (:class:`Touched`)."""
-
-    sweep: str
-    statistic: str
-    dtype: str
-    rows: int
-    width: int
-    classes: int
-    ms: tuple[float, float, float]
-    peak_bytes: int
-    touched: int
-
-
-@dataclass(frozen=True)
-class Beside:
-    """The statistic beside the head: milliseconds (quartiles), and the medians' ratios."""
-
-    rows: int
-    width: int
-    classes: int
-    measured_rows: int  # of the head; its time is multiplied by rows / measured_rows
-    forward_ms: tuple[float, float, float]
-    both_ms: tuple[float, float, float]
-    statistic_ms: dict[str, tuple[float, float, float]]
-    of_forward: dict[str, float]
-    of_both: dict[str, float]
+"""Rows, width and classes."""
+Row = dict[str, Any]
 
 
 class Touched(TorchDispatchMode):
@@ -125,10 +96,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-def milliseconds(seconds: Sequence[float], times: float = 1.0) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
-    low, median, high = quartiles([1e3 * one * times for one in seconds])
-    return low, median, high
+def milliseconds(seconds: Sequence[float]) -> float:
+    """The median, in milliseconds."""
+    return 1e3 * statistics.median(seconds)
 
 
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -167,32 +137,36 @@ def updates(activations: Tensor) -> dict[str, Callable[[], None]]:
     return {name: update(settings) for name, settings in STATISTICS.items()}
 
 
-def grow(sweep: str, shapes: Sequence[Shape], dtype: str, rounds: int, device: torch.device) -> list[Grown]:
-    """The statistic over shapes."""
+def grow(sweep: str, shapes: Sequence[Shape], dtype: str, rounds: int, device: torch.device) -> list[Row]:
+    """A row a shape: milliseconds and the most extra memory, in KiB, of each statistic."""
     found = []
-    for rows, width, classes in shapes:
-        activations = torch.randn(rows, width, device=device).relu().to(DTYPES[dtype])
+    for shape in shapes:
+        activations = torch.randn(*shape[:2], device=device).relu().to(DTYPES[dtype])
         functions = updates(activations)
         seconds = in_turns(functions, rounds, device)
+        row: Row = {"sweep": sweep, "dtype": dtype, **_sizes(shape)}
         for name, function in functions.items():
-            with Touched() as touched:
-                function()
-            peak = peak_bytes(function, device)
-            ms = milliseconds(seconds[name])
-            found.append(Grown(sweep, name, dtype, rows, width, classes, ms, peak, touched.elements))
+            row[f"{name} ms"] = milliseconds(seconds[name])
+            row[f"{name} KiB"] = peak_bytes(function, device) / 1024
+        found.append(row)
     return found
 
 
-def slope(measured: Sequence[Grown]) -> float | None:
+def _sizes(shape: Shape) -> Row:
+    return dict(zip(("rows", "width", "classes"), shape, strict=True))
+
+
+def slope(rows: Sequence[Row], name: str) -> float | None:
     """The power of the number of activations with which the time grows, by least squares, where they are large."""
-    points = [(math.log(g.rows * g.width), math.log(g.ms[1])) for g in measured if g.rows * g.width >= LARGE]
+    large = [row for row in rows if row["rows"] * row["width"] >= LARGE]
+    points = [(math.log(row["rows"] * row["width"]), math.log(row[f"{name} ms"])) for row in large]
     if len({x for x, _ in points}) < 2:
         return None
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def beside(shape: Shape, rounds: int, most: float, device: torch.device) -> Beside:
-    """The statistic beside the head's matmul, in fp32."""
+def compare_with_head(shape: Shape, rounds: int, most: float, device: torch.device) -> Row:
+    """A row with milliseconds of the head's matmul, in fp32, and of each statistic, measured in turns."""
     rows, width, classes = shape
     part = max(1, min(rows, int(most / (2 * width * classes))))
     rounds = min(rounds, 5) if 2 * part * width * classes > most / 4 else rounds
@@ -211,10 +185,10 @@ def beside(shape: Shape, rounds: int, most: float, device: torch.device) -> Besi
         F.linear(inputs, weight, bias).backward(gradient)
 
     seconds = in_turns({"forward": forward, "both": both, **updates(activations)}, rounds, device)
-    own = {name: milliseconds(seconds[name]) for name in STATISTICS}
-    heads = {name: milliseconds(seconds[name], rows / part) for name in ("forward", "both")}
-    ratios = [{name: ms[1] / heads[of][1] for name, ms in own.items()} for of in ("forward", "both")]
-    return Beside(rows, width, classes, part, heads["forward"], heads["both"], own, *ratios)
+    row: Row = {"sweep": "head", "dtype": "float32", **_sizes(shape), "measured_rows": part}
+    row.update({f"{name} ms": milliseconds(seconds[name]) for name in STATISTICS})
+    row.update({f"{name} ms": rows / part * milliseconds(seconds[name]) for name in ("forward", "both")})
+    return row
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -227,49 +201,41 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def read() -> dict[str, Any]:
-    """The newest results."""
-    results: dict[str, Any] = json.loads(OUT.read_text())
-    return {
-        **results,
-        "growth": [Grown(**{**one, "ms": tuple(one["ms"])}) for one in results["growth"]],
-        "heads": [Beside(**one) for one in results["heads"]],
-    }
-
-
-def growth_lines(results: dict[str, Any]) -> Iterator[str]:
+def growth_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Tables in Markdown, one a sweep and type: median milliseconds and the most memory beyond the activations."""
-    measured: list[Grown] = results["growth"]
-    for sweep, dtype in dict.fromkeys((g.sweep, g.dtype) for g in measured):
-        rows = [g for g in measured if (g.sweep, g.dtype) == (sweep, dtype)]
+    for sweep, dtype in dict.fromkeys((row["sweep"], row["dtype"]) for row in rows if row["sweep"] != "head"):
+        found = [row for row in rows if (row["sweep"], row["dtype"]) == (sweep, dtype)]
         yield f"| over {sweep}, {dtype} | {' | '.join(_NAMES)} |"
         yield "|---" * (len(_NAMES) + 1) + "|"
-        for shape in dict.fromkeys((g.rows, g.width, g.classes) for g in rows):
-            cells = [g for g in rows if (g.rows, g.width, g.classes) == shape]
-            texts = [f"{g.ms[1]:.2f} ms, {g.peak_bytes / 1024:,.0f} KiB" for g in cells]
-            yield f"| {_label(*shape)} | {' | '.join(texts)} |"
-        slopes = [slope([g for g in rows if g.statistic == name]) for name in STATISTICS]
-        if any(found is not None for found in slopes):
-            yield f"| power of n d | {' | '.join('' if found is None else f'{found:.2f}' for found in slopes)} |"
+        for row in found:
+            texts = [f"{row[f'{name} ms']:.2f} ms, {row[f'{name} KiB']:,.0f} KiB" for name in STATISTICS]
+            yield f"| {_label(row)} | {' | '.join(texts)} |"
+        slopes = [slope(found, name) for name in STATISTICS]
+        if any(one is not None for one in slopes):
+            yield f"| power of n d | {' | '.join('' if one is None else f'{one:.2f}' for one in slopes)} |"
         yield ""
 
 
-def head_lines(results: dict[str, Any]) -> Iterator[str]:
+def head_lines(rows: Sequence[Row]) -> Iterator[str]:
     """A table in Markdown: median milliseconds of a head's matmul, and each statistic's share of it."""
     yield f"| rows x width, classes | forward | with backward | {' | '.join(_NAMES)} |"
     yield "|---" * (len(_NAMES) + 3) + "|"
-    for head in results["heads"]:
-        star = "*" if head.measured_rows < head.rows else ""
-        shares = [f"{100 * head.of_forward[name]:.3g} %, {100 * head.of_both[name]:.3g} %" for name in STATISTICS]
-        times = f"{head.forward_ms[1]:,.2f} ms | {head.both_ms[1]:,.2f} ms"
-        yield f"| {_label(head.rows, head.width, head.classes)}{star} | {times} | {' | '.join(shares)} |"
+    for row in rows:
+        if row["sweep"] == "head":
+            star = "*" if row["measured_rows"] < row["rows"] else ""
+            shares = [
+                ", ".join(f"{100 * row[f'{name} ms'] / row[f'{of} ms']:.3g} %" for of in ("forward", "both"))
+                for name in STATISTICS
+            ]
+            times = f"{row['forward ms']:,.2f} ms | {row['both ms']:,.2f} ms"
+            yield f"| {_label(row)}{star} | {times} | {' | '.join(shares)} |"
 
 
 _NAMES = [", ".join(f"`{part}`" for part in name.split(", ")) for name in STATISTICS]
 
 
-def _label(rows: int, width: int, classes: int) -> str:
-    return f"{rows:,} x {width:,}, {classes:,}"
+def _label(row: Row) -> str:
+    return f"{row['rows']:,} x {row['width']:,}, {row['classes']:,}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -295,24 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in (DTYPES if sweep == "rows" else ("float32",))
         for one in grow(sweep, scaled(shapes), dtype, options.rounds, device)
     ]
-    print("\n".join(growth_lines({"growth": growth})), flush=True)
-    heads = [beside(shape, options.rounds, options.slice, device) for shape in scaled(HEADS)]
-    print("fp32, beside the head's matmul; * scaled from a part of the rows")
-    print("\n".join(head_lines({"heads": heads})))
-    slopes = {
-        f"{sweep}, {dtype}, {name}": found
-        for sweep, dtype, name in dict.fromkeys((g.sweep, g.dtype, g.statistic) for g in growth)
-        if (found := slope([g for g in growth if (g.sweep, g.dtype, g.statistic) == (sweep, dtype, name)])) is not None
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {
-        "machine": machine(device),
-        "rounds": options.rounds,
-        "slopes": slopes,
-        "growth": [asdict(one) for one in growth],
-        "heads": [asdict(one) for one in heads],
-    }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(growth_lines(growth)), flush=True)
+    heads = [compare_with_head(shape, options.rounds, options.slice, device) for shape in scaled(HEADS)]
+    print("fp32, compared with the head's matmul; * scaled from a part of the rows")
+    print("\n".join(head_lines(heads)))
+    write_summary(options.out, [{**row, **machine(device), "rounds": options.rounds} for row in (*growth, *heads)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Callbacks that `fast.py` and `full_size.py` give to the command, to record what it does not print."""
+"""Callbacks that fast.py and full_size.py add to the command: times of a run, and its curve on the test set."""
 
 import csv
 import json
@@ -20,14 +20,14 @@ COLUMNS = ("epoch", "step", "rate", "lr", "train_loss", "test_loss", "test_acc",
 
 
 def _finish(device: torch.device) -> float:
-    """The time, once the device has done what it was given."""
+    """The time after a synchronisation of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch(L.Callback):
-    """Writes how long a run took, as JSON: its first step, its training, and both with the test behind it.
+    """Writes the times of a run as JSON: first step, training, and training with the test.
 
     Args:
         path: The file.
@@ -40,24 +40,24 @@ class Stopwatch(L.Callback):
         self.trained = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts, before the first batch is made."""
+        """Starts the clock, before the first batch is made."""
         if self.begin is None:
             self.begin = _finish(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the time of the first step."""
+        """Records the time of the first step."""
         if self.first is None:
             self.first = _finish(pl_module.device)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the time of the training."""
+        """Records the time of the training."""
         self.trained = _finish(pl_module.device)
         self._write(pl_module.device, self.trained)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the time of all."""
+        """Records the time of training and test."""
         self._write(pl_module.device, _finish(pl_module.device))
 
     def _write(self, device: torch.device, end: float) -> None:
@@ -75,9 +75,9 @@ class Stopwatch(L.Callback):
 class Curve(L.Callback):
     """Writes a line an epoch into a CSV file, the loss and the accuracy on the test set among them.
 
-    A run that goes on in mid-epoch has the training loss and the seconds of the whole epoch. An epoch that a kill has
-    undone is written again; the last line of an epoch counts. Beside the file another one, ending in ``.jsonl``, has a
-    line for each time that the run was begun or went on, with the device.
+    A run that resumes in mid-epoch has the training loss and the seconds of the whole epoch. An epoch that a kill
+    has undone is written again; the last line of an epoch counts. A second file, ending in ``.jsonl``, has a line for
+    each start and resume of the run, with the device.
 
     Args:
         path: The CSV file.
@@ -91,7 +91,7 @@ class Curve(L.Callback):
         self._mark = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where and at which step the run begins or goes on."""
+        """Records the step and the device at which the run starts or resumes."""
         self._mark = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         start = {"step": trainer.global_step, "device": device_name(pl_module.device)}
@@ -108,8 +108,8 @@ class Curve(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tests, and writes the line."""
-        if not self._count:  # the run went on behind the last step of an epoch that was written
+        """Evaluates on the test set, and writes the line."""
+        if not self._count:  # the run resumed after the last step of an epoch that was written
             return
         loss, accuracy = _test(trainer, pl_module)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ class Curve(L.Callback):
         return {"loss": float(self._loss), "count": self._count, "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with it."""
+        """Restores it."""
         self._loss, self._count, self._seconds = (state_dict[key] for key in ("loss", "count", "seconds"))
 
 
@@ -148,7 +148,7 @@ def _cell(value: float | None) -> str:
 
 
 def _test(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[float, float]:
-    """Loss and accuracy on the test set, with nothing of the training changed."""
+    """Loss and accuracy on the test set; the state of the training is not changed."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     data.setup("test")
     modes = [(module, module.training) for module in pl_module.modules()]

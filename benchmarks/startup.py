@@ -1,11 +1,11 @@
-"""Where the time from the shell to the first optimizer step goes, and how much of it is this project's own.
+"""Start-up time of `lit-lipschitz fit`, from the shell to the first optimizer step, by phases.
 
     python benchmarks/startup.py [--rounds 5] [--config mnist.yaml]
 
 Fresh processes, in turns: `lit-lipschitz fit --config mnist.yaml`, and the smallest program with a LightningCLI, one
 linear layer and a batch of random numbers. Both are stopped in their first optimizer step. What the first takes beyond
 the second, apart from the arithmetic (the sanity check and the first batch), is the project's own. Seconds: medians and
-quartiles; results/startup.json keeps them. MNIST's files are looked for in $LIT_LIPSCHITZ_DATA.
+quartiles, kept in results/startup.csv. MNIST's files are looked for in $LIT_LIPSCHITZ_DATA.
 """
 
 import argparse
@@ -22,7 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "startup.json"
+from rows import read_summary, write_summary
+
+RESULTS = Path(__file__).parent / "results" / "startup.csv"
 PHASES = {
     "python": "Python itself",
     "torch": "`import torch`",
@@ -37,13 +39,18 @@ PHASES = {
 }
 ARITHMETIC = ("train", "step")
 """Phases in which the network runs."""
+TOTALS = {
+    "all": "all",
+    "own": "the project's own: all differences but those of imports and arithmetic",
+    "import": "`import lit_lipschitz` alone",
+}
 IMPORTS = ("python", "torch", "lightning")
 
 
 def child(kind: str, arguments: list[str]) -> None:
-    """Runs one of the two programs up to its first step, prints the moments, and ends the process."""
+    """Runs one of the two programs up to its first step, prints the times, and ends the process."""
     moments = {"start": float(os.environ["STARTED_AT"]), "python": time.time()}
-    import torch
+    import torch  # noqa: F401
 
     moments["torch"] = time.time()
     import lightning.pytorch.cli
@@ -51,13 +58,20 @@ def child(kind: str, arguments: list[str]) -> None:
     moments["lightning"] = time.time()
     if kind == "fit":
         from lit_lipschitz.cli.fit.command import run
+    moments["ours"] = time.time()
+    install_callback(moments)
+    options = ["--trainer.callbacks", "moments.Moments", *arguments]
+    if kind == "fit":
+        sys.exit(run(arguments=["fit", *options]))
+    lightning.pytorch.cli.LightningCLI(smallest_module(), args=["fit", *options])
 
-        moments["ours"] = time.time()
-    else:
-        moments["ours"] = time.time()
+
+def install_callback(moments: dict[str, float]) -> None:
+    """Makes a callback that records when the trainer reaches what, importable as ``moments.Moments``."""
+    import lightning
 
     class Moments(lightning.Callback):
-        """Notes when the trainer gets to what."""
+        """Records times, and ends the process in the first optimizer step."""
 
         def __init__(self) -> None:
             moments["parse"] = time.time()
@@ -87,9 +101,12 @@ def child(kind: str, arguments: list[str]) -> None:
     sys.modules["moments"] = module = type(sys)("moments")
     Moments.__module__ = "moments"
     module.Moments = Moments  # type: ignore[attr-defined]
-    options = ["--trainer.callbacks", "moments.Moments", *arguments]
-    if kind == "fit":
-        sys.exit(run(arguments=["fit", *options]))
+
+
+def smallest_module() -> Any:
+    """A LightningModule of one layer that brings its data."""
+    import lightning
+    import torch
 
     class Smallest(lightning.LightningModule):
         """One layer."""
@@ -115,7 +132,7 @@ def child(kind: str, arguments: list[str]) -> None:
 
         val_dataloader = train_dataloader
 
-    lightning.pytorch.cli.LightningCLI(Smallest, args=["fit", *options])
+    return Smallest
 
 
 def launch(kind: str, config: str) -> dict[str, float]:
@@ -157,55 +174,47 @@ def main() -> None:
     for number in range(options.rounds):
         for kind in sorted(runs, reverse=number % 2 == 1):
             runs[kind].append(launch(kind, options.config))
-    table = {phase: {kind: _spread([run[phase] for run in runs[kind]]) for kind in runs} for phase in PHASES}
-    own = [
+    differences = [
         sum(fit[phase] - smallest[phase] for phase in PHASES if phase not in (*ARITHMETIC, *IMPORTS))
         for fit, smallest in zip(runs["fit"], runs["smallest"], strict=True)
     ]
+    columns = [("fit", runs["fit"]), ("smallest", runs["smallest"])]
+    rows = [
+        *(
+            {"phase": phase, **_spread({name: [one[phase] for one in found] for name, found in columns})}
+            for phase in PHASES
+        ),
+        {"phase": "all", **_spread({name: [sum(one.values()) for one in found] for name, found in columns})},
+        {"phase": "own", **_spread({"fit": differences})},
+        {"phase": "import", **_spread({"fit": [import_time() for _ in range(options.rounds)]})},
+    ]
     versions = {name: version(name) for name in ("torch", "lightning", "jsonargparse")}
-    result = {
-        "config": options.config,
-        "rounds": options.rounds,
-        "phases": table,
-        "all": {kind: _spread([sum(run.values()) for run in runs[kind]]) for kind in runs},
-        "own": _spread(own),
-        "import": _spread([import_time() for _ in range(options.rounds)]),
-        "device": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        **versions,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(", ".join(str(result[name]) for name in ("config", "rounds", "device", "python", *versions)))
-    print("\n".join(lines(result)))
+    device = f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    machine = {"config": options.config, "rounds": options.rounds, "device": device, **versions}
+    write_summary(RESULTS, [{**row, **machine, "python": platform.python_version()} for row in rows])
+    print("\n".join(lines(read_summary(RESULTS))))
 
 
-def read() -> dict[str, Any]:
-    """The newest result."""
-    result: dict[str, Any] = json.loads(RESULTS.read_text())
-    return result
-
-
-def lines(result: dict[str, Any]) -> Iterator[str]:
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table, in Markdown."""
     yield "| seconds, median (quartiles) | `lit-lipschitz fit` | smallest LightningCLI |"
     yield "|---|---|---|"
-    for phase, meaning in PHASES.items():
-        found = result["phases"][phase]
-        yield f"| {meaning} | {_text(found['fit'])} | {_text(found['smallest'])} |"
-    yield f"| all | {_text(result['all']['fit'])} | {_text(result['all']['smallest'])} |"
-    yield f"| the project's own: all differences but those of imports and arithmetic | {_text(result['own'])} | |"
-    yield f"| `import lit_lipschitz` alone | {_text(result['import'])} | |"
+    for row in rows:
+        meaning = {**PHASES, **TOTALS}[row["phase"]]
+        yield f"| {meaning} | {_text(row, 'fit')} | {_text(row, 'smallest')} |"
 
 
-def _spread(values: list[float]) -> list[float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return [middle, low, high]
+def _spread(columns: dict[str, list[float]]) -> dict[str, float]:
+    """Median and quartiles of each column."""
+    found = {}
+    for name, values in columns.items():
+        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        found[f"{name}_low"], found[name], found[f"{name}_high"] = quartiles
+    return found
 
 
-def _text(spread: list[float]) -> str:
-    return "{:.3f} ({:.3f} .. {:.3f})".format(*spread)
+def _text(row: dict[str, Any], name: str) -> str:
+    return "" if row[name] is None else f"{row[name]:.3f} ({row[f'{name}_low']:.3f} .. {row[f'{name}_high']:.3f})"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A run of digits.yaml with dropout, which writes a checkpoint every 8 optimizer steps, is killed by SIGKILL at a moment
 that is uniform over its length (start-up included, as far as a fork has one), resumed with ``--ckpt_path last`` until
 it ends, and compared bit for bit: weights, optimizer, scheduler and the callback's state. A run that was killed before
-its first checkpoint starts anew, and is counted as such; a kill that came after the end is drawn again.
+its first checkpoint starts from the beginning, and is counted as such; a kill that came after the end is drawn again.
 
 Then runs are ended by SIGTERM and SIGINT at random moments, which have to give the conventional exit code, and resumed
 and compared likewise. Then a finished run goes on with something broken: a full disk (no file may be larger than a part
@@ -53,7 +53,7 @@ def arguments(folder: Path, epochs: int) -> list[str]:
 
 
 def start(folder: Path, epochs: int, *more: str, before: Callable[[], object] = int) -> int:
-    """Starts the command in a process of its own, where something else is done before; returns its id."""
+    """Starts the command in a process of its own, after a function has run in it; returns its id."""
     process = os.fork()
     if process:
         return process
@@ -97,7 +97,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def state(folder: Path) -> dict[str, object]:
-    """What has to be the same at the end."""
+    """The part of the last checkpoint that must be equal at the end."""
     content = torch.load(checkpoints(folder)[-1], weights_only=True)
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "seed")
     return {**{key: content[key] for key in kept}, "LipschitzLR": content["callbacks"]["LipschitzLR"]}
@@ -123,27 +123,27 @@ def differences(first: object, second: object, path: str = "") -> list[str]:
 
 def trial(folder: Path, options: argparse.Namespace, length: float, counts: Counter[str], chance: random.Random) -> str:
     """One run, killed and resumed until its end; what happened, for a line."""
-    told: list[str] = []
+    moments: list[str] = []
     resume: tuple[str, ...] = ()
-    while not told or chance.random() < options.again:
+    while not moments or chance.random() < options.again:
         moment = chance.uniform(0, length)
         if not killed(start(folder, options.epochs, *resume), moment):
-            if told:
-                return ", ".join(told)
-            # Another run in its place, which must not find the checkpoints of this one.
+            if moments:
+                return ", ".join(moments)
+            # The run is repeated, and must not find the checkpoints of this one.
             shutil.rmtree(folder / "lightning_logs")
             continue
         left = checkpoints(folder)
         step = torch.load(left[-1], weights_only=True)["global_step"] if left else None
         counts["kills"] += 1
         counts["before the first checkpoint"] += step is None
-        told.append(f"{moment:.2f} s ({'no checkpoint' if step is None else f'step {step}'})")
+        moments.append(f"{moment:.2f} s ({'no checkpoint' if step is None else f'step {step}'})")
         resume = () if step is None else ("--ckpt_path", "last")
     if code := end(start(folder, options.epochs, *resume)):
         counts["ended with an error"] += 1
         print((folder / "log.txt").read_text()[-2000:])
-        return f"{', '.join(told)}: exit code {code}"
-    return ", ".join(told)
+        return f"{', '.join(moments)}: exit code {code}"
+    return ", ".join(moments)
 
 
 def signalled(
@@ -160,7 +160,7 @@ def signalled(
             while code == 0:  # it had ended before
                 shutil.rmtree(folder / "lightning_logs")
                 code = ended_by(start(folder, options.epochs), chance.uniform(0, length), number)
-            # Before Python has been told otherwise, a signal ends it: to a shell that is the same code.
+            # Before Python has installed its handlers a signal ends it: to a shell that is the same code.
             counts["code"] += code in (128 + number, -number)
             counts["one"] += "Traceback" not in (folder / "log.txt").read_text()
             left = checkpoints(folder)
@@ -171,15 +171,12 @@ def signalled(
             )
         print(
             f"{number.name}: {options.signals} runs; {counts['code']} with exit code {128 + number}, {counts['one']} "
-            f"without a traceback; {counts['saved']} left a checkpoint, the others had none to leave and began anew; "
+            f"without a traceback; {counts['saved']} left a checkpoint, the others restarted from scratch; "
             f"{counts['same']} ended as the undisturbed one, bit for bit",
             flush=True,
         )
         right = right and counts["code"] == counts["one"] == counts["same"] == options.signals
     return right
-
-
-# -- what is read and written ------------------------------------------------------------------------------------------
 
 
 class Break(NamedTuple):
@@ -192,7 +189,7 @@ class Break(NamedTuple):
 
 
 class Evil:
-    """What a checkpoint that runs code has in it."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
         return os.mkdir, ("ran",)
@@ -218,7 +215,7 @@ def write_mnist(folder: Path) -> list[Path]:
 
 
 def breaks(folder: Path, count: int, chance: random.Random) -> Iterator[Break]:
-    """All that is broken; each is made when its turn comes."""
+    """All broken things; each is made when its turn comes."""
     (last,) = checkpoints(folder)
     content = last.read_bytes()
     resume = ("--ckpt_path", "last")
@@ -245,7 +242,7 @@ def breaks(folder: Path, count: int, chance: random.Random) -> Iterator[Break]:
     torch.save({"weight": torch.zeros(2)}, bad)
     yield Break("file of tensors that is no checkpoint", ("--ckpt_path", str(bad), *longer))
     bad.write_text("no archive")
-    yield Break("text in place of a checkpoint", ("--ckpt_path", str(bad), *longer))
+    yield Break("text instead of a checkpoint", ("--ckpt_path", str(bad), *longer))
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "evil": Evil()}, bad)
     yield Break("checkpoint with code in it", ("--ckpt_path", str(bad), *longer))
     for i in range(count):
@@ -293,9 +290,6 @@ def break_all(root: Path, count: int, chance: random.Random) -> bool:
     return all(found["right"] == found["tries"] for found in counts.values())
 
 
-# -- all of it ---------------------------------------------------------------------------------------------------------
-
-
 def measure(options: argparse.Namespace, root: Path) -> int:
     """Makes all runs and prints; returns the exit code."""
     load_digits()
@@ -313,13 +307,13 @@ def measure(options: argparse.Namespace, root: Path) -> int:
         folder = root / f"run{counts['runs']}"
         folder.mkdir()
         counts["runs"] += 1
-        told = trial(folder, options, length, counts, chance)
+        moments = trial(folder, options, length, counts, chance)
         found = differences(expected, state(folder))
         counts["the same, bit for bit"] += not found
-        print(f"killed at {told}: {'DIFFERENT: ' + ', '.join(found[:4]) if found else 'the same'}", flush=True)
+        print(f"killed at {moments}: {'DIFFERENT: ' + ', '.join(found[:4]) if found else 'the same'}", flush=True)
     print(
         f"{counts['kills']} kills in {counts['runs']} runs; {counts['before the first checkpoint']} kills came before "
-        f"the first checkpoint (begun anew); {counts['ended with an error']} runs ended with an error; "
+        f"the first checkpoint (restarted from scratch); {counts['ended with an error']} runs ended with an error; "
         f"{counts['the same, bit for bit']} of {counts['runs']} runs ended as the undisturbed one, bit for bit"
     )
     right = counts["the same, bit for bit"] == counts["runs"]

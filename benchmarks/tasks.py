@@ -1,7 +1,7 @@
-"""The tasks that policies for the learning rate are compared on: real data, small enough for a CPU.
+"""The tasks that compare.py compares learning-rate policies on: real data, small enough for a CPU.
 
 Each task is a network, data cut into a training, a validation and a test part, a loss and a length. Nothing is
-downloaded: the images are looked for in the folder that LIT_LIPSCHITZ_DATA names, the tables come with scikit-learn and
+downloaded: the images are read from the folder that LIT_LIPSCHITZ_DATA names, the tables come with scikit-learn and
 the text with Python.
 """
 
@@ -35,16 +35,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A network, its data and the length of its training.
 
     Attributes:
         network: Makes the network.
-        data: Makes the data; called with the seed, which decides about training and validation part, never the test's.
+        data: Makes the data; called with the seed, which draws the training and validation parts but not the test part.
         loss: Of outputs and targets, a mean.
         metric: Of outputs and targets: ``"accuracy"`` in per cent, or ``"loss"``.
         epochs: Length of the run.
         batch_size: Examples in a batch.
-        weight_decay: What the optimizer is given, in SGD coupled and in AdamW decoupled.
+        weight_decay: Of the optimizer, coupled in SGD and decoupled in AdamW.
     """
 
     network: Callable[[], nn.Module]
@@ -67,16 +67,13 @@ def split(inputs: Tensor, targets: Tensor, sizes: tuple[int, int], seed: int) ->
     return (inputs[train], targets[train]), (inputs[val], targets[val])
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 @cache
-def _table(name: str, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _table(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, random_state=draw)
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.3, random_state=0)
     mean, std = train_x.mean(axis=0), train_x.std(axis=0)
     std[std == 0] = 1.0
     if name == "diabetes":
@@ -87,20 +84,17 @@ def _table(name: str, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_inputs, torch.tensor(train_y), test_inputs, torch.tensor(test_y)
 
 
-def table(name: str, floating: bool, seed: int, drawn: bool = False) -> Data:
-    """A table of scikit-learn's, columns standardised, 30 % of the rows for test and 20 % of the rest to validate.
+def table(name: str, floating: bool, seed: int) -> Data:
+    """A table of scikit-learn with standardised columns: 30 % of the rows to test, 20 % of the rest to validate.
 
-    The test rows are the same for all seeds, unless they are to be drawn by the seed as well.
+    The test rows are the same for all seeds.
     """
-    train_x, train_y, test_x, test_y = _table(name, seed if drawn else 0)
+    train_x, train_y, test_x, test_y = _table(name)
     if floating:
         train_y, test_y = train_y.float().unsqueeze(1), test_y.float().unsqueeze(1)
     held_out = len(train_x) // 5
     train, val = split(train_x, train_y, (len(train_x) - held_out, held_out), seed)
     return Data(train, val, (test_x, test_y), _keep)
-
-
-# -- images ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -127,8 +121,6 @@ def images(source: str, half: bool, sizes: tuple[int, int], tests: int, augment:
     train, test = _images(source, half)
     return Data(*split(*train, sizes, seed), (test[0][:tests], test[1][:tests]), augment)
 
-
-# -- text --------------------------------------------------------------------------------------------------------------
 
 CONTEXT = 64
 
@@ -161,9 +153,6 @@ def text(seed: int) -> Data:
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over all tokens; logits of shape (batch, tokens, characters)."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-# -- transformers ------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -220,17 +209,14 @@ class VisionTransformer(nn.Module):
 def quick_norms(make: Callable[[], nn.Module]) -> nn.Module:
     """A network whose BatchNorm forgets as fast as torch's does by default.
 
-    That of the papers' networks averages over 100 batches, a quarter of such a short run, and what the evaluation sees
-    is then more a matter of its lag than of the weights.
+    That of the papers' networks averages over 100 batches, a quarter of such a short run, so that the evaluation would
+    depend more on the lag of its statistics than on the weights.
     """
     network = make()
     for part in network.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.momentum = 0.1
     return network
-
-
-# -- the tasks ---------------------------------------------------------------------------------------------------------
 
 
 def _affine_batch(inputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,19 +1,19 @@
-"""How fast `lit-lipschitz fit` trains, beside a loop written by hand and beside the customary Lightning set-up.
+"""Training speed of `lit-lipschitz fit`, compared with a plain PyTorch loop and with a usual Lightning set-up.
 
     python benchmarks/throughput.py [--networks mnist_cnn,resnet20,...] [--batches 128,512] [--turns 20]
 
 For each network, batch size, precision and eager or compiled, four ways:
 
-    hand      plain PyTorch over tensors on the device, with the same augmentation, optimizer and schedule
+    loop      plain PyTorch over tensors on the device, with the same augmentation, optimizer and schedule
     fit       `lit-lipschitz fit`, with everything that it has on by default, LipschitzLR among it
     no rate   the same without LipschitzLR (`--fixed_rate true`)
     workers   the same as that, with torchvision's transforms image by image in the workers of a DataLoader
 
-The second and the third take turns with the first, step by step (on a GPU 20 steps by 20), so that a machine that is
-slow for a while is slow for both; the workers, who would go on working in the other's turn, run by themselves. A row is
-the median step with quartiles, images a second, and the speed as a share of that of `hand` in the step before (of the
-workers: of its median): median and quartiles, by the wall's clock and by the CPU time of the training thread, which
-other processes disturb less. Rows are kept in results/throughput.json as soon as they are measured, each with versions
+The second and the third take turns with the first, step by step (on a GPU 20 steps by 20), so that a slow phase of the
+machine slows both; the workers, which would keep working in the other's turn, run by themselves. A row is the median
+step with quartiles, images a second, and the speed as a share of that of `loop` in the step before (of the workers: of
+its median): median and quartiles, in wall time and in CPU time of the training thread, which other processes disturb
+less. Rows are kept in results/throughput.csv as soon as they are measured, each with versions
 and hardware; `--print` prints the table from there. The images are random; nothing is downloaded.
 """
 
@@ -22,7 +22,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import platform
 import shutil
 import statistics
@@ -37,13 +36,14 @@ from typing import Any
 import lightning as L
 import torch
 from figures import device_name, quartiles
+from rows import read_summary, write_summary
 from torch import nn
-from workloads import RandomCIFAR10, RandomMNIST, Turns, by_hand
+from workloads import RandomCIFAR10, RandomMNIST, Turns, plain_loop
 
 import lit_lipschitz
 from lit_lipschitz.cli.fit.command import run
 
-RESULTS = Path(__file__).parent / "results" / "throughput.json"
+RESULTS = Path(__file__).parent / "results" / "throughput.csv"
 NETWORKS: dict[str, tuple[str, str]] = {
     "mlp": ("MLP", "mnist"),
     "mnist_cnn": ("MNISTCNN", "mnist"),
@@ -51,19 +51,19 @@ NETWORKS: dict[str, tuple[str, str]] = {
     "densenet40": ("DenseNet", "cifar10"),
     "resnet9": ("ResNet9", "cifar10"),
 }
-"""Name: class, data. The MLP is not one of the issue's; it shows what a step costs beside the arithmetic."""
+"""Name: class, data. The MLP shows the cost of a step beyond the arithmetic."""
 WAYS = ("fit", "no rate", "workers")
 SKIP = 4 if torch.cuda.is_available() else 5
 """Turns that are not counted: allocations, compilation, and the first updates of the rate."""
 
 
 def arguments_of(name: str) -> dict[str, Any]:
-    """Arguments of a network beside its defaults."""
+    """Arguments of a network that differ from its defaults."""
     return {"in_shape": [1, 28, 28]} if name == "mlp" else {}
 
 
 def one(way: str, name: str, batch_size: int, precision: str, compiled: bool, turns: int, stride: int) -> Turns:
-    """Trains a fresh network one way and another by hand, in turns."""
+    """Trains a network one way and another in the plain loop, in turns."""
     kind, data = NETWORKS[name]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def one(way: str, name: str, batch_size: int, precision: str, compiled: bool, tu
     module = (RandomMNIST if data == "mnist" else RandomCIFAR10)(batch_size=batch_size, val_split=0.0)
     network: nn.Module = getattr(lit_lipschitz, kind)(**arguments_of(name))
     alone = way == "workers"
-    Turns.partner = repeat(None) if alone else by_hand(module, network, steps, device, precision, compiled)
+    Turns.partner = repeat(None) if alone else plain_loop(module, network, steps, device, precision, compiled)
     folder = tempfile.mkdtemp()
     try:
         _fit(way, name, batch_size, precision, compiled, steps, stride, folder)
@@ -131,30 +131,34 @@ def _fit(
 def measure(
     name: str, batch_size: int, precision: str, compiled: bool, ways: list[str], turns: int, stride: int
 ) -> list[dict[str, Any]]:
-    """The rows of one network and setting; that of `hand` is of all turns with the others."""
+    """The rows of one network and setting; that of `loop` is over all turns with the others."""
     setting = {"network": name, "batch_size": batch_size, "precision": precision, "compiled": compiled}
-    rows, by_hand_alone = [], list[float]()
+    rows, loop_seconds = [], list[float]()
     for way in ways:
         run = one(way, name, batch_size, precision, compiled, turns, stride)
         seconds = run.seconds()
         if way != "workers":
-            by_hand_alone += seconds["wall hand"]
+            loop_seconds += seconds["wall loop"]
         row = {**setting, "way": way, **_sizes(seconds["wall trainer"], batch_size), "end_ms": 1e3 * run.end}
         for clock, label in (("wall", "speed"), ("cpu", "cpu_speed")):
-            hand, trainer = seconds[f"{clock} hand"], seconds[f"{clock} trainer"]
+            loop, trainer = seconds[f"{clock} loop"], seconds[f"{clock} trainer"]
             if way == "workers":
-                if clock == "cpu" or not by_hand_alone:
+                if clock == "cpu" or not loop_seconds:
                     continue
-                hand = [statistics.median(by_hand_alone)] * len(trainer)
-            low, middle, high = quartiles([one / other for one, other in zip(hand, trainer, strict=True)])
-            row[label] = [middle, low, high]
+                loop = [statistics.median(loop_seconds)] * len(trainer)
+            row.update(_spread(label, [one / other for one, other in zip(loop, trainer, strict=True)]))
         rows.append({**row, "turns": len(run.turns), "stride": stride})
-    return [{**setting, "way": "hand", **_sizes(by_hand_alone, batch_size)}, *rows]
+    return [{**setting, "way": "loop", **_sizes(loop_seconds, batch_size)}, *rows]
 
 
 def _sizes(seconds: list[float], batch_size: int) -> dict[str, Any]:
-    low, middle, high = quartiles(seconds)
-    return {"ms": 1e3 * middle, "ms_quartiles": [1e3 * low, 1e3 * high], "images_per_second": batch_size / middle}
+    found = _spread("ms", [1e3 * one for one in seconds])
+    return {**found, "images_per_second": 1e3 * batch_size / found["ms"]}
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    low, middle, high = quartiles(values)
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
 def hardware() -> dict[str, str]:
@@ -166,38 +170,35 @@ def hardware() -> dict[str, str]:
 
 def read() -> list[dict[str, Any]]:
     """The rows of the file."""
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = read_summary(RESULTS) if RESULTS.exists() else []
     order = {name: i for i, name in enumerate(NETWORKS)}
     return sorted(rows, key=lambda row: (row["device"], order[row["network"]], row["batch_size"], row["compiled"]))
 
 
 def keep(rows: list[dict[str, Any]]) -> None:
-    """Puts rows into the file in place of older ones of the same setting and device; the file is whole at any time."""
+    """Puts rows into the file, which replace older ones of the same setting and device."""
     key = ("network", "batch_size", "precision", "compiled", "way", "device")
-    known = read()
     new = {tuple(row[name] for name in key) for row in rows}
-    merged = [row for row in known if tuple(row[name] for name in key) not in new] + rows
-    aside = RESULTS.with_suffix(".part")
-    aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n")
-    os.replace(aside, RESULTS)
+    write_summary(RESULTS, [*(row for row in read() if tuple(row[name] for name in key) not in new), *rows])
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table, in Markdown."""
-    yield "| network | batch | | way | ms a step (quartiles) | images/s | speed, `hand` = 1 (quartiles) | by CPU time |"
+    yield "| network | batch | | way | ms a step (quartiles) | images/s | speed, `loop` = 1 (quartiles) | by CPU time |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         speeds = [_ratio(row, "speed"), _ratio(row, "cpu_speed")]
         kind = f"{row['precision']}{', compiled' if row['compiled'] else ''}"
-        low, high = row["ms_quartiles"]
         yield (
-            f"| {row['network']} | {row['batch_size']} | {kind} | {row['way']} | {row['ms']:.4g} ({low:.4g} .. "
-            f"{high:.4g}) | {row['images_per_second']:.4g} | {' | '.join(speeds)} |"
+            f"| {row['network']} | {row['batch_size']} | {kind} | {row['way']} | {row['ms']:.4g} "
+            f"({row['ms_low']:.4g} .. {row['ms_high']:.4g}) | {row['images_per_second']:.4g} | {' | '.join(speeds)} |"
         )
 
 
 def _ratio(row: dict[str, Any], name: str) -> str:
-    return "{:.3f} ({:.3f} .. {:.3f})".format(*row[name]) if name in row else "1" if row["way"] == "hand" else ""
+    if row.get(name) is None:
+        return "1" if row["way"] == "loop" else ""
+    return f"{row[name]:.3f} ({row[f'{name}_low']:.3f} .. {row[f'{name}_high']:.3f})"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What throughput.py trains, by each of the ways that it compares; class paths of its configs name what is here."""
+"""Data, callbacks and the plain training loop of throughput.py; its configs name the classes by their paths."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from lit_lipschitz import CIFAR10DataModule, LinearWarmupDecay, MNISTDataModule
 from lit_lipschitz.module import seed_device
 
 EXAMPLES = 16_384
-"""Random images that stand for a data set; what is in them makes no difference to the time."""
+"""Number of random images in place of a data set; the time does not depend on the pixels."""
 
 
 def random_pixels(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class RandomCIFAR10(CIFAR10DataModule):
 
 
 class PerImage(L.LightningDataModule):
-    """The customary way: torchvision's transforms image by image, in the worker processes of a DataLoader.
+    """The usual way: torchvision's transforms image by image, in the worker processes of a DataLoader.
 
     Args:
         data: ``"mnist"`` or ``"cifar10"``, for shapes and augmentation.
@@ -89,10 +89,9 @@ class _Transformed(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Turns(L.Callback):
-    """Takes turns with a loop written by hand: after each step of the trainer one of the loop, and both are timed.
+    """Takes turns with the plain loop: after each step of the trainer one of the loop, and both are timed.
 
-    What slows the machine down for a while meets both. On a GPU a turn is ``stride`` steps, with a synchronisation at
-    its end.
+    A slow phase of the machine slows both. On a GPU a turn is ``stride`` steps, with a synchronisation at its end.
 
     Args:
         skip: Turns at the start that are not counted.
@@ -100,15 +99,15 @@ class Turns(L.Callback):
     """
 
     partner: ClassVar[Iterator[None] | None] = None
-    """The loop; an item is a step of it. Set by who starts the trainer through the command."""
+    """The loop, one item a step; set before the trainer is started."""
     last: ClassVar["Turns | None"] = None
-    """The newest one, for the same."""
+    """The instance that the trainer made."""
 
     def __init__(self, skip: int = 4, stride: int = 1) -> None:
         self._skip, self._stride = skip, stride
         self._step = 0
         self._mark: _Moment | None = None
-        self._hand: _Moment | None = None
+        self._loop: _Moment | None = None
         self.turns: list[tuple[_Moment, _Moment]] = []
         self.end = 0.0
         type(self).last = self
@@ -117,19 +116,19 @@ class Turns(L.Callback):
         """Ends the trainer's turn, takes the loop's, and starts the trainer's next one."""
         if self._step % self._stride == 0:
             now = _Moment()
-            if self._mark is not None and self._hand is not None and self._step > self._skip * self._stride:
-                self.turns.append((self._hand, now - self._mark))
+            if self._mark is not None and self._loop is not None and self._step > self._skip * self._stride:
+                self.turns.append((self._loop, now - self._mark))
             partner = type(self).partner
             assert partner is not None
             now = _Moment()
             for _step in range(self._stride):
                 next(partner)
-            self._hand = _Moment() - now
+            self._loop = _Moment() - now
             self._mark = _Moment()
         self._step += 1
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Notes the time, for what comes after the last step."""
+        """Records the time, for the seconds after the last step."""
         self._ended = time.perf_counter()
 
     def on_train_end(self, *_: object) -> None:
@@ -137,8 +136,8 @@ class Turns(L.Callback):
         self.end = _Moment().wall - self._ended
 
     def seconds(self) -> dict[str, list[float]]:
-        """Of a step, by the wall's clock and by this thread's CPU time, of the loop and of the trainer."""
-        of = {"hand": 0, "trainer": 1}
+        """Seconds a step of the loop and of the trainer, in wall time and in CPU time of this thread."""
+        of = {"loop": 0, "trainer": 1}
         return {
             f"{clock} {who}": [getattr(turn[side], clock) / self._stride for turn in self.turns]
             for who, side in of.items()
@@ -147,7 +146,7 @@ class Turns(L.Callback):
 
 
 class _Moment:
-    """A point in time, or the difference of two, once the device has done what it was given."""
+    """A point in time, or the difference of two, after a synchronisation of the device."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -160,7 +159,7 @@ class _Moment:
         return difference
 
 
-def by_hand(
+def plain_loop(
     data: CIFAR10DataModule | MNISTDataModule,
     network: nn.Module,
     steps: int,
@@ -168,7 +167,7 @@ def by_hand(
     precision: str,
     compiled: bool,
 ) -> Iterator[None]:
-    """The loop that a person in a hurry writes: the same batches, augmentation, loss, optimizer and schedule."""
+    """A minimal PyTorch loop with the same batches, augmentation, loss, optimizer and schedule."""
     data.setup("fit")
     assert data._train is not None
     images, labels = (part.to(device) for part in data._train)

@@ -1,4 +1,4 @@
-"""Writes the tables that the scripts print from results/ into the pages of docs/, between their markers.
+"""Fills the tables of README.md and docs/ from the summaries in results/, between their markers.
 
 python benchmarks/write_tables.py
 """
@@ -8,40 +8,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compare
-import factors
 import growth
-import more_tasks
-import sensitivity
 import startup
+import summary
 import throughput
-import variants
-from rows import read_rows
+from rows import read_summary
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "../README.md": {"short": lambda: compare.short(read_rows(compare.RESULTS))},
-    "evidence.md": {
-        "defaults": lambda: compare.pairs(read_rows(compare.RESULTS)),
-        "factors": lambda: factors.chart(read_rows(factors.RESULTS)),
-        "more_tasks": lambda: more_tasks.table(read_rows(more_tasks.RESULTS)),
-        "regrets": lambda: compare.regrets(read_rows(compare.RESULTS)),
-        "runs": lambda: compare.tables(read_rows(compare.RESULTS)),
-        "sensitivity": lambda: sensitivity.table(read_rows(sensitivity.RESULTS)),
-        "variants": lambda: variants.table(read_rows(variants.RESULTS)),
+    "README.md": {"short": lambda: summary.short(read_summary(compare.SUMMARY))},
+    "docs/guide/evidence.md": {
+        "defaults": lambda: summary.defaults(read_summary(compare.SUMMARY)),
+        "regrets": lambda: summary.regrets(read_summary(compare.SUMMARY)),
     },
-    "performance.md": {
+    "docs/guide/performance.md": {
         "throughput": lambda: "\n".join(throughput.lines(throughput.read())),
-        "growth": lambda: "\n".join(growth.growth_lines(growth.read())).strip(),
-        "heads": lambda: "\n".join(growth.head_lines(growth.read())),
-        "startup": lambda: "\n".join(startup.lines(startup.read())),
+        "growth": lambda: "\n".join(growth.growth_lines(read_summary(growth.OUT))).strip(),
+        "heads": lambda: "\n".join(growth.head_lines(read_summary(growth.OUT))),
+        "startup": lambda: "\n".join(startup.lines(read_summary(startup.RESULTS))),
     },
 }
 
 
 def filled(name: str, page: str) -> str:
-    """A page with its tables as they are printed today."""
-    for table, printed in PAGES[name].items():
-        block = f"<!-- table: {table} -->\n\n{printed()}\n\n<!-- end -->"
+    """The text of a page with its tables from the summaries."""
+    for table, text in PAGES[name].items():
+        block = f"<!-- table: {table} -->\n\n{text()}\n\n<!-- end -->"
         page, count = re.subn(
             rf"<!-- table: {table} -->.*?<!-- end -->", lambda _, block=block: block, page, flags=re.S
         )
@@ -52,5 +44,5 @@ def filled(name: str, page: str) -> str:
 
 if __name__ == "__main__":
     for name in PAGES:
-        path = DOCS / name
+        path = ROOT / name
         path.write_text(filled(name, path.read_text()))

@@ -1,4 +1,4 @@
-"""Sphinx builds these pages and the reference from the docstrings: `make docs`. It needs no network."""
+"""Configuration of Sphinx, which builds these pages and the API reference (`make docs`, without a network)."""
 
 from lit_lipschitz import __version__
 
@@ -6,14 +6,14 @@ project = "lit-lipschitz"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
-nitpicky = True  # a name in a docstring that leads nowhere is a warning, and `make docs` takes warnings as errors
+nitpicky = True  # an unresolved name in a docstring is a warning, and `make docs` treats warnings as errors
 nitpick_ignore_regex = [
-    # Other projects' names, and what is no part of the interface.
+    # Names of other projects, and internal classes.
     (r"py:.*", r"(torch|lightning|collections|argparse|pathlib|typing|nn|L|Tensor|Optimizer|Path|Iterable)\b.*"),
-    (r"py:class", r"lit_lipschitz\.controller\..*"),
+    (r"py:class", r"lit_lipschitz\.control\.controller\..*"),
 ]
 myst_heading_anchors = 3  # as GitHub has them, so that links hold in both places
-suppress_warnings = ["myst.header"]  # errors.md has its messages below headings of the third level
+suppress_warnings = ["myst.header"]  # errors.md has headings of the third level without any of the second
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -1,4 +1,4 @@
-"""Makes tensorboard.png: trains two runs, starts TensorBoard on them and photographs its page of custom scalars.
+"""Makes tensorboard.png: trains two runs, starts TensorBoard and takes a screenshot of its custom scalars.
 
 python docs/tensorboard_picture.py [FILE.png]
 
@@ -22,19 +22,19 @@ COMMANDS = (
     "lit-lipschitz fit --config digits.yaml",
     "lit-lipschitz fit --config digits.yaml --lipschitz.bound smooth",
 )
-"""What makes the runs; README.md has them in the caption."""
+"""The commands of the runs; README.md has them in the caption."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1480, 440
-"""Of the picture, in pixels: room for three charts and what they are labelled with."""
+"""Size of the picture in pixels: three charts and their labels."""
 
 
 def browser() -> str | None:
-    """The first of :data:`BROWSERS` that is there."""
+    """The first of :data:`BROWSERS` on the PATH."""
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 def train(folder: Path, *more: str) -> None:
-    """Makes the runs, below a folder; further options are for all of them."""
+    """Trains the runs below a folder; further options apply to all of them."""
     start = [sys.executable, "-c", "import sys; from lit_lipschitz.cli.main import main; sys.exit(main())"]
     for command in COMMANDS:
         options = ["--trainer.accelerator", "cpu", "--quiet", "--test_after_fit", "false", *more]
@@ -45,7 +45,7 @@ def serve(folder: Path, seconds: float = 60) -> tuple[subprocess.Popen[bytes], s
     """Starts TensorBoard in the folder of the runs; returns its process, and its address once it has read them.
 
     Raises:
-        RuntimeError: It has not read them in time.
+        RuntimeError: It did not read them in time.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -70,25 +70,25 @@ def serve(folder: Path, seconds: float = 60) -> tuple[subprocess.Popen[bytes], s
 
 
 def photograph(address: str, picture: Path) -> None:
-    """Opens the page of custom scalars without a screen and keeps what it shows.
+    """Takes a screenshot of the page of custom scalars with a headless browser.
 
     Raises:
-        RuntimeError: There is no browser, or it has left no picture.
+        RuntimeError: There is no browser, or it wrote no picture.
     """
     found = browser()
     if found is None:
-        raise RuntimeError(f"looked on the PATH for {', '.join(BROWSERS)} and found none")
+        raise RuntimeError(f"expected one of {', '.join(BROWSERS)} on the PATH, found none")
     with tempfile.TemporaryDirectory() as profile:
         arguments = [
             found, "--headless", "--disable-gpu", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}",
             f"--user-data-dir={profile}", f"--screenshot={picture}",
-            "--virtual-time-budget=30000",  # the page draws in its own time, of which that many ms are let pass
+            "--virtual-time-budget=30000",  # milliseconds of the page's own time, in which it draws
             *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),  # root has none
             f"{address}#custom_scalars",
         ]  # fmt: skip
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     if not picture.is_file():
-        raise RuntimeError(f"{found} has left no picture: {done.stderr[-500:]}")
+        raise RuntimeError(f"{found} wrote no picture: {done.stderr[-500:]}")
 
 
 def make(picture: Path, *more: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT
 from torch.nn import functional as F
 
-spec = importlib.util.spec_from_file_location("classical_benchmark", ROOT / "benchmarks" / "classical.py")
+spec = importlib.util.spec_from_file_location("classical_benchmark", ROOT / "benchmarks" / "papers" / "classical.py")
 classical = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = classical
 spec.loader.exec_module(classical)

@@ -1,4 +1,4 @@
-"""The tables of the pages are what the scripts print, and what is chosen is chosen by validation."""
+"""The comparison of policies: runs are not repeated, the summary chooses by validation, the pages have its tables."""
 
 import sys
 
@@ -12,69 +12,122 @@ BENCHMARKS = ROOT / "benchmarks"
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import compare
+    import summary
     import write_tables
 
-    yield compare, write_tables
+    yield compare, summary, write_tables
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
 
 def row(policy, seed, val, test, task="digits_mlp", diverged=False):
-    return {"task": task, "policy": policy, "seed": seed, "val": val, "test": test, "best_val": val, "rate": 0.1,
-            "diverged": diverged, "seconds": 1.0}  # fmt: skip
+    return {"task": task, "policy": policy, "seed": seed, "val": val, "test": test, "rate": 0.1, "diverged": diverged,
+            "seconds": 1.0, "torch": "2.14", "lightning": "2.6", "device": "CPU"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["../README.md", "evidence.md", "performance.md"])
-def test_a_page_has_the_tables_as_they_are_printed(benchmarks, name):
-    _, write_tables = benchmarks
-    page = (write_tables.DOCS / name).read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/guide/evidence.md", "docs/guide/performance.md"])
+def test_a_page_has_the_tables_of_the_summaries(benchmarks, name):
+    *_, write_tables = benchmarks
+    page = (write_tables.ROOT / name).read_text()
     assert write_tables.filled(name, page) == page
 
 
+def test_the_summaries_are_small():
+    files = list((BENCHMARKS / "results").glob("*.csv"))
+    assert len(files) == 4
+    assert sum(len(file.read_text().splitlines()) for file in files) < 400
+
+
 def test_a_tuned_rate_is_the_best_by_validation_among_those_that_do_not_diverge(benchmarks):
-    compare, _ = benchmarks
-    rows = [row("lipschitz", seed, 90.0, 91.0 + seed) for seed in range(2)]
-    rows += [row("sgd:0.1", seed, 92.0, 89.0 + seed) for seed in range(2)]
-    rows += [row("sgd:0.3", seed, 91.0, 99.0) for seed in range(2)]
-    rows += [row("sgd:1", seed, 95.0, 95.0, diverged=seed == 1) for seed in range(2)]
-    rows += [row("sgd:0.01", 0, 99.0, 99.0)]  # on fewer seeds than the others
-    chosen = compare.summary(rows)["digits_mlp"]
-    assert {found["policy"] for found in chosen["SGD, best of grid"]} == {"sgd:0.1"}
-    assert "| digits_mlp | lipschitz | 91.5 ± 0.5 | sgd:0.1 | 89.5 ± 0.5 | 2 ± 0 (points) |" in compare.pairs(rows)
+    _, summary, _ = benchmarks
+    runs = [row("lipschitz", seed, 90.0, 91.0 + seed) for seed in range(2)]
+    runs += [row("sgd:0.1", seed, 92.0, 89.0 + seed) for seed in range(2)]
+    runs += [row("sgd:0.3", seed, 91.0, 99.0) for seed in range(2)]
+    runs += [row("sgd:1", seed, 95.0, 95.0, diverged=seed == 1) for seed in range(2)]
+    runs += [row("sgd:0.01", 0, 99.0, 99.0)]  # on fewer seeds than the others
+    rows = summary.summarise(runs)
+    assert summary.best(rows, "digits_mlp", "sgd")["policy"] == "sgd:0.1"
+    assert summary.best(rows, "digits_mlp", "adamw") is None
+    (default,) = [one for one in rows if one["policy"] == "lipschitz"]
+    assert (default["tuned"], default["difference"], default["difference_error"], default["pairs"]) == (
+        "sgd:0.1", 2, 0, 2,
+    )  # fmt: skip
+    line = "| digits_mlp | lipschitz | 91.5 ± 0.5 | sgd:0.1 | 89.5 ± 0.5 | 2 ± 0 (points) | 2 |"
+    assert summary.defaults(rows).splitlines()[2:] == [line]
+    assert summary.short(rows).splitlines()[2:] == ["| `digits_mlp` | 2 ± 0 (points) |  |  |"]
+
+
+def test_a_difference_is_over_the_seeds_that_both_have(benchmarks):
+    _, summary, _ = benchmarks
+    runs = [row("lipschitz", seed, 90.0, test) for seed, test in ((0, 90.0), (1, 92.0), (2, 70.0))]
+    runs += [row("sgd:0.1", seed, 92.0, test) for seed, test in ((0, 89.0), (1, 89.0), (3, 10.0))]
+    (default, tuned) = summary.summarise(runs)
+    assert (default["test"], default["seeds"], default["pairs"]) == (84, 3, 2)
+    assert (default["difference"], default["difference_error"]) == (2, 1)
+    assert default["test_error"] == pytest.approx(7.0237692)  # sqrt((6^2 + 8^2 + 14^2) / 2 / 3)
+    assert [tuned[name] for name in ("tuned", "difference", "pairs")] == [None] * 3
 
 
 def test_a_regret_is_behind_the_best_policy_by_validation_and_a_divergence_is_the_worst(benchmarks):
-    compare, _ = benchmarks
-    rows = [row("a", 0, 80.0, 70.0), row("b", 0, 70.0, 75.0), row("c", 0, 60.0, 50.0, diverged=True)]
-    rows += [row("a", 0, 0.2, 0.4, "diabetes_mlp"), row("b", 0, 0.3, 0.5, "diabetes_mlp")]
-    rows += [row("c", 0, 0.3, 0.5, "diabetes_mlp")]
-    lines = compare.regrets(rows).splitlines()
+    _, summary, _ = benchmarks
+    runs = [row("a", 0, 80.0, 70.0), row("b", 0, 70.0, 75.0), row("c", 0, 60.0, 50.0, diverged=True)]
+    runs += [row("a", 0, 0.2, 0.4, "diabetes_mlp"), row("b", 0, 0.3, 0.5, "diabetes_mlp")]
+    runs += [row("c", 0, 0.3, 0.5, "diabetes_mlp"), row("d", 0, 0.3, 0.5, "diabetes_mlp")]
+    lines = summary.regrets(summary.summarise(runs)).splitlines()
     assert lines[2:] == ["| a | 0.0 | 0.0 | 0.0 |", "| b | -5.0 | 25.0 | 25.0 |", "| c | diverged | 25.0 | diverged |"]
 
 
-def test_the_best_factor_is_told_by_loss_and_by_accuracy(benchmarks):
-    import factors
+def test_runs_that_are_in_the_file_are_not_repeated_and_are_summarised(benchmarks, monkeypatch, tmp_path, capsys):
+    compare, summary, _ = benchmarks
+    made, path = [], tmp_path / "runs.jsonl"
 
-    losses = {factor: 0.2 + 0.1 * abs(factor - 0.25) for factor in factors.FACTORS}
-    rows = [
-        {"task": "MNIST, 500, 5", "factor": factor, "seed": seed, "test": loss + seed, "accuracy": 90 + factor}
-        for factor, loss in losses.items()
-        for seed in (0, 1)
+    def run(task, policy, seed):
+        made.append((task, policy, seed))
+        return row(policy, seed, 90.0 + seed, 1 / 3, task)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(path), *arguments])
+        compare.main()
+
+    monkeypatch.setattr(compare, "run", run)
+    call("--policies", "lipschitz,sgd:0.1", "--tasks", "digits_mlp", "--seeds", "0,1")
+    with path.open("a") as file:
+        file.write('{"task": "digits_mlp", "pol')  # cut off by a kill
+    call("--policies", "lipschitz,sgd:0.1", "--tasks", "digits_mlp,mnist_cnn", "--seeds", "1")
+    assert made == [
+        *(("digits_mlp", policy, seed) for seed in (0, 1) for policy in ("lipschitz", "sgd:0.1")),
+        ("mnist_cnn", "lipschitz", 1),
+        ("mnist_cnn", "sgd:0.1", 1),
     ]
-    *_, line = factors.chart(rows).splitlines()
-    assert line == "| MNIST, 500, 5 | 0.25 | 0.7 | 0.775 | 10.7 % | 4 | 94.00 | 91.00 | 3.00 | 2 |"
-    assert len(factors.chart(rows[2:]).splitlines()) == 2  # a cell that lacks a factor is left out
-    (*_, alike) = factors.chart([*rows[:-1], {**rows[0], "seed": 2, "accuracy": 99.0}]).splitlines()
-    assert alike == line.replace("0.7 | 0.775", "0.2 | 0.275").replace("10.7 %", "37.5 %").replace("| 2 |", "| 1 |")
+    capsys.readouterr()
+    call("--summary", str(tmp_path / "summary.csv"))
+    rows = compare.read_summary(tmp_path / "summary.csv")
+    assert [(one["task"], one["policy"], one["seeds"]) for one in rows] == [
+        ("digits_mlp", "lipschitz", 2), ("digits_mlp", "sgd:0.1", 2),
+        ("mnist_cnn", "lipschitz", 1), ("mnist_cnn", "sgd:0.1", 1),
+    ]  # fmt: skip
+    assert rows[0]["test"] == 0.333333
+    assert rows[2]["val_error"] is None
+    assert (rows[0]["torch"], rows[0]["lightning"], rows[0]["device"]) == (2.14, 2.6, "CPU")
+    printed = capsys.readouterr().out
+    for table in (summary.defaults, summary.short, summary.regrets):
+        assert table(rows) in printed
 
 
-def test_a_factor_multiplies_the_rate_and_is_gone_afterwards(benchmarks):
-    import factors
+@pytest.mark.parametrize("policy", ["lipschitz", "sgd:0.1", "lipschitz-adamw"])
+def test_a_run_trains_by_its_policy(benchmarks, monkeypatch, policy):
+    pytest.importorskip("sklearn")
+    compare, *_ = benchmarks
+    tasks = sys.modules["tasks"]
+    monkeypatch.setitem(tasks.TASKS, "diabetes_mlp", compare.Task(**{**vars(tasks.TASKS["diabetes_mlp"]), "epochs": 2}))
+    one, again = (compare.run("diabetes_mlp", policy, 3) for _ in range(2))
+    assert {**one, "seconds": 0} == {**again, "seconds": 0}
+    assert not one["diverged"]
+    assert 0 < one["test"] < 1.5
+    assert (one["rate"] == pytest.approx(0.1, rel=0.2)) == (policy == "sgd:0.1")
 
-    from lit_lipschitz.rules import registry as rules
 
-    seen, settings = rules.Observation(4.0, 16.0, scale=3.0, batch_size=16), {"betas": (0.9, 0.999)}
-    plain, state = rules.RULES["observed"](seen, rules.RuleState(), settings)
-    with factors.multiplied(0.5):
-        assert rules.RULES["observed"](seen, rules.RuleState(), settings) == (0.5 * plain, state)
-    assert rules.RULES["observed"] is rules.observed
+def test_an_unknown_policy_is_named(benchmarks):
+    compare, *_ = benchmarks
+    with pytest.raises(SystemExit, match=r"expected a policy of lipschitz, .*, found 'nothing:0.1'"):
+        compare.recipe("nothing:0.1")

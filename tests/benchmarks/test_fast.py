@@ -99,7 +99,7 @@ def test_the_benchmark_chooses_a_peak_runs_both_and_repeats_nothing(fast, small,
         assert row["device"]
     assert all(row["test_acc"] is None for row in rows[:2])  # the test set does not choose
     capsys.readouterr()
-    # What a kill has left of a line is no run.
+    # A line that a kill has cut off is ignored.
     with Path("fast.jsonl").open("a") as file:
         file.write('{"config": "cifar10_f')
     assert benchmark.main([*options, "--peaks", "1e-9", "0.2", "--", *small]) == 0

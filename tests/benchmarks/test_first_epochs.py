@@ -4,7 +4,9 @@ import sys
 import pytest
 from helpers import ROOT
 
-spec = importlib.util.spec_from_file_location("first_epochs_benchmark", ROOT / "benchmarks" / "first_epochs.py")
+spec = importlib.util.spec_from_file_location(
+    "first_epochs_benchmark", ROOT / "benchmarks" / "papers" / "first_epochs.py"
+)
 first_epochs = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = first_epochs
 spec.loader.exec_module(first_epochs)

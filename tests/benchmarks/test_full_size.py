@@ -1,4 +1,4 @@
-"""The script of the full-size runs, made small: in pieces it comes to what it comes to in one go."""
+"""The script of the full-length runs, made small: a run in pieces equals the run in one go."""
 
 import csv
 import fcntl
@@ -155,7 +155,7 @@ def test_a_failure_ends_the_call_and_two_calls_do_not_share_a_folder(full_size, 
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
             script.main(options)
-    assert "another call is at work" in capsys.readouterr().err
+    assert "another call is using it" in capsys.readouterr().err
     assert len(calls) == 1
 
 

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: every block of Python runs, every command parses or runs, config.md follows the code."""
+"""README.md and docs/: every block of Python runs, every command parses or runs, config.md follows the code."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from lit_lipschitz.cli.compare import command as compare_command
 from lit_lipschitz.cli.compare.policies import parse_policies
 from lit_lipschitz.cli.main import main
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STARTS = ("lit-lipschitz", "python", "python3", "pip", "make", "git", "tensorboard", "torchrun", "srun")
 
 NOT_RUN = {
@@ -32,7 +32,7 @@ NOT_RUN = {
     "test_distributed.py and test_paper_configs.py with what is there",
     r"make ": "makes an environment of its own; .ci/run runs check, docs, test, train and slow",
     r"python benchmarks/": "takes minutes to hours, and figures are not what a test is for",
-    r"python docs/config_page\.py": "writes into the checkout; a test here compares what it would write",
+    r"python docs/reference/config_page\.py": "writes into the checkout; a test here compares what it would write",
     r"python docs/tensorboard_picture\.py": "needs Chromium; test_tensorboard.py runs it where that is",
     r"python -m pytest": "is tests, which run anyway",
     r"lit-lipschitz (fit|compare) --config my\.yaml": "the reader's own config",
@@ -45,7 +45,7 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Block:
-    """Something in a page that a reader would run, or that shows what came out."""
+    """A block of a page: code, a command, or the output of one."""
 
     page: str
     line: int
@@ -148,9 +148,6 @@ def check_shown(block, printed):
         assert any(close(line, other) for other in lines), f"{block}: {line!r} is not in\n{printed}"
 
 
-# -- Python ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_pages_have_the_blocks_that_are_looked_for():
     found = {path.name: blocks(path) for path in PAGES}
     assert len([one for one in found["README.md"] if one.kind == "python"]) == 2
@@ -189,7 +186,7 @@ def test_the_tutorial_runs_and_prints_what_it_shows(monkeypatch, lit):
     monkeypatch.syspath_prepend(os.getcwd())
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     names, printed = {}, ""
-    for block in blocks(ROOT / "docs" / "tutorial.md"):
+    for block in blocks(ROOT / "docs" / "guide" / "tutorial.md"):
         if file := re.match(r"# (mine\.\w+)\n", block.text):
             Path(file[1]).write_text(block.text)
         elif block.kind == "python":
@@ -211,7 +208,7 @@ def test_the_tutorial_runs_and_prints_what_it_shows(monkeypatch, lit):
 def test_the_tutorials_comparison_runs(monkeypatch, lit):
     monkeypatch.syspath_prepend(os.getcwd())
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    for block in blocks(ROOT / "docs" / "tutorial.md"):
+    for block in blocks(ROOT / "docs" / "guide" / "tutorial.md"):
         if file := re.match(r"# (mine\.\w+)\n", block.text):
             Path(file[1]).write_text(block.text)
     (command,) = [one for one in OURS if one.startswith("PYTHONPATH=. lit-lipschitz compare")]
@@ -219,9 +216,6 @@ def test_the_tutorials_comparison_runs(monkeypatch, lit):
     assert code == 0
     assert re.search(r"^lipschitz: .* on the test set; the best of the 3 fixed rates", out, re.M)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-
-
-# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -284,22 +278,21 @@ def test_every_other_command_names_what_is_there(command):
             assert (ROOT / word).is_file()
 
 
-# -- pages -------------------------------------------------------------------------------------------------------------
-
-
 def test_config_page_is_what_signatures_and_docstrings_say(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "reference"))
     import config_page
 
     pinned = dict(re.findall(r"^(lightning|torch)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
     same = all(importlib.metadata.version(name).startswith(version) for name, version in pinned.items())
-    assert config_page.PAGE.read_text().startswith(config_page.page(others=same)), "run python docs/config_page.py"
+    assert config_page.PAGE.read_text().startswith(config_page.page(others=same)), (
+        "run python docs/reference/config_page.py"
+    )
 
 
 def test_every_key_that_a_bundled_config_sets_is_in_the_page():
     import yaml
 
-    page = (ROOT / "docs" / "config.md").read_text()
+    page = (ROOT / "docs" / "reference" / "config.md").read_text()
 
     def keys(node, prefix):
         for key, value in node.items():
@@ -332,4 +325,4 @@ def test_the_pages_build_without_a_warning():
     ]
     built = subprocess.run([sys.executable, "-m", "sphinx", *arguments], capture_output=True, text=True, timeout=300)
     assert (built.returncode, built.stderr) == (0, "")
-    assert "lit_lipschitz.LipschitzLR" in Path("html/api.html").read_text()
+    assert "lit_lipschitz.LipschitzLR" in Path("html/reference/api.html").read_text()

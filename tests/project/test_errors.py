@@ -1,4 +1,4 @@
-"""docs/errors.md shows what each mistake prints; each message is made here, and must stand there word for word."""
+"""docs/reference/errors.md has the message of each mistake; they are made here and compared, word for word."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lit_lipschitz import LipschitzAudit, LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
 
-CATALOGUE = (ROOT / "docs" / "errors.md").read_text()
+CATALOGUE = (ROOT / "docs" / "reference" / "errors.md").read_text()
 
 
 def fit(*callbacks, module=None, data=None):

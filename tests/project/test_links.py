@@ -8,8 +8,8 @@ from helpers import ROOT
 
 TEXTS = [
     ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", ROOT / "Makefile",
-    *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.py"), *(ROOT / "configs").glob("*.yaml"),
-    *(ROOT / "lit_lipschitz").rglob("*.py"), *(ROOT / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py"), *(ROOT / "configs").glob("*.yaml"),
+    *(ROOT / "lit_lipschitz").rglob("*.py"), *(ROOT / "cli").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"),
 ]  # fmt: skip
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {

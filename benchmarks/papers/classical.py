@@ -1,13 +1,13 @@
-"""The papers' classical models: learning rates 1/L and the epochs that they take.
+"""The papers' classical models: learning rates 1/L and the epochs that they need.
 
 Repeats softmax regression on Iris and Digits and logistic regression on Breast cancer over many seeds, by gradient
-descent on all training rows in double precision from weights drawn from N(0, 1), and prints what comes out beside what
-the papers report, at their rate of 0.1 and at 1 over each family of constants:
+descent on all training rows in double precision from weights drawn from N(0, 1), and compares the results with the
+papers', at their learning rate of 0.1 and at 1/L of each family of constants:
 
-    python benchmarks/classical.py [--seeds 30]
+    python benchmarks/papers/classical.py [--seeds 30]
 
-A seed draws the split (70 % of the rows, but all of them for Breast cancer) and the weights; every rate starts from the
-same ones. Needs scikit-learn, whose data sets they are: pip install lit-lipschitz[digits].
+A seed draws the split (70 % of the rows, but all of them for Breast cancer) and the weights, which are the same for
+every learning rate. The data sets are those of scikit-learn: pip install lit-lipschitz[digits].
 """
 
 import argparse
@@ -31,7 +31,7 @@ LOGITS_AT_ONCE = 200_000
 
 @dataclass(frozen=True)
 class Published:
-    """What the papers report of one rate."""
+    """The papers' results at one learning rate."""
 
     rate: float
     epochs: int
@@ -40,7 +40,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Problem:
-    """A data set, a model and what to train it to."""
+    """A data set, a model and a threshold of its loss."""
 
     name: str
     load: str
@@ -93,7 +93,7 @@ BREAST_CANCER = Problem(
 
 @dataclass
 class Draw:
-    """What the seeds draw."""
+    """Splits and first weights of the seeds."""
 
     training: Tensor  # shape (seeds, rows), whether a seed trains on a row
     weights: Tensor  # shape (seeds, outputs, columns)
@@ -151,15 +151,15 @@ def rates_of(problem: Problem, features: Tensor, targets: Tensor, training: Tens
     return rates
 
 
-def losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' losses and their slopes in the logits.
+def losses_and_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' losses and their gradients in the logits.
 
     Args:
         logits: Shape (seeds, outputs, rows).
         targets: Classes, shape (rows,).
 
     Returns:
-        The losses, shape (seeds, rows), and the slopes, of the logits' shape.
+        The losses, shape (seeds, rows), and the gradients, of the logits' shape.
     """
     if logits.shape[1] == 1:
         return (F.softplus(logits) - logits * targets)[:, 0], logits.sigmoid() - targets
@@ -189,7 +189,7 @@ def descend(features: Tensor, targets: Tensor, start: Draw, rates: Tensor, *, th
         weights, part, rate = final[active], share[active, None], rates[active, None, None]
         previous, higher = torch.full_like(rate[:, 0, 0], math.inf), torch.zeros_like(rate[:, 0, 0])
         for epoch in range(1, cap + 1):
-            each, slopes = losses_and_slopes(logits_of(weights, features), targets)
+            each, gradients = losses_and_gradients(logits_of(weights, features), targets)
             loss = (each * part[:, 0]).sum(dim=1)
             higher += loss > previous
             below = loss < threshold
@@ -200,10 +200,10 @@ def descend(features: Tensor, targets: Tensor, start: Draw, rates: Tensor, *, th
                 rises[active[ended]] = higher[ended] / max(epoch - 1, 1)
                 if ended.all():
                     break
-                active, weights, part, rate, slopes, loss, higher = (
-                    values[~ended] for values in (active, weights, part, rate, slopes, loss, higher)
+                active, weights, part, rate, gradients, loss, higher = (
+                    values[~ended] for values in (active, weights, part, rate, gradients, loss, higher)
                 )
-            weights = weights - rate * ((slopes * part).flatten(0, 1) @ features).view_as(weights)
+            weights = weights - rate * ((gradients * part).flatten(0, 1) @ features).view_as(weights)
             previous = loss
     return Runs(rates, epochs, losses, rises, *accuracies(features, targets, start.training, final))
 
@@ -381,7 +381,9 @@ def main() -> None:
     try:
         import sklearn
     except ImportError:
-        raise SystemExit("benchmarks/classical.py needs scikit-learn: pip install lit-lipschitz[digits]") from None
+        raise SystemExit(
+            "benchmarks/papers/classical.py needs scikit-learn: pip install lit-lipschitz[digits]"
+        ) from None
     versions = f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, Python {platform.python_version()}"
     print(f"CPU, {torch.get_num_threads()} threads; {versions}")
     report(arguments.seeds)

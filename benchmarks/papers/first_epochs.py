@@ -1,11 +1,11 @@
-"""The first epochs of the papers' curves: the rate of every epoch beside what the authors recorded.
+"""The first epochs of the papers' runs: the learning rate of every epoch compared with the authors' records.
 
 Runs bundled paper configs on the real data, one process each, through the command, and prints the rates and accuracies;
 then measures ResNet-164 v2 at its initialisation, in inference mode and with batch statistics:
 
-    python benchmarks/first_epochs.py [--epochs 4] [--cifar-epochs 2] [--only mnist_sgd ...] [--data-dir FOLDER]
+    python benchmarks/papers/first_epochs.py [--epochs 4] [--cifar-epochs 2] [--only mnist_sgd ...] [--data-dir FOLDER]
 
-MNIST and CIFAR-10 are looked for as the command does, and downloaded if they are missing. On 2 CPU cores an epoch takes
+MNIST and CIFAR-10 are read as by the command, and downloaded if they are missing. On 2 CPU cores an epoch takes
 about 1.5 minutes on MNIST and 3 on CIFAR-10.
 """
 
@@ -63,14 +63,14 @@ CURVES = {
     "cifar10_resnet20_sgd": Curve(
         "paper_cifar10_resnet20_sgd.yaml",
         (0.25, 0.001, 1.56, 2.15, 2.29, 2.33),
-        "the second recorded rate was set by hand: the authors restarted after an epoch",
+        "the second recorded rate was set manually: the authors restarted after an epoch",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the command printed."""
+    """The figures that the command printed."""
 
     rates: list[float]
     applied: list[float]
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--cifar-epochs", type=int, default=2, help="epochs of the CIFAR-10 run")
     parser.add_argument("--only", nargs="+", choices=[*CURVES, "initialisation"], help="some of the curves")
     parser.add_argument("--data-dir", help="where the data are")
-    parser.add_argument("--seed", type=int, help="in place of the configs' own")
+    parser.add_argument("--seed", type=int, help="instead of that of the configs")
     parser.add_argument("--seeds", type=int, default=3, help="networks to initialise")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}", flush=True)

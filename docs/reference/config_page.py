@@ -1,6 +1,6 @@
-"""Writes config.md, the page of all keys of a config, from the signatures and docstrings of the classes behind them.
+"""Writes config.md, the page of all keys of a config, from the signatures and docstrings of the configured classes.
 
-python docs/config_page.py
+python docs/reference/config_page.py
 """
 
 import inspect
@@ -23,12 +23,13 @@ PAGE = Path(__file__).with_name("config.md")
 START = """\
 # Every key of a config
 
-What a YAML file for `lit-lipschitz fit` can hold, and what each key means. A key is an option of the command as well:
-`bound: smooth` below `lipschitz:` in a file is `--lipschitz.bound smooth` on the command line. The command line goes
-before files, a later file before an earlier one. `lit-lipschitz fit --config digits.yaml --print_config` prints the
-whole config of a run. What is an argument in Python, `LipschitzLR(bound="smooth")`, is under the class's key here.
+The keys of a YAML file for `lit-lipschitz fit`, and their meaning. Each key is also an option of the command:
+`bound: smooth` below `lipschitz:` in a file is `--lipschitz.bound smooth` on the command line. The command line
+overrides files, and a later file an earlier one. `lit-lipschitz fit --config digits.yaml --print_config` prints the
+whole config of a run. Arguments in Python, as in `LipschitzLR(bound="smooth")`, are listed under the key of their
+class.
 
-This page is written by `python docs/config_page.py` from the signatures and docstrings, and a test compares the two.
+This page is written by `python docs/reference/config_page.py` from signatures and docstrings; a test compares them.
 """
 TOP = """
 ## The run
@@ -52,7 +53,7 @@ GROUPS: list[tuple[str, type, str]] = [
         lit_lipschitz.ImageClassifier,
         "`model.class_path` is any LightningModule, `model.init_args` its arguments (`--model.width 64` for short). "
         "These are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and "
-        "`scheduler` are a class of torch or one's own by `class_path` and `init_args`, without the "
+        "`scheduler` are a class of torch or your own by `class_path` and `init_args`, without the "
         "parameters and the optimizer.",
     ),
     ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; any `torch.nn.Module` will do."),
@@ -66,7 +67,7 @@ GROUPS: list[tuple[str, type, str]] = [
     (
         "data",
         ImageDataModule,
-        "`data.class_path` is any LightningDataModule, or there is no `data` where the module has loaders of its own. "
+        "`data.class_path` is any LightningDataModule, and is left out if the module has its own loaders. "
         "These are the arguments of the bundled ones: `DigitsDataModule`, `MNISTDataModule`, `FashionMNISTDataModule`, "
         "`CIFAR10DataModule` and `CIFAR100DataModule`, all of `lit_lipschitz`.",
     ),
@@ -76,22 +77,22 @@ OTHERS: list[tuple[str, type, str]] = [
         "model.optimizer",
         torch.optim.SGD,
         "With `class_path: torch.optim.SGD`; any optimizer of torch is written likewise, and "
-        "[its documentation](https://docs.pytorch.org/docs/stable/optim.html) tells what its arguments mean. "
-        "`lit_lipschitz.ZeroStartSGD` has the same ones. The callback sets the rate, so that the size of `lr` has no "
-        "effect, except with [`fixed_rate`](#fixed_rate).",
+        "[its documentation](https://docs.pytorch.org/docs/stable/optim.html) explains its arguments. "
+        "`lit_lipschitz.ZeroStartSGD` has the same ones. The callback sets the learning rate, so that the size of `lr` "
+        "has no effect, except with [`fixed_rate`](#fixed_rate).",
     ),
     (
         "checkpoint",
         ModelCheckpoint,
         "The arguments of [ModelCheckpoint](https://lightning.ai/docs/pytorch/stable/api/"
-        "lightning.pytorch.callbacks.ModelCheckpoint.html), which tells what they mean; `save_last` and `filename` "
-        "have defaults of the command's.",
+        "lightning.pytorch.callbacks.ModelCheckpoint.html), where they are explained; `save_last` and `filename` "
+        "have the command's own defaults.",
     ),
     (
         "trainer",
         L.Trainer,
         "The arguments of [Trainer](https://lightning.ai/docs/pytorch/stable/api/"
-        "lightning.pytorch.trainer.trainer.Trainer.html), which tells what they mean. "
+        "lightning.pytorch.trainer.trainer.Trainer.html), where they are explained. "
         "`callbacks` are added to the command's own.",
     ),
 ]
