@@ -83,8 +83,8 @@ def _rate(one: dict[str, Any]) -> list[Row]:
             many = f"{one['num_scale_invariant']} scale-invariant weights, as in front of a normalisation"
             rows.append(("free", f"{many}: their norm does not enter scale"))
     if one["fraction_unexplained"] is not None:
-        rows.append(("u", f"{one['fraction_unexplained']:.6g}, fraction of the targets' variance unexplained in the last "
-                          f"epoch: {one['damping']:.6g} is in the factor"))  # fmt: skip
+        rows.append(("u", f"{one['fraction_unexplained']:.6g}, fraction of the targets' variance unexplained in "
+                          f"the last epoch: {one['damping']:.6g} is in the factor"))  # fmt: skip
     limit = f", by the limit {one['limit']}" if one["limit"] else ""
     by = f", from {' and '.join(one['schedulers'])}" if one["schedulers"] else ", without a scheduler"
     rows += [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, bounds
 from lit_lipschitz.bounds import Loss, LossSpec
-from lit_lipschitz.recognition.loss_graph import find_loss
+from lit_lipschitz.recognition.loss_graph import LossGraph
 
 SIGNS = torch.linspace(-3, 3, ROWS * CLASSES).reshape(ROWS, CLASSES).sign()
 LABELS = torch.arange(ROWS) % CLASSES
@@ -127,7 +127,7 @@ def test_the_shared_table_has_every_loss():
 @pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES)
 def test_each_loss_of_the_table_is_found_by_its_name(case):
     outputs = nn.Linear(WIDTH, CLASSES)(torch.randn(ROWS, WIDTH))
-    assert find_loss(case.function(outputs, case.targets(LABELS))).loss.name == case.name
+    assert LossGraph(case.function(outputs, case.targets(LABELS))).found().loss.name == case.name
 
 
 def test_losses_with_the_same_arguments_are_equal():

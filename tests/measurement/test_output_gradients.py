@@ -1,4 +1,4 @@
-"""The slope that a loss is seen to have, beside autograd's, and the rule that has it in the place of the steepest."""
+"""Gradient norms in the logits, compared with autograd's, and the rule that uses them instead of the largest possible."""
 
 import gc
 import math
@@ -17,9 +17,9 @@ from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
 from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control.policy import Measurement, Policy
 from lit_lipschitz.measurement.optimizer_updates import optimizer_info
-from lit_lipschitz.measurement.output_gradients import Slopes, slopes_of_all
+from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.step_scale import FlooredScale, StepScale
-from lit_lipschitz.recognition.loss_graph import find_edges, read_loss
+from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.adaptive import MeanByGradNormState, observed
 from lit_lipschitz.rules.base import RuleInput
 from lit_lipschitz.rules.schedule_free import schedule_free
@@ -66,27 +66,27 @@ def first_step(module, callback=None, **settings):
 
 
 @pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES)
-def test_the_constant_that_is_seen_is_the_product_of_the_norms_and_bounds_the_heads_gradient(case):
-    callback, (slope, size, gradient) = first_step(Watched(case.function, targets=case.targets))
+def test_the_observed_constant_is_the_product_of_the_norms_and_bounds_the_heads_gradient(case):
+    callback, (grad_norm, size, gradient) = first_step(Watched(case.function, targets=case.targets))
     decision = callback.controllers[0].decision
-    assert decision.observed_constant == pytest.approx(slope * size, rel=1e-4)
-    assert gradient <= slope * size
+    assert decision.observed_constant == pytest.approx(grad_norm * size, rel=1e-4)
+    assert gradient <= grad_norm * size
     assert decision.observed_constant <= decision.constant
 
 
-def slope_of(module, callback=None, data=None, **settings):
+def grad_norm_of(module, callback=None, data=None, **settings):
     """What was measured in the first step."""
     callback = callback or LipschitzLR(schedule="none")
     trainer(callback, **{"max_steps": 1, **settings}).fit(module, data or loader())
     return callback.controllers[0].measurement.logit_grad_norm
 
 
-def test_batches_that_are_accumulated_have_the_slopes_of_all():
+def test_accumulated_batches_have_the_gradient_norms_of_all():
     measured = []
     for data, batches in ((loader(16), 1), (loader(4), 4)):
         torch.manual_seed(0)
         callback = LipschitzLR(schedule="none")
-        slope_of(Classifier(adamw), callback, data, accumulate_grad_batches=batches)
+        grad_norm_of(Classifier(adamw), callback, data, accumulate_grad_batches=batches)
         measured.append(callback.controllers[0].measurement)
     assert measured[1].logit_grad_norm == pytest.approx(measured[0].logit_grad_norm, rel=1e-5)
     assert measured[1].mean_logit_grad_norm == pytest.approx(measured[0].mean_logit_grad_norm, rel=1e-5)
@@ -94,7 +94,7 @@ def test_batches_that_are_accumulated_have_the_slopes_of_all():
 
 
 def test_examples_that_are_learned_do_not_count():
-    """Fifteen of sixteen have a slope of nearly 0, the last one is wrong: the noise is that of one example."""
+    """Fifteen of sixteen have a grad_norm of nearly 0, the last one is wrong: the noise is that of one example."""
 
     class Learned(Classifier):
         def training_step(self, batch, batch_idx):
@@ -106,18 +106,20 @@ def test_examples_that_are_learned_do_not_count():
         net[1].weight.copy_(torch.eye(CLASSES))
         net[1].bias.zero_()
     callback = LipschitzLR(schedule="none")
-    slope = slope_of(Learned(adamw, net), callback)
-    assert slope == pytest.approx(math.sqrt(2 / 16), rel=1e-4)
+    grad_norm = grad_norm_of(Learned(adamw, net), callback)
+    assert grad_norm == pytest.approx(math.sqrt(2 / 16), rel=1e-4)
     assert callback.controllers[0].decision.effective_sample_size == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_scale_of_a_gradscaler_does_not_enter(fused):
-    slopes = []
+    grad_norms = []
     for plugins in ([], [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]):
         torch.manual_seed(0)
-        slopes.append(slope_of(Classifier(lambda p: torch.optim.AdamW(p, lr=1.0, fused=fused)), plugins=plugins))
-    assert slopes[1] == pytest.approx(slopes[0], rel=1e-2)  # half precision
+        grad_norms.append(
+            grad_norm_of(Classifier(lambda p: torch.optim.AdamW(p, lr=1.0, fused=fused)), plugins=plugins)
+        )
+    assert grad_norms[1] == pytest.approx(grad_norms[0], rel=1e-2)  # half precision
 
 
 class Shaped(Classifier):
@@ -133,13 +135,13 @@ class Shaped(Classifier):
 
 
 class ByHand(L.Callback):
-    """The slopes of the first batch from autograd: m times each example's part of the gradient in the outputs."""
+    """The grad_norms of the first batch from autograd: m times each example's part of the gradient in the outputs."""
 
     def on_before_backward(self, trainer, pl_module, loss):
         (grad,) = torch.autograd.grad(loss, pl_module.outputs, retain_graph=True)
-        slopes = pl_module.count * (grad.abs() if grad.ndim == 1 else grad.norm(dim=-1)).flatten()
-        self.mean = slopes.sum().item() / pl_module.count
-        self.root_mean_square = math.sqrt(slopes.square().sum().item() / pl_module.count)
+        grad_norms = pl_module.count * (grad.abs() if grad.ndim == 1 else grad.norm(dim=-1)).flatten()
+        self.mean = grad_norms.sum().item() / pl_module.count
+        self.root_mean_square = math.sqrt(grad_norms.square().sum().item() / pl_module.count)
 
 
 def ignoring(net, inputs, classes):
@@ -184,7 +186,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_slope_of_outputs_of_every_shape_is_that_of_autograd(name):
+def test_the_gradient_norm_of_outputs_of_every_shape_is_that_of_autograd(name):
     way, net = WAYS[name]
     callback, by_hand = LipschitzLR(schedule="none"), ByHand()
     trainer(by_hand, callback, max_steps=1).fit(Shaped(way, net and net()), loader())
@@ -247,7 +249,7 @@ class Two(nn.Module):
         return hidden, self.head(hidden)
 
 
-def test_a_compiled_networks_slope_is_that_of_the_outputs_alone():
+def test_a_compiled_networks_gradient_norm_is_that_of_its_outputs():
     class Both(Classifier):
         def training_step(self, batch, batch_idx):
             hidden, outputs = self.net(batch[0])
@@ -257,12 +259,12 @@ def test_a_compiled_networks_slope_is_that_of_the_outputs_alone():
     compiled = Both(adamw, Two())
     compiled.load_state_dict(eager.state_dict())
     compiled.net = torch.compile(compiled.net, backend="aot_eager")
-    slopes = [slope_of(one, LipschitzLR(loss="cross_entropy", schedule="none")) for one in (eager, compiled)]
-    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
-    assert 0 < slopes[0] < math.sqrt(2)
+    grad_norms = [grad_norm_of(one, LipschitzLR(loss="cross_entropy", schedule="none")) for one in (eager, compiled)]
+    assert grad_norms[1] == pytest.approx(grad_norms[0], rel=1e-5)
+    assert 0 < grad_norms[0] < math.sqrt(2)
 
 
-def test_a_loss_that_is_made_by_hand_has_the_slope_of_its_own_batch():
+def test_a_manual_loss_has_the_gradient_norm_of_its_own_batch():
     class ByHandOptimized(Classifier):
         def __init__(self):
             super().__init__(adamw)
@@ -275,9 +277,9 @@ def test_a_loss_that_is_made_by_hand_has_the_slope_of_its_own_batch():
             optimizer.step()
 
     torch.manual_seed(0)
-    expected = slope_of(Classifier(adamw))
+    expected = grad_norm_of(Classifier(adamw))
     torch.manual_seed(0)
-    assert slope_of(ByHandOptimized(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
+    assert grad_norm_of(ByHandOptimized(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
 
 
 class Pair(L.LightningModule):
@@ -322,7 +324,7 @@ def test_the_losses_of_other_heads_do_not_enter(toggle):
     assert measured[1].mean_logit_grad_norm == pytest.approx(measured[0].mean_logit_grad_norm, rel=1e-5)
 
 
-def test_parameters_that_thaw_have_a_slope_again_in_the_next_step():
+def test_after_parameters_thaw_the_next_step_is_measured():
     """What is read of the step with which they thaw has none: nothing had said so before its backward."""
 
     class Thawing(Classifier):
@@ -367,7 +369,7 @@ def test_outputs_that_are_moved_before_an_elementwise_loss_have_the_same_example
         torch.manual_seed(0)
         module = Moved(adamw, nn.Sequential(head()))
         module.moved = moved
-        slope_of(module, callback := LipschitzLR(schedule="none"))
+        grad_norm_of(module, callback := LipschitzLR(schedule="none"))
         measured.append(callback.controllers[0].measurement)
     assert measured[1].mean_logit_grad_norm == pytest.approx(measured[0].mean_logit_grad_norm, rel=1e-5)
     assert measured[0].mean_logit_grad_norm < 0.95 * measured[0].logit_grad_norm
@@ -405,22 +407,22 @@ def test_a_second_backward_of_one_graph_counts_once():
             self.optimizers().step()
 
     torch.manual_seed(0)
-    expected = slope_of(Classifier(adamw))
+    expected = grad_norm_of(Classifier(adamw))
     torch.manual_seed(0)
-    assert slope_of(Twice(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
+    assert grad_norm_of(Twice(), LipschitzLR(optimizers=0, schedule="none")) == pytest.approx(expected)
 
 
-def test_a_pass_over_the_training_set_has_the_slope_of_the_batch_that_trains():
+def test_a_pass_over_the_training_set_has_the_gradient_norm_of_the_training_batch():
     torch.manual_seed(0)
-    expected = slope_of(Classifier(adamw))
+    expected = grad_norm_of(Classifier(adamw))
     torch.manual_seed(0)
     callback = LipschitzLR(measure="pass", schedule="none")
-    assert slope_of(Classifier(adamw), callback) == pytest.approx(expected)
+    assert grad_norm_of(Classifier(adamw), callback) == pytest.approx(expected)
     decision = callback.controllers[0].decision
     assert decision.observed_constant == pytest.approx(decision.constant * expected / math.sqrt(2), rel=1e-5)
 
 
-def test_where_no_slope_is_seen_the_steepest_one_stands_for_it():
+def test_without_a_measured_gradient_norm_the_largest_one_is_used():
     """A loss that its user has named, in words that the graph does not tell."""
 
     class Own(Classifier):
@@ -442,7 +444,7 @@ def test_where_no_slope_is_seen_the_steepest_one_stands_for_it():
     assert callback.controllers[0].decision.observed_constant == 0
 
 
-def test_a_batch_without_a_backward_leaves_the_slope_as_it_was():
+def test_a_batch_without_a_backward_leaves_the_gradient_norm_unchanged():
     scale = StepScale().update(0.5, 0.5, 0.4)
     assert (scale.logit_grad_norm, scale.mean_logit_grad_norm) == (0.5, 0.4)
     later = scale.update(0.5, 2.0, 1.6)
@@ -459,7 +461,7 @@ def test_a_batch_without_a_backward_leaves_the_slope_as_it_was():
 
 
 def test_the_rate_follows_a_loop_that_shares_no_code():
-    """AdamW's update from torch's own state, the slopes from softmax less one-hot, the smoothing written out."""
+    """AdamW's update from torch's own state, the grad_norms from softmax less one-hot, the smoothing written out."""
 
     class Look(L.Callback):
         def __init__(self):
@@ -468,33 +470,33 @@ def test_the_rate_follows_a_loop_that_shares_no_code():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             with torch.no_grad():
                 probabilities = pl_module.net(batch[0]).softmax(dim=1)
-            slopes = (probabilities - one_hot(batch[1])).square().sum(dim=1).sqrt()
-            self.slopes = slopes.square().mean().sqrt().item(), slopes.mean().item()
+            grad_norms = (probabilities - one_hot(batch[1])).square().sum(dim=1).sqrt()
+            self.grad_norms = grad_norms.square().mean().sqrt().item(), grad_norms.mean().item()
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             self.gradients = [p.grad.clone() for p in pl_module.parameters()]
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             _, scale = adamws_scale(trainer.optimizers[0], self.gradients)
-            self.read.append((scale, *self.slopes, callback.constant))
+            self.read.append((scale, *self.grad_norms, callback.constant))
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     callback = LipschitzLR(schedule="none")
     trainer(callback, look := Look(), max_epochs=8).fit(Classifier(adamw), loader())
-    scale = slope = mean = None
+    scale = grad_norm = mean = None
     seen, expected = [], []
     for step, (ratio, steepness, mean_steepness, constant) in enumerate(look.read, start=1):
         if step in (1, 2, 4, 8, 16, 32, 48):
             scale = ratio if scale is None else (scale * ratio) ** 0.5
-            slope = steepness if slope is None else (slope * steepness) ** 0.5
+            grad_norm = steepness if grad_norm is None else (grad_norm * steepness) ** 0.5
             mean = mean_steepness if mean is None else (mean * mean_steepness) ** 0.5
-            longer = (1 - 0.9) * math.sqrt(16 / 2) * (mean / slope) ** 1.5 / (0.19 * 0.1) ** 0.25
-            seen.append(longer * scale / (constant * slope / math.sqrt(2)))
+            longer = (1 - 0.9) * math.sqrt(16 / 2) * (mean / grad_norm) ** 1.5 / (0.19 * 0.1) ** 0.25
+            seen.append(longer * scale / (constant * grad_norm / math.sqrt(2)))
             rate = min(seen[-1], sum(seen) / len(seen))
         expected.append(rate)
     assert len(look.rates) == 48
     assert look.rates == pytest.approx(expected, rel=1e-4)
-    assert min(slope for _, slope, _, _ in look.read) < 0.9 * look.read[0][1]  # it has changed
+    assert min(grad_norm for _, grad_norm, _, _ in look.read) < 0.9 * look.read[0][1]  # it has changed
 
 
 def policy(grad_norm, optimizer="AdamW", batch_size=16, even=1.0, **settings):
@@ -512,13 +514,13 @@ def policy(grad_norm, optimizer="AdamW", batch_size=16, even=1.0, **settings):
 
 
 def test_a_loss_that_is_learned_does_not_raise_the_rate_without_a_limit():
-    rates = [policy(slope)[0].lr for slope in (1.4, 0.7, 0.02, 0.01, 0.001, 1e-9)]
+    rates = [policy(grad_norm)[0].lr for grad_norm in (1.4, 0.7, 0.02, 0.01, 0.001, 1e-9)]
     assert rates == sorted(rates)
     assert rates[1] == pytest.approx(2 * rates[0])
     assert rates[3:] == pytest.approx([100 * 1.4 / math.sqrt(2) * rates[0]] * 3)
 
 
-def test_no_slope_is_taken_to_be_steeper_than_the_steepest():
+def test_no_gradient_norm_counts_as_more_than_the_largest():
     assert policy(9.0)[0].observed_constant == policy(9.0)[0].constant
 
 
@@ -534,7 +536,7 @@ def test_the_rate_grows_with_the_examples_that_count_up_to_a_limit(batch_size, e
     assert decision.lr == pytest.approx(longer / (0.19 * 0.1) ** 0.25 * 0.5 / decision.observed_constant)
 
 
-def test_a_coupled_weight_decay_is_in_the_constant_that_is_seen():
+def test_a_coupled_weight_decay_is_in_the_observed_constant():
     plain, decayed = (policy(0.7, "Adam", weight_decay=decay)[0] for decay in (0.0, 0.3))
     assert decayed.observed_constant == pytest.approx(plain.observed_constant + 0.3)
 
@@ -579,7 +581,7 @@ def test_without_a_measured_gradient_norm_the_largest_one_counts_and_all_example
     assert rule(without, state, settings).rate == rule(measured, state, settings).rate
 
 
-def test_the_slope_is_for_constants_that_have_the_steepest_one_in_them():
+def test_gradient_norms_are_for_constants_that_bound_the_gradient():
     with pytest.raises(ConfigurationError, match="bound='strict'.*found 'smooth'"):
         LipschitzLR(bound="smooth", rule="observed")
     callback = LipschitzLR(bound="smooth", schedule="none")
@@ -600,7 +602,7 @@ def test_a_run_that_is_resumed_has_the_rates_of_one_that_was_not():
     assert 0 < callback.controllers[0].decision.observed_constant < callback.constant
 
 
-def test_a_checkpoint_from_before_there_were_slopes_is_refused_by_name():
+def test_a_checkpoint_of_another_version_is_refused():
     run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
     run.fit(Classifier(adamw), loader())
     run.save_checkpoint("new.ckpt")
@@ -614,7 +616,7 @@ def test_a_checkpoint_from_before_there_were_slopes_is_refused_by_name():
     assert fresh.rate > 0
 
 
-def test_what_is_logged_has_the_constant_that_was_seen():
+def test_the_observed_constant_is_logged():
     callback, _ = first_step(Watched())
     controller = callback.controllers[0]
     assert controller.metrics()["observed_constant"] == controller.decision.observed_constant > 0
@@ -623,16 +625,18 @@ def test_what_is_logged_has_the_constant_that_was_seen():
 
 
 def test_a_rank_whose_examples_are_learned_counts_in_the_mean():
-    one, other = Slopes(), Slopes()
-    for slopes, logits in ((one, [[200.0, 0.0, 0.0]]), (other, [[0.0, 0.0, 0.0]])):
+    one, other = LogitGradientNorms(), LogitGradientNorms()
+    for norms, logits in ((one, [[200.0, 0.0, 0.0]]), (other, [[0.0, 0.0, 0.0]])):
         outputs = torch.tensor(logits, requires_grad=True) * 1.0
         loss = F.cross_entropy(outputs, torch.tensor([0]))
-        (edge,) = find_edges(loss, "cross_entropy")
-        slopes.watch(read_loss(loss, "cross_entropy", 3), [edge], "mean", lambda rows, _: rows)
+        graph = LossGraph(loss)
+        batch, edges = graph.batch("cross_entropy", 3), graph.edges("cross_entropy")
+        assert len(edges) == 1
+        norms.watch(batch, edges, "mean", lambda rows, _: rows)
         loss.backward()
-    slots = [slopes.slots(rank, 3, torch.device("cpu")) for rank, slopes in enumerate((one, other))]
-    slots.append(Slopes().slots(2, 3, torch.device("cpu")))  # has seen none
-    root, mean = slopes_of_all(torch.stack(slots).amax(dim=0).flatten().tolist())
+    packed = [norms.pack(rank, 3, torch.device("cpu")) for rank, norms in enumerate((one, other))]
+    packed.append(LogitGradientNorms().pack(2, 3, torch.device("cpu")))  # has captured none
+    root, mean = grad_norms_of_ranks(torch.stack(packed).amax(dim=0).flatten().tolist())
     steep = math.sqrt(4 / 9 + 1 / 9 + 1 / 9)  # of the other one, by hand: (1/3 - 1, 1/3, 1/3)
     assert root == pytest.approx(steep / math.sqrt(2))
     assert mean == pytest.approx(steep / 2)
@@ -710,14 +714,14 @@ class Adversaries(L.LightningModule):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_another_optimizers_loss_through_the_head_is_none_of_its_own(first):
-    slopes = []
+def test_another_optimizers_loss_through_the_head_is_not_its_own(first):
+    grad_norms = []
     for generates in (False, True):
         callback = LipschitzLR(optimizers=1, dry_run=True)
         trainer(callback, max_epochs=4).fit(Adversaries(generates, first), loader(16))
-        slopes.append(callback.controllers[1].measurement.logit_grad_norm)
-    assert slopes[0] > 0
-    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+        grad_norms.append(callback.controllers[1].measurement.logit_grad_norm)
+    assert grad_norms[0] > 0
+    assert grad_norms[1] == pytest.approx(grad_norms[0], rel=1e-5)
 
 
 def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
