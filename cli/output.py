@@ -1,0 +1,71 @@
+"""Output of all commands: errors in one line, JSON without NaN, tables, and files that are never half written."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lit_lipschitz.errors import ConfigurationError
+
+
+def fail(error: object, code: int | None = None) -> int:
+    """Prints an error in one line on stderr.
+
+    Args:
+        error: The error, or its message.
+        code: The exit code; None is 2 for a mistake in the configuration and 1 otherwise.
+
+    Returns:
+        The exit code.
+    """
+    print(f"lit-lipschitz: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code if code is not None else 2 if isinstance(error, ConfigurationError) else 1
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON in which numbers that are not finite are null, since the format does not know them."""
+    return json.dumps(_finite(content), indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a table: columns two spaces apart, aligned right, but for the column with the index ``left``."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{'<' if i == left else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file under another name, flushes it to the disk, and moves it into place.
+
+    A kill or a full disk leaves the earlier file as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        with suppress(OSError):  # some systems cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
