@@ -15,12 +15,8 @@ from lit_lipschitz.errors import ConfigurationError
 def fail(error: object, code: int | None = None) -> int:
     """Prints an error in one line on stderr.
 
-    Args:
-        error: The error, or its message.
-        code: The exit code; None is 2 for a mistake in the configuration and 1 otherwise.
-
     Returns:
-        The exit code.
+        The exit code: the given one, or else 2 for a mistake in the configuration and 1 for another error.
     """
     print(f"lit-lipschitz: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code if code is not None else 2 if isinstance(error, ConfigurationError) else 1
@@ -49,10 +45,7 @@ def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file under another name, flushes it to the disk, and moves it into place.
-
-    A kill or a full disk leaves the earlier file as it was.
-    """
+    """Writes a file under another name and moves it into place: a kill or a full disk leaves the earlier file whole."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -60,12 +53,6 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        with suppress(OSError):  # some systems cannot open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -40,10 +40,7 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def compare(arguments: list[str]) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: The arguments after the command's name.
+    """Runs `lit-lipschitz compare` with the arguments after its name.
 
     Returns:
         The exit code: 1 if a policy has failed, and 2 if all have for the same mistake in the configuration.
@@ -68,19 +65,12 @@ def _trials(options: argparse.Namespace, config: dict[str, Any], typed: dict[Pol
     """The runs, seed by seed."""
     seed = config["seed_everything"]
     first = 0 if seed is None or isinstance(seed, bool) else int(seed)
-    hashes = {policy: fingerprint(config, policy, own, options.metric) for policy, own in typed.items()}
+    hashes = {policy: _fingerprint(config, policy, own, options.metric) for policy, own in typed.items()}
     return [Trial(policy, first + i, hashes[policy], options.metric) for i in range(options.seeds) for policy in typed]
 
 
-def fingerprint(config: dict[str, Any], policy: Policy, typed: list[str], metric: str | None) -> str:
-    """A short hash of everything that a run's result depends on, except the seed.
-
-    Args:
-        config: The configuration of fit.
-        policy: The policy.
-        typed: The options that implement the policy.
-        metric: The metric that was asked for.
-    """
+def _fingerprint(config: dict[str, Any], policy: Policy, typed: list[str], metric: str | None) -> str:
+    """A short hash of everything that a run's result depends on, except the seed."""
     config = copy.deepcopy(config)
     for name in ("seed_everything", "checkpoint", "fixed_rate", "config"):
         config.pop(name, None)

@@ -11,11 +11,7 @@ from lit_lipschitz.errors import ConfigurationError
 
 
 class SwapOptimizer(L.Callback):
-    """Replaces the optimizer at the start of fit, before other callbacks see it.
-
-    Args:
-        policy: The policy whose optimizer is wanted.
-    """
+    """Replaces the optimizer by a policy's at the start of fit, before other callbacks see it."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -41,12 +37,7 @@ class SwapOptimizer(L.Callback):
 
 
 def swapped(old: Optimizer, policy: Policy) -> Optimizer:
-    """A policy's optimizer for the parameter groups of another, with their lr and what schedulers keep in them.
-
-    Args:
-        old: The optimizer, not stepped yet.
-        policy: The policy.
-    """
+    """A policy's optimizer for the parameter groups of another, with their lr and what schedulers keep in them."""
     groups = [{key: value for key, value in group.items() if key not in old.defaults} for group in old.param_groups]
     decays = any(group.get("weight_decay") for group in old.param_groups)
     same = isinstance(old, torch.optim.AdamW) == policy.adam

@@ -2,9 +2,9 @@
 
 import difflib
 import math
+import pydoc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,15 +20,10 @@ _HAS_RATE = {name.partition(":")[0]: name.endswith(":RATE") for name in POLICIES
 
 @dataclass(frozen=True)
 class Policy:
-    """How the learning rate of a run is set.
+    """How the learning rate of a run is set."""
 
-    Attributes:
-        kind: The name without the rate.
-        rate: The learning rate at a schedule factor of 1 if it is fixed, else None.
-    """
-
-    kind: str
-    rate: float | None = None
+    kind: str  # the name without the rate
+    rate: float | None = None  # the learning rate at a schedule factor of 1, if it is fixed
 
     @property
     def name(self) -> str:
@@ -76,12 +71,7 @@ def _policy(name: str) -> Policy:
 
 
 def fit_options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
-    """The options of fit that implement a policy for a config, as they would be typed.
-
-    Args:
-        policy: The policy.
-        model: The config's ``model``, a class_path and init_args.
-    """
+    """The options of fit that implement a policy, as they would be typed, for the ``model`` of a config."""
     chosen = ["--fixed_rate", "false" if policy.rate is None else "true"]
     if policy.kind == "lipschitz":
         return chosen
@@ -132,9 +122,5 @@ def _argument(arguments: Mapping[str, Any], base: type, usual: str) -> str | Non
 
 
 def _class(path: Any) -> type | None:
-    module, _, name = str(path).rpartition(".")
-    try:
-        found = getattr(import_module(module), name, None) if module else None
-    except ImportError:
-        return None
+    found = pydoc.locate(str(path))
     return found if isinstance(found, type) else None

@@ -20,15 +20,10 @@ _LOWER = ("loss", "err", "mse", "mae", "perplexity", "nll")
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric by which policies are compared.
+    """The metric by which policies are compared."""
 
-    Attributes:
-        name: Its name after ``val_`` or ``test_``.
-        separator: The character between the stage and the name.
-    """
-
-    name: str
-    separator: str = "_"
+    name: str  # without the stage: acc for val_acc
+    separator: str = "_"  # between the stage and the name
 
     @property
     def lower(self) -> bool:
@@ -48,11 +43,7 @@ class Metric:
 
 
 def find_metric(wanted: str | None, values: Mapping[str, Any]) -> Metric:
-    """The metric of a name, or else the accuracy or the loss.
-
-    Args:
-        wanted: The name, with or without the stage; None chooses.
-        values: What a validation has logged.
+    """The wanted metric among the values that a validation has logged, or else the accuracy or the loss.
 
     Raises:
         ConfigurationError: It was not logged.

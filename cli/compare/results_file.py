@@ -13,37 +13,21 @@ from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 @dataclass(frozen=True)
 class Row:
-    """The result of a run.
+    """The result of a run."""
 
-    Attributes:
-        policy: Its policy's name.
-        seed: Its seed.
-        config: A short hash of its configuration without the seed.
-        metric: Name of the metric without the stage: ``acc`` of val_acc.
-        val: The metric on the validation set, with the final weights.
-        test: The metric on the test set; None if there is none.
-        best_val: The best value on the validation set in any epoch; only shown, nothing is chosen by it.
-        best_epoch: Its epoch, from 1; 0 if no epoch had a finite value.
-        epochs: Epochs that were trained; a run whose weights are no longer finite ends early.
-        rate_first: The learning rate of the first optimizer step, at a schedule factor of 1.
-        rate_last: The same of the last step.
-        seconds: Time of training, validation included.
-        diverged: Whether a loss was not finite.
-    """
-
-    policy: str
+    policy: str  # its name
     seed: int
-    config: str
-    metric: str
-    val: float
-    test: float | None
-    best_val: float
-    best_epoch: int
-    epochs: int
-    rate_first: float
-    rate_last: float
-    seconds: float
-    diverged: bool
+    config: str  # a short hash of the configuration without the seed
+    metric: str  # name without the stage: acc for val_acc
+    val: float  # on the validation set, with the final weights
+    test: float | None  # on the test set, with the final weights; None if there is no test set
+    best_val: float  # best value on the validation set in any epoch; only shown, nothing is chosen by it
+    best_epoch: int  # its epoch, from 1; 0 if no epoch had a finite value
+    epochs: int  # number of epochs that were trained; a run whose weights are no longer finite ends early
+    rate_first: float  # learning rate of the first optimizer step at a schedule factor of 1
+    rate_last: float  # the same of the last step
+    seconds: float  # time of training, validation included
+    diverged: bool  # whether a loss was not finite
 
     @property
     def key(self) -> tuple[str, int, str]:

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary
 
 from lit_lipschitz.cli.compare.fixed_rate import FixedRate
 from lit_lipschitz.cli.compare.optimizer_swap import SwapOptimizer
 from lit_lipschitz.cli.compare.policies import Policy, needs_swap
 from lit_lipschitz.cli.compare.recorder import Recorder, no_validation
 from lit_lipschitz.cli.compare.results_file import Row
-from lit_lipschitz.cli.fit.callbacks import callbacks_of, remove_callbacks
-from lit_lipschitz.cli.fit.command import Command, merge, run, silence_lightning
+from lit_lipschitz.cli.fit.callbacks import callbacks_of
+from lit_lipschitz.cli.fit.command import merge, run
+from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
-_SILENT = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-WITHOUT_EFFECT = ("logger", "default_root_dir", "enable_checkpointing", "profiler", "log_every_n_steps", *_SILENT)
+WITHOUT_EFFECT = ("logger", "default_root_dir", "enable_checkpointing", "profiler", "log_every_n_steps",
+                  *QuietFit.SETTINGS)  # fmt: skip
 """Settings of the trainer on which no result depends."""
 
 
@@ -47,53 +47,33 @@ class Parsed(Exception):
         self.config = config
 
 
-class _Fit(Command):
-    """A fit that prints nothing, and writes only what was asked for."""
-
-    checkpoints = False
-
-    def start(self, arguments: list[str]) -> None:
-        """Runs a command line."""
-        silence_lightning()
-        super().start(arguments)
+class _Fit(QuietFit):
+    """A fit in this process alone that begins with the initial weights."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parses, and turns off what prints and writes."""
+        """Parses."""
         super().parse_arguments(parser, args)
         config = self.options
         if config.ckpt_path:
             raise ConfigurationError(
                 f"compare --ckpt_path {config.ckpt_path}: every policy begins with the initial weights; leave it out"
             )
-        config.test_after_fit, config.audit = False, 0
-        for key, value in _SILENT.items():
-            config.trainer[key] = value
-        self.checkpoints = config.trainer.enable_checkpointing is True
-        # With False the trainer would refuse the checkpoint callback, which the command always has.
-        config.trainer.enable_checkpointing = None
-        if config.trainer.logger is None:
-            config.trainer.logger = False
         if config.trainer.devices == "auto":
             config.trainer.devices = 1
-        _check_devices(config.trainer)
-
-    def output_callbacks(self) -> list[L.Callback]:
-        """Nothing is printed."""
-        return []
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Builds a trainer without the callbacks that print, need a logger that is off, or write checkpoints."""
+        """Builds a trainer.
+
+        Raises:
+            ConfigurationError: It would start other processes, each of which would make the whole comparison.
+        """
         trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size != 1:
+        if trainer.world_size != 1 or trainer.strategy.launcher is not None:
             raise ConfigurationError(
-                f"compare makes one run after another in one process; found {trainer.world_size}, such as torchrun and "
-                "SLURM start: start it alone"
+                f"compare makes one run after another on one device; found devices {trainer.world_size} and strategy "
+                f"{type(trainer.strategy).__name__}: pass --trainer.devices 1 and --trainer.strategy auto, and start "
+                "it without torchrun or SLURM"
             )
-        remove_callbacks(trainer, ModelSummary)
-        if not trainer.loggers:
-            remove_callbacks(trainer, LearningRateMonitor, DeviceStatsMonitor)
-        if not self.checkpoints:
-            remove_callbacks(trainer, Checkpoint)
         return trainer
 
 
@@ -149,19 +129,6 @@ class _Run(_Fit):
             recorder.best, recorder.best_epoch, recorder.epochs, *recorder.rates, round(recorder.seconds, 2),
             recorder.diverged or not math.isfinite(value),
         )  # fmt: skip
-
-
-def _check_devices(trainer: Any) -> None:
-    """Refuses settings that start processes, each of which would make the whole comparison."""
-    devices, strategy = str(trainer.devices), str(trainer.strategy)
-    single = devices.strip() == "1" or (
-        not devices.lstrip("-").isdigit() and len(devices.strip("[], ").split(",")) == 1
-    )
-    if not single or trainer.num_nodes != 1 or strategy.startswith(("ddp", "fsdp", "deepspeed")):
-        raise ConfigurationError(
-            f"compare makes one run after another on one device; found devices {devices}, num_nodes "
-            f"{trainer.num_nodes} and strategy {strategy}: pass --trainer.devices 1 and --trainer.strategy auto"
-        )
 
 
 def run_trial(trial: Trial, arguments: list[str]) -> int:

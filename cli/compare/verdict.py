@@ -1,32 +1,28 @@
 """The table of `lit-lipschitz compare`, and its verdict: does the computed rate beat the best fixed one?"""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from lit_lipschitz.cli.compare.recorder import Metric
 from lit_lipschitz.cli.compare.summaries import Estimate, Summary
+from lit_lipschitz.cli.output import align
 
 
 def verdict(found: Sequence[Summary]) -> str:
     """Sentences with the numbers, one for each policy that computes its rate, and hints."""
     fixed = [one for one in found if one.policy.rate is not None]
-    reference = next((one for one in fixed if one.reference), None)
+    reference = next((one for one in fixed if one.best_fixed_rate_by_validation), None)
     lines = [_sentence(one, reference, len(fixed)) for one in found if one.policy.rate is None]
     if reference is not None:
         lines += _hint_at_edge(reference, fixed)
-    if found and max(one.runs for one in found) == 1:
+    if found and max(one.n for one in found) == 1:
         lines.append("With one seed there is no standard error, so nothing tells a difference from noise: --seeds 3.")
     return "\n".join(lines)
 
 
 def _sentence(one: Summary, reference: Summary | None, fixed: int) -> str:
     unit = " %" if _in_percent(one.metric) else ""
-    diverged = f" ({one.diverged} of {one.runs} runs diverged)" if one.diverged else ""
+    diverged = f" ({one.diverged} of {one.n} runs diverged)" if one.diverged else ""
     stage = "test" if one.test else "validation"
     start = f"{one.policy.name}: {_text(one.final, one.metric)}{unit} on the {stage} set{diverged}"
     if reference is None or one.difference is None:
@@ -75,39 +71,22 @@ def _text(value: Estimate | None, metric: str, sign: bool = False) -> str:
         return ""
     scale, digits = _scale(metric)
     mean = f"{scale * value.mean:{'+' if sign else ''}.{digits}f}"
-    return mean if value.error is None else f"{mean} +- {scale * value.error:.{digits}f}"
+    return mean if value.standard_error is None else f"{mean} +- {scale * value.standard_error:.{digits}f}"
 
 
 def print_summaries(found: Sequence[Summary], failures: Mapping[str, str], said: str) -> None:
-    """Prints the table and the verdict: with colours and lines in a terminal, plainly elsewhere.
-
-    Args:
-        found: The summaries, at least one.
-        failures: Reasons of the policies that failed.
-        said: The verdict.
-    """
+    """Prints the table of the summaries, the reasons of the policies that failed, and the verdict."""
     metric, tested = found[0].metric, any(one.test for one in found)
     unit = ", %" if _in_percent(metric) else ""
-    columns = ["policy", f"val_{metric}{unit}", f"test_{metric}{unit}", "best epoch*", "to best fixed", "seconds", "n",
-               "diverged"]  # fmt: skip
-    terminal = sys.stdout.isatty()
-    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, header_style="bold")
-    for name in columns:
-        # A narrow terminal wraps a cell, and loses nothing.
-        whole = name in ("policy", "n") or not terminal
-        if tested or not name.startswith("test_"):
-            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=whole, overflow="fold")
+    tests = [f"test_{metric}{unit}"] if tested else []
+    rows = [["policy", f"val_{metric}{unit}", *tests, "best epoch*", "to best fixed", "seconds", "n", "diverged"]]
     for one in found:
-        difference = "it is" if one.reference else _text(one.difference, metric, sign=True)
         tests = [_text(one.test, metric)] if tested else []
-        best = _text(Estimate(one.best.mean, None), metric)
-        cells = [one.policy.name, _text(one.val, metric), *tests, best, difference]
-        cells += [f"{one.seconds:.1f}", str(one.runs), str(one.diverged)]
-        table.add_row(*cells, style="bold" if one.policy.rate is None else None)
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal)
-    if not terminal:
-        console.width = 200
-    console.print(table)
+        best = _text(Estimate(one.best_epoch_val.mean, None), metric)
+        difference = "it is" if one.best_fixed_rate_by_validation else _text(one.difference, metric, sign=True)
+        counts = [f"{one.seconds:.1f}", str(one.n), str(one.diverged)]
+        rows.append([one.policy.name, _text(one.val, metric), *tests, best, difference, *counts])
+    print("\n".join(align(rows, left=0)))
     for name, reason in failures.items():
         print(f"{name}: failed: {reason}")
     print(

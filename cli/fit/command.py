@@ -70,8 +70,9 @@ class OneLineParser(LightningArgumentParser):
         Raises:
             ConfigurationError: Always.
         """
-        known = {key for parser in self.made for key in parser.get_defaults(skip_validation=True).keys()}
-        raise ConfigurationError(condense(message, {*known, "config", "print_config", "help"})) from None
+        options = {"config", "print_config", "help"}
+        options.update(*(parser.get_defaults(skip_validation=True).keys() for parser in self.made))
+        raise ConfigurationError(condense(message, options)) from None
 
 
 class SaveConfig(SaveConfigCallback):

@@ -31,7 +31,7 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
 
     Args:
         error: The exception.
-        running: Whether the configuration has been accepted.
+        running: Whether the configuration had been accepted.
         folder: Where the run writes.
     """
     if isinstance(error, LitLipschitzError):

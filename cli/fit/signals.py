@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ class CheckpointOnSignal(L.Callback):
         """Replaces Lightning's handlers, which end a run without a checkpoint."""
         self._received = signal.SIGTERM if trainer.received_sigterm else 0
         self._first_step = self._last_sync = trainer.global_step
-        if threading.current_thread() is not threading.main_thread():
-            return
         for number in (signal.SIGTERM, signal.SIGINT):
             # A shell makes its background processes ignore SIGINT.
             if signal.getsignal(number) != signal.SIG_IGN:

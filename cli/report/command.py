@@ -13,29 +13,14 @@ from lit_lipschitz.cli.report.runs import Run, find_runs
 from lit_lipschitz.cli.report.terminal import Terminal, picture
 from lit_lipschitz.errors import LitLipschitzError
 
-_FINAL_VALUES = {
-    "train_loss": "train_loss",
-    "train_acc": "train_acc",
-    "val_loss": "val_loss",
-    "val_acc": "val_acc",
-    "test_loss": "test_loss",
-    "test_acc": "test_acc",
-    "lr": "lipschitz/lr",
-    "L": "lipschitz/constant",
-    "K_z": "lipschitz/activation_norm",
-    "W": "lipschitz/weight_norm",
-}
+_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc")
+_SIZES = {"lr": "lr", "L": "constant", "K_z": "activation_norm", "W": "weight_norm"}
+_TAGS = {**{name: name for name in _METRICS}, **{name: f"lipschitz/{tag}" for name, tag in _SIZES.items()}}
 """Columns of the table, and the tags of their curves."""
 
 
 def report(arguments: list[str]) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: The arguments after the command's name.
-
-    Returns:
-        0.
+    """Runs `lit-lipschitz report` with the arguments after its name; returns 0.
 
     Raises:
         ConfigurationError: A folder has no run.
@@ -103,7 +88,7 @@ def _plain(run: Run) -> dict[str, Any]:
 
 def table(runs: list[Run]) -> list[list[str]]:
     """The final values: a header, then one row a run; without empty columns."""
-    columns = [name for name, tag in _FINAL_VALUES.items() if any(run.last(tag) is not None for run in runs)]
+    columns = [name for name, tag in _TAGS.items() if any(run.last(tag) is not None for run in runs)]
     best = ["best val_acc"] if any("val_acc" in run.curves for run in runs) else []
     return [["run", "epochs", *columns, *best], *(_row(run, columns, bool(best)) for run in runs)]
 
@@ -111,7 +96,7 @@ def table(runs: list[Run]) -> list[list[str]]:
 def _row(run: Run, columns: list[str], best: bool) -> list[str]:
     cells = [run.name, str(run.epochs)]
     for name in columns:
-        value = run.last(_FINAL_VALUES[name])
+        value = run.last(_TAGS[name])
         cells.append("" if value is None else f"{value:.4f}" if name.endswith(("loss", "acc")) else f"{value:.4g}")
     if best:
         curve = run.curves.get("val_acc", {})

@@ -38,13 +38,7 @@ th { color: var(--faint); font-weight: 500; }
 
 
 def page(runs: list[Run], drawn: list[Panel], rows: list[list[str]]) -> str:
-    """The page.
-
-    Args:
-        runs: The runs.
-        drawn: Their diagrams.
-        rows: The table, with its header.
-    """
+    """The page of some runs, with their diagrams and the table with its header."""
     names = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     figures = "\n".join(
         f"<figure>\n<h2>{escape(panel.title)}{f' ({panel.unit})' if panel.unit else ''}"

@@ -20,19 +20,12 @@ _ADVICE = "pass a run's folder, such as lightning_logs/version_0, or a folder ab
 
 @dataclass
 class Run:
-    """A run and its curves.
+    """A run and its curves."""
 
-    Attributes:
-        name: Its name in figures.
-        folder: The folder of its files.
-        curves: Tag to {epoch: the last value of that epoch}; epochs count from 1.
-        notes: What could not be read.
-    """
-
-    name: str
+    name: str  # in figures
     folder: Path
-    curves: dict[str, dict[int, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)  # tag to {epoch from 1: its last value}
+    notes: list[str] = field(default_factory=list)  # what could not be read
 
     @property
     def epochs(self) -> int:
@@ -46,10 +39,7 @@ class Run:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-    """The runs in some folders, each once, with different names.
-
-    Args:
-        paths: Folders of runs, or folders above some.
+    """The runs in some folders and below, each once, with different names.
 
     Raises:
         ConfigurationError: A folder does not exist, or has no run with curves.

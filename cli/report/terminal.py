@@ -31,14 +31,7 @@ class Terminal:
 
 
 def picture(runs: list[Run], drawn: list[Panel], rows: list[list[str]], terminal: Terminal) -> str:
-    """The diagrams as lines of blocks, all lines of a diagram on one scale, and the table.
-
-    Args:
-        runs: The runs.
-        drawn: Their diagrams.
-        rows: The table, with its header.
-        terminal: What the terminal can show.
-    """
+    """The diagrams as lines of blocks, all lines of a diagram on one scale, and the table with its header."""
     width = max((len(_label(runs, line)) for panel in drawn for line in panel.lines), default=0)
     room = max(10, min(60, terminal.width - width - 24))
     lines = []

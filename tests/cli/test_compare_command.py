@@ -250,10 +250,10 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     rows = [row(name, seed, val + 0.001 * seed, test + 0.001 * seed)
             for name, (val, test) in values.items() for seed in (0, 1, 2)]  # fmt: skip
     found = {one.policy.name: one for one in summarize(rows, policies)}
-    assert [name for name, one in found.items() if one.reference] == ["sgd:0.3"]
+    assert [name for name, one in found.items() if one.best_fixed_rate_by_validation] == ["sgd:0.3"]
     assert found["lipschitz"].difference.mean == pytest.approx(0.01)
     error = statistics.stdev([0, 0.001, 0.002]) / math.sqrt(3)
-    assert found["lipschitz"].difference.error == pytest.approx(math.sqrt(2) * error)
+    assert found["lipschitz"].difference.standard_error == pytest.approx(math.sqrt(2) * error)
     said = verdict(list(found.values()))
     assert (
         "lipschitz: 97.10 +- 0.06 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.1" in said
