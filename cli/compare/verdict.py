@@ -39,9 +39,10 @@ def _judgement(difference: Estimate, metric: str) -> str:
     if difference.interval is None:
         return "that of one seed each"
     scale, digits = _scale(metric)
-    interval = f"the 95 % confidence interval ({difference.count} seeds), +- {scale * difference.interval:.{digits}f}"
+    width = f"{scale * difference.interval:.{digits}f}"
+    interval = f"the 95 % confidence interval of +- {width} ({difference.count} seeds)"
     if abs(difference.mean) <= difference.interval:
-        return f"within the noise, {interval}"
+        return f"within the noise, inside {interval}"
     better = (difference.mean < 0) == Metric(metric).lower
     return f"{'an improvement' if better else 'a deterioration'} outside {interval}"
 

@@ -5,13 +5,12 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, loader
+from helpers import CLASSES, WIDTH, error_line, loader
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,34 +19,14 @@ from lit_lipschitz.cli.compare.policies import fit_options, parse_policies
 from lit_lipschitz.cli.compare.results_file import COLUMNS, ResultsFile, Row
 from lit_lipschitz.cli.compare.summaries import summarize
 from lit_lipschitz.cli.compare.verdict import verdict
-from lit_lipschitz.cli.main import main
 
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu", "--data.train_subset", "320", "--trainer.max_epochs",
           "2"]  # fmt: skip
 
 
-@pytest.fixture
-def lit(monkeypatch, capsys):
-    """Runs the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lit-lipschitz", *map(str, arguments)])
-        code = main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def file_rows(path="compare.csv"):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def error_line(err):
-    (line,) = [line for line in err.splitlines() if line.startswith("lit-lipschitz: error:")]
-    assert "Traceback" not in err
-    return line
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -258,7 +237,7 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     assert (
         "lipschitz: 97.10 +- 0.06 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.1" in said
     )
-    assert "+1.00 +- 0.08, is an improvement outside the 95 % confidence interval (3 seeds), +- 0.35." in said
+    assert "+1.00 +- 0.08, is an improvement outside the 95 % confidence interval of +- 0.35 (3 seeds)." in said
     assert "sgd:0.3 is the largest of its rates that were tried" in said
 
 
