@@ -1,33 +1,53 @@
-"""Finds configs by name: a file of the user's, or else one of the bundled ones. Imports nothing heavy."""
+"""Lists the bundled configs and finds a config by its name. Imports nothing heavy."""
 
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 
+from lit_lipschitz.cli.help import OptionParser
 from lit_lipschitz.errors import ConfigurationError
 
-_PACKAGE = "lit_lipschitz.configs"
+_PACKAGE = resources.files("lit_lipschitz.configs")
+
+
+def is_papers(name: str) -> bool:
+    """Whether a bundled config is one of the paper's experiments."""
+    return name.startswith("paper_")
 
 
 def bundled_configs() -> dict[str, str]:
-    """The bundled configs: file name to what its first line says."""
-    files = (entry for entry in resources.files(_PACKAGE).iterdir() if entry.name.endswith(".yaml"))
-    return {entry.name: _first_comment(entry.read_text(encoding="utf-8")) for entry in sorted(files, key=str)}
+    """File names of the bundled configs, those for everyday use first, with the comment in their first line."""
+    names = [entry.name for entry in _PACKAGE.iterdir() if entry.name.endswith(".yaml")]
+    return {
+        name: (_PACKAGE / name).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for name in sorted(names, key=lambda name: (is_papers(name), name))
+    }
 
 
-def _first_comment(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line[1:].strip() if line.startswith("#") else ""
+def list_configs(arguments: list[str]) -> int:
+    """Runs `lit-lipschitz configs`: prints the bundled configs, one a line, or as JSON; returns 0."""
+    parser = OptionParser("configs")
+    parser.add_argument("--json", action="store_true")
+    known = bundled_configs()
+    if parser.parse_args(arguments).json:
+        entries = [{"name": name, "description": known[name], "paper": is_papers(name)} for name in known]
+        print(json.dumps(entries, indent=1))
+        return 0
+    for papers in (False, True):
+        names = [name for name in known if is_papers(name) == papers]
+        if papers:
+            print("\nThe paper's experiments:")
+        for name in names:
+            print(f"{name:{max(map(len, names))}}  {known[name]}")
+    return 0
 
 
 def find_config(name: str) -> str:
-    """The path of a config.
+    """The path of a config: the user's file of that name, or else the bundled config.
 
     Args:
-        name: A path, or a bundled config with or without its ending.
-
-    Returns:
-        The path of the file of that name, or else of the bundled one.
+        name: A path, or a bundled config with or without ``.yaml``.
 
     Raises:
         ConfigurationError: There is neither.
@@ -37,8 +57,7 @@ def find_config(name: str) -> str:
     known = bundled_configs()
     file_name = name if name in known else f"{name}.yaml"
     if file_name in known:
-        # Packages are installed as plain files, so the resource has a path of its own.
-        return str(resources.files(_PACKAGE) / file_name)
+        return str(_PACKAGE / file_name)  # the package is installed as plain files, so this is a path
     if Path(name).is_dir():
         raise ConfigurationError(f"--config {name}: expected a file, found a folder")
     close = difflib.get_close_matches(Path(name).stem, [key.removesuffix(".yaml") for key in known], n=3, cutoff=0.4)
@@ -46,12 +65,8 @@ def find_config(name: str) -> str:
     raise ConfigurationError(f"--config {name}: no such file and no bundled config of that name; {hint}")
 
 
-def check_config(path: str) -> str:
-    """The path of a config, once it has been found to be a YAML mapping.
-
-    Raises:
-        ConfigurationError: It is something else.
-    """
+def _checked(path: str) -> str:
+    """The path of a config that is a YAML mapping; raises ConfigurationError for another file."""
     import yaml
 
     try:
@@ -68,23 +83,17 @@ def check_config(path: str) -> str:
 
 
 def resolve_configs(arguments: list[str]) -> list[str]:
-    """The command's arguments with every config's name replaced by its path.
-
-    Args:
-        arguments: As in ``sys.argv[1:]``.
-
-    Returns:
-        As many arguments.
+    """The command line with the name of every config replaced by its path.
 
     Raises:
-        ConfigurationError: A config is not found, or a name is missing.
+        ConfigurationError: A config is not found or is not a YAML mapping, or a name is missing.
     """
     resolved = list(arguments)
     for i, argument in enumerate(arguments):
         if argument in ("--config", "-c"):
             if i + 1 == len(arguments):
                 raise ConfigurationError(f"{argument}: expected the name of a config after it")
-            resolved[i + 1] = check_config(find_config(arguments[i + 1]))
+            resolved[i + 1] = _checked(find_config(arguments[i + 1]))
         elif argument.startswith("--config="):
-            resolved[i] = f"--config={check_config(find_config(argument.removeprefix('--config=')))}"
+            resolved[i] = f"--config={_checked(find_config(argument.removeprefix('--config=')))}"
     return resolved

@@ -1,1 +1,1 @@
-"""`lit-lipschitz compare`."""
+"""`lit-lipschitz compare`: computed against fixed learning rates, over several seeds."""

@@ -1,10 +1,10 @@
-"""The policies that `lit-lipschitz compare` knows: from a name to the options of fit that make it."""
+"""The policies of `lit-lipschitz compare`: from a policy's name to the options of fit that implement it."""
 
 import difflib
 import math
+import pydoc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,22 +14,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_lipschitz.errors import ConfigurationError
 
 DEFAULT = "lipschitz,sgd:0.03,sgd:0.1,sgd:0.3,adamw:0.001,adamw:0.003"
-POLICIES = ("lipschitz", "lipschitz-adamw", "paper", "sgd:RATE", "adamw:RATE", "config:RATE")
-"""What a policy can be called."""
-_KINDS = {name.partition(":")[0]: name.endswith(":RATE") for name in POLICIES}
+POLICIES = ("lipschitz", "lipschitz-adamw", "sgd:RATE", "adamw:RATE", "config:RATE", "paper")
+_HAS_RATE = {name.partition(":")[0]: name.endswith(":RATE") for name in POLICIES}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a run's rate is set.
+    """How the learning rate of a run is set."""
 
-    Attributes:
-        kind: The name without the rate.
-        rate: The rate at a schedule factor of 1, where it is fixed.
-    """
-
-    kind: str
-    rate: float | None = None
+    kind: str  # the name without the rate
+    rate: float | None = None  # the learning rate at a schedule factor of 1, if it is fixed
 
     @property
     def name(self) -> str:
@@ -38,18 +32,15 @@ class Policy:
 
     @property
     def adam(self) -> bool:
-        """Whether it brings AdamW; others that bring an optimizer bring SGD."""
+        """Whether it uses AdamW; the others that change the optimizer use SGD."""
         return self.kind in ("adamw", "lipschitz-adamw")
 
 
 def parse_policies(text: str) -> list[Policy]:
-    """The policies of a list with commas.
-
-    Args:
-        text: Such as ``lipschitz,sgd:0.1``.
+    """The policies in a list with commas, such as ``lipschitz,sgd:0.1``.
 
     Raises:
-        ConfigurationError: A name is unknown, a rate is none, or there are no names.
+        ConfigurationError: A name is unknown, a rate is not a positive number, or there are no names.
     """
     found = [_policy(name.strip()) for name in text.split(",") if name.strip()]
     if not found:
@@ -59,16 +50,14 @@ def parse_policies(text: str) -> list[Policy]:
 
 def _policy(name: str) -> Policy:
     kind, colon, text = name.partition(":")
-    if kind not in _KINDS:
-        close = difflib.get_close_matches(kind, _KINDS, n=1)
+    where, known = f"compare --policies: {name}:", ", ".join(POLICIES)
+    if kind not in _HAS_RATE:
+        close = difflib.get_close_matches(kind, _HAS_RATE, n=1)
         hint = f"closest: {close[0]}; " if close else ""
-        raise ConfigurationError(f"compare --policies: {name}: no such policy; {hint}all: {', '.join(POLICIES)}")
-    if not _KINDS[kind]:
+        raise ConfigurationError(f"{where} no such policy; {hint}all: {known}")
+    if not _HAS_RATE[kind]:
         if colon:
-            raise ConfigurationError(
-                f"compare --policies: {name}: {kind} computes its rate; expected {kind} alone; with a rate there are "
-                f"{', '.join(one for one in POLICIES if ':' in one)}"
-            )
+            raise ConfigurationError(f"{where} {kind} computes its rate; expected {kind} alone; all policies: {known}")
         return Policy(kind)
     try:
         rate = float(text)
@@ -76,55 +65,45 @@ def _policy(name: str) -> Policy:
         rate = math.nan
     if not 0 < rate < math.inf:
         raise ConfigurationError(
-            f"compare --policies: {name}: expected a rate above 0, as in {kind}:0.1, found {text!r}; all policies: "
-            f"{', '.join(POLICIES)}"
+            f"{where} expected a rate above 0, as in {kind}:0.1, found {text!r}; all policies: {known}"
         )
     return Policy(kind, rate)
 
 
-# -- options of fit ----------------------------------------------------------------------------------------------------
-
-
-def options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
-    """The options of fit that make a policy of a config, as they would be typed.
-
-    Args:
-        policy: The policy.
-        model: The config's ``model``, a class_path and init_args.
-    """
-    switch = ["--fixed_rate", "false" if policy.rate is None else "true"]
+def fit_options(policy: Policy, model: Mapping[str, Any]) -> list[str]:
+    """The options of fit that implement a policy, as they would be typed, for the ``model`` of a config."""
+    chosen = ["--fixed_rate", "false" if policy.rate is None else "true"]
     if policy.kind == "lipschitz":
-        return switch
+        return chosen
     arguments = model.get("init_args") or {}
-    key = _key(arguments, Optimizer, "optimizer")
+    key = _argument(arguments, Optimizer, "optimizer")
     if policy.kind == "config":
         own = (arguments.get(key) or {}) if key else {}
         named = isinstance(own, Mapping) and "lr" in (own.get("init_args") or {})
-        return [*switch, f"--model.{key}.lr", repr(policy.rate)] if named else switch
-    chosen = [*switch, *(_optimizer(policy, key, arguments.get(key)) if key else ())]
+        return [*chosen, f"--model.{key}.lr", repr(policy.rate)] if named else chosen
+    if key:
+        chosen += _optimizer_options(policy, key, arguments.get(key))
     if policy.kind == "paper":
         chosen += [part for name in ("norm", "rule", "second_moment") for part in (f"--lipschitz.{name}", "auto")]
         chosen += ["--lipschitz.bound", "paper"]
-        schedule = _key(arguments, LRScheduler, "scheduler")
+        schedule = _argument(arguments, LRScheduler, "scheduler")
         chosen += [f"--model.{schedule}", "null"] if schedule else []
     return chosen
 
 
-def needs_exchange(policy: Policy, model: Mapping[str, Any]) -> bool:
-    """Whether a policy brings an optimizer for which the model's config has no place, the module's code having it."""
-    return (
-        policy.kind not in ("lipschitz", "config")
-        and _key(model.get("init_args") or {}, Optimizer, "optimizer") is None
-    )
+def needs_swap(policy: Policy, model: Mapping[str, Any]) -> bool:
+    """Whether a policy changes an optimizer that is made by the module's code instead of the config."""
+    arguments = model.get("init_args") or {}
+    return policy.kind not in ("lipschitz", "config") and _argument(arguments, Optimizer, "optimizer") is None
 
 
-def _optimizer(policy: Policy, key: str, own: Any) -> list[str]:
-    """The options for the optimizer; what is not named here is torch's default."""
+def _optimizer_options(policy: Policy, key: str, own: Any) -> list[str]:
+    """The options that set the optimizer; everything that is not named is torch's default."""
     adam = policy.adam
     settings: dict[str, Any] = {} if policy.rate is None else {"lr": policy.rate}
     if not adam:
         settings.update(momentum=0.0 if policy.kind == "paper" else 0.9, dampening=0.0, nesterov="false")
-    # What is a customary weight decay for one of the two is none for the other, which multiplies it by another rate.
+    # AdamW's weight decay is decoupled, so its values do not carry over to other optimizers, nor theirs to it.
     own = own if isinstance(own, Mapping) else {}
     same = (_class(own.get("class_path")) is torch.optim.AdamW) == adam
     decay = (own.get("init_args") or {}).get("weight_decay") if same else None
@@ -133,19 +112,15 @@ def _optimizer(policy: Policy, key: str, own: Any) -> list[str]:
     return [f"--model.{key}", name, *(p for k, v in settings.items() for p in (f"--model.{key}.{k}", str(v)))]
 
 
-def _key(arguments: Mapping[str, Any], base: type, customary: str) -> str | None:
-    """The model's argument that names a class of this kind, or that is customary for one."""
+def _argument(arguments: Mapping[str, Any], base: type, usual: str) -> str | None:
+    """The model's argument that holds a class of some kind, or that has the usual name of one."""
     for key, value in arguments.items():
         kind = _class(value.get("class_path")) if isinstance(value, Mapping) else None
         if kind is not None and issubclass(kind, base):
             return key
-    return customary if customary in arguments else None
+    return usual if usual in arguments else None
 
 
 def _class(path: Any) -> type | None:
-    module, _, name = str(path).rpartition(".")
-    try:
-        found = getattr(import_module(module), name, None) if module else None
-    except ImportError:
-        return None
+    found = pydoc.locate(str(path))
     return found if isinstance(found, type) else None

@@ -1,63 +1,55 @@
-"""The file of `lit-lipschitz compare`: a line a run, whole at any time, never repeated."""
+"""The CSV file of `lit-lipschitz compare`: one line a run, so that no run is repeated."""
 
 import csv
 import io
-import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from lit_lipschitz.cli.report.plots import write_whole
+from lit_lipschitz.cli.output import write_whole
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a run has come to.
+    """The result of a run."""
 
-    Attributes:
-        policy: Its policy's name.
-        seed: Its seed.
-        config: A short hash of its configuration without the seed.
-        metric: What val, test and best_val are, without the stage: ``acc`` of val_acc.
-        val: The value on the validation set with the final weights.
-        test: On the test set; None where there is none.
-        best_val: The best that the validation set had in any epoch; looked at only by people.
-        best_epoch: Which one that was, from 1; 0 where no epoch had a finite value.
-        epochs: Epochs that were trained; a run whose weights are no longer finite ends with its epoch.
-        rate_first: The rate behind the first optimizer step, at a schedule factor of 1.
-        rate_last: The same of the last step.
-        seconds: Of training, validation included.
-        diverged: Whether a loss was not finite.
-    """
-
-    policy: str
+    policy: str  # its name
     seed: int
-    config: str
-    metric: str
-    val: float
-    test: float | None
-    best_val: float
-    best_epoch: int
-    epochs: int
-    rate_first: float
-    rate_last: float
-    seconds: float
-    diverged: bool
+    config: str  # a short hash of the configuration without the seed
+    metric: str  # name without the stage: acc for val_acc
+    val: float  # on the validation set, with the final weights
+    test: float | None  # on the test set, with the final weights; None if there is no test set
+    best_val: float  # best value on the validation set in any epoch; only shown, nothing is chosen by it
+    best_epoch: int  # its epoch, from 1; 0 if no epoch had a finite value
+    epochs: int  # number of epochs that were trained; a run whose weights are no longer finite ends early
+    rate_first: float  # learning rate of the first optimizer step at a schedule factor of 1
+    rate_last: float  # the same of the last step
+    seconds: float  # time of training, validation included
+    diverged: bool  # whether a loss was not finite
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """What no two rows have in common."""
+        """What identifies a run."""
         return self.policy, self.seed, self.config
 
 
 COLUMNS = [field.name for field in fields(Row)]
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    float | None: lambda cell: float(cell) if cell else None,
+    bool: {"yes": True, "no": False}.__getitem__,
+}
 
 
-class Ledger:
-    """The rows of a CSV file.
+class ResultsFile:
+    """The runs in a CSV file.
 
     Args:
-        path: The file, which need not be there.
+        path: The file, which need not exist.
 
     Raises:
         ConfigurationError: There is another file of that name, or no folder for it.
@@ -72,7 +64,7 @@ class Ledger:
         self.rows()
 
     def rows(self) -> dict[tuple[str, int, str], Row]:
-        """The rows that the file has now."""
+        """The runs that are in the file now."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -84,38 +76,23 @@ class Ledger:
         table = list(csv.reader(io.StringIO(text)))
         if not table or table[0] != COLUMNS:
             raise ConfigurationError(
-                f"compare --output {self.path}: there is such a file, and `lit-lipschitz compare` has not written it "
-                f"(its first line would be {','.join(COLUMNS[:4])},...); pass another name"
+                f"compare --output {self.path}: the file exists, and `lit-lipschitz compare` has not written it (its "
+                f"first line would be {','.join(COLUMNS[:4])},...); pass another name"
             )
         found = [self._row(cells, number) for number, cells in enumerate(table[1:], 2) if cells]
         return {row.key: row for row in found}
 
     def _row(self, cells: list[str], number: int) -> Row:
         try:
-            one = dict(zip(COLUMNS, cells, strict=True))
-            return Row(
-                policy=one["policy"],
-                seed=int(one["seed"]),
-                config=one["config"],
-                metric=one["metric"],
-                val=float(one["val"]),
-                test=float(one["test"]) if one["test"] else None,
-                best_val=float(one["best_val"]),
-                best_epoch=int(one["best_epoch"]),
-                epochs=int(one["epochs"]),
-                rate_first=float(one["rate_first"]),
-                rate_last=float(one["rate_last"]),
-                seconds=float(one["seconds"]),
-                diverged={"yes": True, "no": False}[one["diverged"]],
-            )
+            return Row(*(_PARSERS[field.type](cell) for field, cell in zip(fields(Row), cells, strict=True)))
         except (ValueError, KeyError):
             raise ConfigurationError(
-                f"compare --output {self.path}, line {number}: not a run as `lit-lipschitz compare` writes it; mend or "
-                "remove the line, or pass another name"
+                f"compare --output {self.path}, line {number}: not a run as `lit-lipschitz compare` writes it; correct "
+                "or remove the line, or pass another name"
             ) from None
 
     def add(self, row: Row) -> None:
-        """Writes a row; what others have written in the meantime stays.
+        """Writes a run; runs that others have written in the meantime are kept.
 
         Raises:
             LitLipschitzError: The file can't be written.
@@ -134,9 +111,4 @@ class Ledger:
 def _cell(value: str | float | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
-
-
-def finite(value: float | None) -> float | None:
-    """A number as JSON has it, where there are no infinities."""
-    return value if value is not None and math.isfinite(value) else None
+    return "" if value is None else str(value)

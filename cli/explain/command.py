@@ -15,9 +15,10 @@ from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.cli.explain.text import text
 from lit_lipschitz.cli.fit.command import Command, run
-from lit_lipschitz.cli.fit.outputs import PredictionFile, TensorBoardSummary
-from lit_lipschitz.cli.fit.progress import EpochLines
-from lit_lipschitz.cli.main import fail
+from lit_lipschitz.cli.fit.epoch_lines import EpochLines
+from lit_lipschitz.cli.fit.predictions import PredictionFile
+from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary
+from lit_lipschitz.cli.output import fail
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.heads import head_size

@@ -1,1 +1,1 @@
-"""`lit-lipschitz fit`, `validate`, `test` and `predict`."""
+"""`lit-lipschitz fit`, `validate`, `test` and `predict`, which LightningCLI runs."""

@@ -1,1 +1,1 @@
-"""`lit-lipschitz report`."""
+"""`lit-lipschitz report`: the curves of runs."""

@@ -1,10 +1,10 @@
-"""A report as one HTML page that needs nothing else: its style and its figures are inside, and it loads nothing."""
+"""A report as one HTML page that loads nothing: its style and its figures are inside."""
 
 from html import escape
 
-from lit_lipschitz.cli.report.events import Run
 from lit_lipschitz.cli.report.panels import DARK, LIGHT, Panel, has_training
-from lit_lipschitz.cli.report.plots import marker, svg
+from lit_lipschitz.cli.report.runs import Run
+from lit_lipschitz.cli.report.svg import marker, svg
 
 _STYLE = """\
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1c2126; --faint: #5c6670; --line: #e3e6e9; LIGHT }
@@ -37,15 +37,8 @@ th { color: var(--faint); font-weight: 500; }
 """
 
 
-def page(runs: list[Run], drawn: list[Panel], header: list[str], rows: list[list[str]]) -> str:
-    """The page.
-
-    Args:
-        runs: The runs.
-        drawn: Their diagrams.
-        header: Names of the table's columns.
-        rows: Its rows, one a run.
-    """
+def page(runs: list[Run], drawn: list[Panel], rows: list[list[str]]) -> str:
+    """The page of some runs, with their diagrams and the table with its header."""
     names = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     figures = "\n".join(
         f"<figure>\n<h2>{escape(panel.title)}{f' ({panel.unit})' if panel.unit else ''}"
@@ -69,7 +62,7 @@ def page(runs: list[Run], drawn: list[Panel], header: list[str], rows: list[list
 report of lit-lipschitz</p>
 {_legend(runs, drawn)}
 <div class="scroll">
-{_table(header, rows)}
+{_table(rows)}
 </div>
 <div class="figures">
 {figures}
@@ -111,7 +104,7 @@ def _legend(runs: list[Run], drawn: list[Panel]) -> str:
     return f'<ul class="legend">\n{items}\n</ul>'
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

@@ -1,16 +1,16 @@
-"""What the figures of a report show: which curves, on which axes, with which ticks. Draws nothing."""
+"""The figures of a report before they are drawn: which curves, on which axes, with which ticks."""
 
 import math
 import re
 from dataclasses import dataclass
 
-from lit_lipschitz.cli.report.events import Run
+from lit_lipschitz.cli.report.runs import Run
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart: on white, and lighter ones on black.
+# Okabe and Ito's colours, distinguishable with any kind of colour vision: on white, and lighter ones on black.
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#2A9FD6", "#555555")
 DARK = ("#4DA6E0", "#FF8A3D", "#2FC79B", "#E5A0C6", "#F0C643", "#9BD8F7", "#BBBBBB")
 MARKERS = "osD^"
-"""Circle, square, diamond, triangle at a line's end: with the colours, 28 runs look different."""
+"""Circle, square, diamond, triangle at a line's end: together with the colours, 28 runs look different."""
 
 _RATES = r"lipschitz/(\d+/)?lr|lr-.+"
 _CONTENT = (
@@ -43,12 +43,12 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies between the ends, from 0 to 1."""
+        """The position of a value between the ends, from 0 to 1."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return (value - low) / (high - low)
 
     def label(self, tick: float) -> str:
-        """A tick's label, with the digits that tell it from the next one."""
+        """A tick's label, with enough digits to differ from the next one."""
         if self.log or len(self.ticks) < 2 or not 1e-4 <= (step := self.ticks[1] - self.ticks[0]) < 1e4:
             return number(tick)
         return f"{tick:.{max(0, -math.floor(math.log10(step * 1.001)))}f}"
@@ -67,7 +67,7 @@ class Panel:
 
 
 def panels(runs: list[Run]) -> list[Panel]:
-    """The diagrams for which there are curves."""
+    """The diagrams that have curves."""
     drawn = []
     for key, title, unit, solid, dashed in _CONTENT:
         lines = []
@@ -87,37 +87,34 @@ def _lines(index: int, run: Run, pattern: str, dashed: bool, unit: str) -> list[
             points = [(epoch, curve[epoch]) for epoch in sorted(curve) if math.isfinite(curve[epoch])]
             if unit == "%" and max((value for _, value in points), default=0) <= 1:
                 points = [(epoch, 100 * value) for epoch, value in points]
-            # A monitor's copy of the rate is for runs without the callback; a second optimizer's curve is dashed.
+            # LearningRateMonitor's curve is for runs without LipschitzLR; a second optimizer's curve is dashed.
             if points and not (tag.startswith("lr-") and lines):
                 lines.append(Line(index, tag, dashed or bool(lines), points))
     return lines
 
 
 def has_training(drawn: list[Panel]) -> bool:
-    """Whether there are curves of the training, which are dashed beside those of the validation."""
+    """Whether there are training curves, which are dashed beside those of the validation."""
     return any(line.dashed and line.tag.startswith("train") for panel in drawn for line in panel.lines)
-
-
-# -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def epoch_axis(last: int) -> Axis:
     """The axis of the epochs, from 1 on."""
     step = max(1, round(_nice(last / 6)))
     ticks = [float(epoch) for epoch in range(0, last + 1, step) if epoch >= 1]
-    # The first epoch has a number too, where that does not run into the next one's.
+    # The first epoch is labelled too; every epoch is if there are few.
     return Axis(1.0, float(max(last, 2)), ticks if step == 1 else [1.0, *ticks])
 
 
 def value_axis(values: list[float]) -> Axis:
-    """An axis for some values, logarithmic where they are positive and span more than a decade."""
+    """An axis for some values, logarithmic if they are positive and span more than a decade."""
     low, high = min(values), max(values)
     if low > 0 and high / low > 10:
         return Axis(low / (high / low) ** 0.04, high * (high / low) ** 0.04, _log_ticks(low, high), log=True)
-    # What differs in the last digits of a float32 alone is one value.
+    # Values that differ by float32's rounding are one value.
     same = high - low <= 1e-6 * max(abs(low), abs(high))
     margin = (0.1 * abs(high) or 1.0) if same else 0.05 * (high - low)
-    # What can't be negative is not drawn as if it could.
+    # The axis of values that are never negative does not go below 0.
     bottom = max(low - margin, 0.0) if low >= 0 else low - margin
     top = high + margin
     step = _nice((top - bottom) / 6)
@@ -135,7 +132,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _nice(step: float) -> float:
-    """The nearest one of 1, 2 and 5 times a power of ten that is no smaller."""
+    """The smallest of 1, 2 and 5 times a power of ten that is not below the step."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import SCRIPT, error_line, write_idx
+from helpers import ROOT, SCRIPT, error_line, write_idx
 from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_lipschitz.cli.configs import bundled_configs, find_config, resolve_configs
-from lit_lipschitz.cli.fit.parser_messages import condense
+from lit_lipschitz.cli.fit.error_messages import condense
 
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
 
@@ -26,15 +26,22 @@ SHORT = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
 def test_configs_lists_the_bundled_configs_with_a_line_each(lit):
     code, out, _ = lit("configs")
     assert code == 0
-    lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(bundled_configs())
-    assert all(len(line.split()) > 5 for line in lines)
+    everyday, papers = (part.splitlines() for part in out.split("\n\nThe paper's experiments:\n"))
+    names = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    papers_names = {name for name in names if name.startswith("paper_")}
+    assert [line.split()[0] for line in everyday] == sorted(names - papers_names)
+    assert [line.split()[0] for line in papers] == sorted(papers_names)
+    assert all(len(line.split()) > 5 for line in everyday + papers)
 
 
 def test_configs_as_json_are_the_same(lit):
     code, out, _ = lit("configs", "--json")
     assert code == 0
-    assert {entry["name"]: entry["description"] for entry in json.loads(out)} == bundled_configs()
+    entries = json.loads(out)
+    assert {entry["name"]: entry["description"] for entry in entries} == bundled_configs()
+    assert [entry["name"] for entry in entries] == list(bundled_configs())
+    assert all(entry["paper"] == entry["name"].startswith("paper_") for entry in entries)
+    assert [entry["paper"] for entry in entries] == sorted(entry["paper"] for entry in entries)
 
 
 def test_a_file_of_the_users_goes_before_a_bundled_one():
@@ -62,7 +69,7 @@ def test_all_ways_to_write_it_are_resolved_and_nothing_else():
         (["fit", "--config", "nothing/like/it.yaml"], "no such file and no bundled config of that name"),
         (["fit", "--config"], "expected the name of a config"),
         (["ft"], "no such command; closest: fit"),
-        (["configs", "all"], "takes no arguments but --json, found all"),
+        (["configs", "all"], "configs: unrecognized arguments: all; see lit-lipschitz configs --help"),
         (["--config", "digits", "fit"], "expected a command first, as in lit-lipschitz fit --config"),
         (["fit", "--config", "."], "expected a file, found a folder"),
     ],

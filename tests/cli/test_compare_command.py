@@ -5,48 +5,28 @@ import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, loader
+from helpers import CLASSES, WIDTH, error_line, loader
 from torch import nn
 from torch.nn import functional as F
 
-from lit_lipschitz.cli.compare.optimizer_swap import exchanged
-from lit_lipschitz.cli.compare.policies import options, parse_policies
-from lit_lipschitz.cli.compare.results_file import COLUMNS, Ledger, Row
-from lit_lipschitz.cli.compare.verdict import answer, summaries
-from lit_lipschitz.cli.main import main
+from lit_lipschitz.cli.compare.optimizer_swap import swapped
+from lit_lipschitz.cli.compare.policies import fit_options, parse_policies
+from lit_lipschitz.cli.compare.results_file import COLUMNS, ResultsFile, Row
+from lit_lipschitz.cli.compare.summaries import summarize
+from lit_lipschitz.cli.compare.verdict import verdict
 
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu", "--data.train_subset", "320", "--trainer.max_epochs",
           "2"]  # fmt: skip
 
 
-@pytest.fixture
-def lit(monkeypatch, capsys):
-    """Runs the command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lit-lipschitz", *map(str, arguments)])
-        code = main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def file_rows(path="compare.csv"):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def error_line(err):
-    (line,) = [line for line in err.splitlines() if line.startswith("lit-lipschitz: error:")]
-    assert "Traceback" not in err
-    return line
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -82,11 +62,11 @@ def test_two_policies_and_two_seeds_end_to_end_and_nothing_is_made_twice(lit):
     before = Path("compare.csv").read_bytes()
     code, again, err = lit(*arguments)
     assert (code, again) == (0, out)
-    assert err.count("stands in compare.csv") == 4
+    assert err.count("already in compare.csv") == 4
     assert Path("compare.csv").read_bytes() == before
     code, _, err = lit(*arguments[:-1], "3", "--trainer.log_every_n_steps", "7")
     assert code == 0
-    assert err.count("stands in compare.csv") == 4
+    assert err.count("already in compare.csv") == 4
     assert [(row["policy"], row["seed"]) for row in file_rows()[4:]] == [("lipschitz", "2"), ("sgd:0.1", "2")]
 
 
@@ -114,7 +94,7 @@ def test_another_configuration_is_another_run_and_fixed_rates_do_not_depend_on_t
     assert lit(*arguments)[0] == 0
     code, _, err = lit(*arguments, "--lipschitz.max_lr", "0.01")
     assert code == 0
-    assert err.count("stands in") == 1
+    assert err.count("already in") == 1
     assert [row["policy"] for row in file_rows()] == ["lipschitz", "sgd:0.1", "lipschitz"]
     assert file_rows()[2]["rate_last"] == "0.01"
 
@@ -215,10 +195,10 @@ def test_the_own_optimizer_of_any_module_at_a_fixed_rate_with_its_schedule(lit):
     assert [RATES[48], RATES[59]] == pytest.approx([float(paper["rate_first"]), float(paper["rate_last"])])
 
 
-def test_an_exchanged_optimizer_keeps_groups_and_their_ratios():
+def test_a_swapped_optimizer_keeps_groups_and_their_ratios():
     module = Fixed()
     (old,), _ = module.configure_optimizers()
-    sgd, adamw, paper = (exchanged(old, *parse_policies(name)) for name in ("sgd:0.1", "adamw:0.1", "paper"))
+    sgd, adamw, paper = (swapped(old, *parse_policies(name)) for name in ("sgd:0.1", "adamw:0.1", "paper"))
     for new in (sgd, adamw, paper):
         assert [group["params"] for group in new.param_groups] == [group["params"] for group in old.param_groups]
         assert new.param_groups[1]["max_lr"] == old.param_groups[1]["max_lr"]
@@ -248,16 +228,16 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     }
     rows = [row(name, seed, val + 0.001 * seed, test + 0.001 * seed)
             for name, (val, test) in values.items() for seed in (0, 1, 2)]  # fmt: skip
-    found = {one.policy.name: one for one in summaries(rows, policies)}
-    assert [name for name, one in found.items() if one.reference] == ["sgd:0.3"]
+    found = {one.policy.name: one for one in summarize(rows, policies)}
+    assert [name for name, one in found.items() if one.best_fixed_rate_by_validation] == ["sgd:0.3"]
     assert found["lipschitz"].difference.mean == pytest.approx(0.01)
     error = statistics.stdev([0, 0.001, 0.002]) / math.sqrt(3)
-    assert found["lipschitz"].difference.error == pytest.approx(math.sqrt(2) * error)
-    said = answer(list(found.values()))
+    assert found["lipschitz"].difference.standard_error == pytest.approx(math.sqrt(2) * error)
+    said = verdict(list(found.values()))
     assert (
         "lipschitz: 97.10 +- 0.06 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.1" in said
     )
-    assert "The difference, +1.00 +- 0.08, is for the better, beyond the 95 % interval of 3 seeds, +- 0.35." in said
+    assert "+1.00 +- 0.08, is an improvement outside the 95 % confidence interval of +- 0.35 (3 seeds)." in said
     assert "sgd:0.3 is the largest of its rates that were tried" in said
 
 
@@ -265,28 +245,28 @@ def test_it_is_honest_about_noise_and_about_one_seed():
     policies = parse_policies("lipschitz,sgd:0.1")
     values = {"lipschitz": (0.96, 0.99), "sgd:0.1": (0.95, 0.98)}
     noisy = [row(name, seed, test, test) for name, tests in values.items() for seed, test in enumerate(tests)]
-    assert "within the noise" in answer(summaries(noisy, policies))
-    single = answer(summaries([one for one in noisy if one.seed == 0], policies))
+    assert "within the noise" in verdict(summarize(noisy, policies))
+    single = verdict(summarize([one for one in noisy if one.seed == 0], policies))
     assert "+-" not in single
     assert "the noise" not in single
     assert "The difference, +1.00, is that of one seed each." in single
     assert "With one seed there is no standard error" in single
-    alone = answer(summaries(noisy[:2], policies))
+    alone = verdict(summarize(noisy[:2], policies))
     assert alone == "lipschitz: 97.50 +- 1.50 % on the test set; there is no fixed rate to compare it with."
     losses = [row(name, seed, loss, loss + 0.001 * seed, metric="loss")
               for name, loss in (("lipschitz", 0.5), ("sgd:0.1", 0.4)) for seed in (0, 1)]  # fmt: skip
-    assert "+0.1000 +- 0.0007, is for the worse" in answer(summaries(losses, policies))
+    assert "+0.1000 +- 0.0007, is a deterioration outside" in verdict(summarize(losses, policies))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_file_gives_back_what_it_was_given():
-    ledger = Ledger(Path("runs.csv"))
+    file = ResultsFile(Path("runs.csv"))
     rows = [row("sgd:0.1", 0, 0.1 + 0.2, None), row("lipschitz", 1, math.inf, 1 / 3, diverged=True)]
     for one in rows:
-        ledger.add(one)
-    assert list(Ledger(Path("runs.csv")).rows().values()) == rows
+        file.add(one)
+    assert list(ResultsFile(Path("runs.csv")).rows().values()) == rows
     assert [path.name for path in Path(".").iterdir()] == ["runs.csv"]
 
 
@@ -345,7 +325,7 @@ def test_weight_decay_goes_with_the_optimizer_that_it_was_chosen_for():
     def decay(policy, own, value):
         model = {"class_path": "lit_lipschitz.ImageClassifier",
                  "init_args": {"optimizer": {"class_path": own, "init_args": {"weight_decay": value}}}}  # fmt: skip
-        typed = options(*parse_policies(policy), model)
+        typed = fit_options(*parse_policies(policy), model)
         return typed[typed.index("--model.optimizer.weight_decay") + 1]
 
     assert decay("sgd:0.1", "torch.optim.SGD", 5e-4) == "0.0005"

@@ -14,8 +14,9 @@ from helpers import error_line
 from rich.console import Console
 from rich.file_proxy import FileProxy
 
-from lit_lipschitz.cli.fit import progress as epochs
-from lit_lipschitz.cli.fit.progress import RateBar, table
+from lit_lipschitz.cli.fit.epoch_lines import format_value, print_stdout, table
+from lit_lipschitz.cli.fit.progress_bar import RateBar
+from lit_lipschitz.cli.output import to_json
 
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2")
 
@@ -50,9 +51,17 @@ def test_json_lines_are_all_that_is_on_stdout(lit):
     assert end["checkpoint"].endswith("last.ckpt")
 
 
-def test_json_has_no_nan(capsys):
-    epochs._print_json({"val_loss": math.nan, "rate": math.inf, "lr": 0.5})
-    assert json.loads(capsys.readouterr().out) == {"val_loss": None, "rate": None, "lr": 0.5}
+def test_json_has_no_nan():
+    content = {
+        "val_loss": math.nan,
+        "rate": math.inf,
+        "lr": 0.5,
+        "runs": [{"acc": -math.inf}],
+        "rates": (0.1, math.nan),
+    }
+    assert json.loads(to_json(content), parse_constant=pytest.fail) == {
+        "val_loss": None, "rate": None, "lr": 0.5, "runs": [{"acc": None}], "rates": [0.1, None],
+    }  # fmt: skip
 
 
 def test_quiet_leaves_the_result(lit):
@@ -73,13 +82,13 @@ def test_both_modes_are_refused(lit):
 def test_lines_go_to_stdout_while_the_bar_has_stderr(monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(sys, "stdout", FileProxy(Console(file=io.StringIO()), file))
-    epochs._print("epoch 1/2")
+    print_stdout("epoch 1/2")
     assert file.getvalue() == "epoch 1/2\n"
 
 
 def test_values_are_readable():
-    assert [epochs._text("rate", value) for value in (0.0412345, 1.23456e-5)] == ["0.04123", "1.235e-05"]
-    assert epochs._text("val_acc", 0.98765) == "0.9877"
+    assert [format_value("rate", value) for value in (0.0412345, 1.23456e-5)] == ["0.04123", "1.235e-05"]
+    assert format_value("val_acc", 0.98765) == "0.9877"
     assert RateBar()._console_kwargs == {"stderr": True}
 
 
@@ -95,7 +104,7 @@ def test_a_table_leaves_out_what_is_not_there():
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_who_reads_may_stop_and_a_full_disk_is_one_line(arguments, buffered):
     Path("metrics.csv").write_text("epoch,step,val_loss\n0,5,0.5\n1,10,0.25\n")
-    command = [sys.executable, "-m", "lit_lipschitz.cli.main", *arguments]
+    command = [sys.executable, "-m", "lit_lipschitz", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
     reading, writing = os.pipe()
     os.close(reading)

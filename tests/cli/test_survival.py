@@ -208,7 +208,7 @@ def test_a_folder_without_write_permission_is_one_line(lit):
         ("--trainer.default_root_dir", "locked"),
         ("--checkpoint.dirpath", "locked/checkpoints", "--ckpt_path", "last"),
     ):
-        command = [*drop, sys.executable, "-m", "lit_lipschitz.cli.main", *FIT, *more]
+        command = [*drop, sys.executable, "-m", "lit_lipschitz", *FIT, *more]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert run.returncode == 1
         assert "locked" in error_line(run.stderr)

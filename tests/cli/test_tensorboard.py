@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from lit_lipschitz.cli.fit.outputs import TensorBoardSummary, hyperparameters
+from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary, hyperparameters
 from lit_lipschitz.cli.main import main
-from lit_lipschitz.cli.report.events import find_runs
+from lit_lipschitz.cli.report.runs import find_runs
 
 FIT = ["fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
 

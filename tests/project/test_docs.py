@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 from helpers import ROOT, Classifier, loader
 
-from lit_lipschitz.cli.compare import command as compare_command
+from lit_lipschitz.cli.compare.command import parse_options
 from lit_lipschitz.cli.compare.policies import parse_policies
 from lit_lipschitz.cli.main import main
 
@@ -227,7 +227,7 @@ def test_every_command_of_ours_parses(command, lit):
         assert lit(name, "--help")[0] == 0
         return
     if name == "compare" and "--help" not in rest:
-        chosen, rest = compare_command._parse(rest)
+        chosen, rest = parse_options(rest)
         assert parse_policies(chosen.policies)
     if name in ("fit", "validate", "test", "predict", "explain", "compare") and "--help" not in rest:
         ends = any(word.endswith(".help") or word == "--print_config" for word in rest)

@@ -13,7 +13,7 @@ ROOT = Path(lit_lipschitz.__file__).parent
 # Each folder or file may import the ones before it.
 ORDER = [
     *("errors", "bounds", "rules", "recognition", "measurement", "optim", "control", "training_pass", "audit"),
-    *("callbacks", "models", "data", "module", "cli"),
+    *("callbacks", "models", "data", "module", "cli", "__main__"),
 ]
 
 
