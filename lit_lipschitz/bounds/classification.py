@@ -1,4 +1,15 @@
-"""Lipschitz constants of cross-entropy and binary cross-entropy."""
+"""Lipschitz constants of cross-entropy and binary cross-entropy.
+
+Class weights w make the cross-entropy a weighted mean. The bounds of an example of class y are then multiplied by w_y.
+With weights between ``lo`` and ``hi`` the gradient norm of the batch is at most (hi + lo) / (2 sqrt(hi lo)) times that
+of an unweighted mean (the converse of the Cauchy-Schwarz inequality) if K is a norm of the whole batch, and no larger
+for ``norm="sample"``; the paper family has the same factor. For probabilities as targets torch divides by m instead of
+the weights, and the constant does not apply.
+
+References:
+    R. Yedida, S. Saha, arXiv 1902.07399, 2019, for the paper family. Class weights and label smoothing are derived the
+    same way.
+"""
 
 import math
 from collections.abc import Sequence
@@ -29,20 +40,16 @@ def cross_entropy(
     class_weights: Sequence[float] | None = None,
     reduction: Reduction = "mean",
 ) -> float:
-    r"""Constant of torch's softmax cross-entropy over k classes, for targets that are classes.
+    """Constant of torch's softmax cross-entropy over k classes, for targets that are classes.
 
-    With the probabilities p, the target q = (1-s) e_y + s/k for label smoothing s, and no class weights:
+    With the probabilities p and the target q = (1-s) e_y + s/k for label smoothing s:
 
     - estimate (1-s)(k-1)/k: the largest entry of abs(p - q) at uniform outputs, where the papers evaluate it;
-    - gradient norm sqrt(1 + (1-s)^2 - s^2/k), the largest norm of p - q, at p = e_j with j != y; sqrt(2) without
-      smoothing;
+    - gradient norm sqrt(1 + (1-s)^2 - s^2/k), the largest norm of p - q, at p = e_j with j != y; sqrt(2) for s = 0;
     - curvature 1/2, the largest eigenvalue of diag(p) - pp'.
 
-    Class weights w make the loss a weighted mean. The bounds of an example of class y are then multiplied by w_y. With
-    weights between ``lo`` and ``hi`` the gradient norm of the batch is at most (hi + lo) / (2 sqrt(hi lo)) times that
-    of an unweighted mean (the converse of the Cauchy-Schwarz inequality) if K is a norm of the whole batch, and no
-    larger for ``sample``; the paper family has the same factor. Without weights everything holds for probabilities as
-    targets too; with them torch divides by m there, not by the weights, and this function does not apply.
+    Without class weights this holds for probabilities as targets too; :mod:`lit_lipschitz.bounds.classification`
+    describes how weights enter.
 
     Args:
         activation_norm: K, not negative.
@@ -63,17 +70,21 @@ def cross_entropy(
     Example:
         >>> round(cross_entropy(206.7, num_classes=10, batch_size=128, bound="paper"), 4)
         1.4534
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper). Class weights and label smoothing are derived the same way.
     """
     check_count("num_classes", num_classes, 2)
     check_fraction("label_smoothing", label_smoothing)
-    weights = [1.0] * num_classes if class_weights is None else _checked_weights(class_weights, num_classes)
-    if label_smoothing > 0 and min(weights) == 0:
-        raise ValueError("class_weights: expected positive ones with label_smoothing, found a weight of 0")
+    weights = _checked_weights(class_weights, num_classes, label_smoothing)
+    per_example = _per_example(weights, label_smoothing, mean=reduction == "mean")
+    spread = WeightRange(min(weights), max(weights)) if reduction == "mean" else None
+    return batch_constant(
+        per_example, activation_norm, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction, weights=spread
+    )
+
+
+def _per_example(weights: list[float], label_smoothing: float, mean: bool) -> LossBounds:
+    """Bounds of one example's cross-entropy, the largest over its class."""
     estimate = gradient_norm = curvature = 0.0
-    smoothed = label_smoothing / num_classes
+    smoothed = label_smoothing / len(weights)
     for y in {weights.index(weight) for weight in weights}:
         # The loss of an example of class y is total * logsumexp(z) - target'z.
         target = [smoothed * weight for weight in weights]
@@ -81,23 +92,15 @@ def cross_entropy(
         total = sum(target)
         square = sum(entry**2 for entry in target)
         # The mean's denominator is weighted, so the bounds count in units of the example's weight.
-        example_weight = weights[y] if reduction == "mean" else 1.0
+        example_weight = weights[y] if mean else 1.0
         if example_weight == 0:
             continue
         # The gradient, total * p - target, is longest where p is the class of the smallest target.
         longest = math.sqrt(max(0.0, total**2 - 2 * total * min(target) + square))
         gradient_norm = max(gradient_norm, longest / example_weight)
-        estimate = max(estimate, max(abs(total / num_classes - entry) for entry in target) / example_weight)
+        estimate = max(estimate, max(abs(total / len(weights) - entry) for entry in target) / example_weight)
         curvature = max(curvature, total / 2 / example_weight)
-    return batch_constant(
-        LossBounds(estimate, gradient_norm, curvature),
-        activation_norm,
-        batch_size=batch_size,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
-        weights=WeightRange(min(weights), max(weights)) if reduction == "mean" else None,
-    )
+    return LossBounds(estimate, gradient_norm, curvature)
 
 
 def binary_cross_entropy(
@@ -111,7 +114,7 @@ def binary_cross_entropy(
     pos_weight: float = 1.0,
     reduction: Reduction = "mean",
 ) -> float:
-    r"""Constant of the binary cross-entropy with logits, averaged over examples and outputs.
+    """Constant of the binary cross-entropy with logits, averaged over examples and outputs.
 
     For one logit z, its sigmoid s(z), a target t between ``label_smoothing`` / 2 and 1 minus that, and the weight
     P = ``pos_weight`` of positive examples, the derivative in z is (1 - t) s - P t (1 - s):
@@ -148,21 +151,19 @@ def binary_cross_entropy(
         curvature=max(pos_weight * t + 1 - t for t in targets) / 4,
     )
     return outputwise_constant(
-        per_logit,
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_logit, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
 
 
-def _checked_weights(weights: Sequence[float], num_classes: int) -> list[float]:
+def _checked_weights(weights: Sequence[float] | None, num_classes: int, label_smoothing: float) -> list[float]:
+    if weights is None:
+        return [1.0] * num_classes
     values = [float(weight) for weight in weights]
     if len(values) != num_classes:
         raise ValueError(f"class_weights: expected {num_classes} of them, one a class, found {len(values)}")
     for weight in values:
         check_at_least("class_weights", weight, 0.0)
     check_positive("class_weights, the largest", max(values))
+    if label_smoothing > 0 and min(values) == 0:
+        raise ValueError("class_weights: expected positive ones with label_smoothing, found a weight of 0")
     return values

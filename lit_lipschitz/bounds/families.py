@@ -151,9 +151,9 @@ def batch_constant(
 def outputwise_constant(
     per_output: LossBounds,
     activation_norm: float,
+    num_outputs: int,
     *,
     batch_size: int,
-    num_outputs: int,
     bound: Bound,
     norm: NormOrAuto,
     reduction: Reduction,
@@ -163,9 +163,9 @@ def outputwise_constant(
     Args:
         per_output: Bounds of the loss of one output.
         activation_norm: K, not negative.
-        batch_size: m, examples in the loss, at least 1.
         num_outputs: n, outputs of one example, at least 1. In a mean the gradient norm is divided by sqrt(n), estimate
             and curvature by n.
+        batch_size: m, examples in the loss, at least 1.
         bound: Family of the constant.
         norm: What K measures; ``"auto"`` is the default of the family.
         reduction: ``"mean"``, or ``"sum"``, which is divided by neither m nor n.

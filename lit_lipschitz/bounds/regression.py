@@ -1,4 +1,14 @@
-"""Lipschitz constants of regression losses: squared and absolute error, quantile, Huber and smooth L1."""
+r"""Lipschitz constants of regression losses: squared and absolute error, quantile, Huber and smooth L1.
+
+The squared error alone has no bounded gradient norm in the outputs. With Z and Y the (m, n) matrices of outputs and
+targets, R their difference and A the inputs, the gradient of torch's ``mse_loss`` is 2/(mn) R'A, no longer than
+2/(mn) (norm(Z) + norm(Y)) norm(A). This is the papers' formula, and with ``norm="frobenius"`` and a head without a bias
+it is the strict constant too. The Hessian is 2/(mn) A'A whatever the outputs.
+
+References:
+    R. Yedida, S. Saha, arXiv 1902.07399, 2019, for the squared error: (K_a + norm(y)) K / m of half the mean over the
+    examples.
+"""
 
 from lit_lipschitz.bounds.families import (
     Bound,
@@ -27,20 +37,17 @@ def mean_squared_error(
     norm: NormOrAuto = "auto",
     reduction: Reduction = "mean",
 ) -> float:
-    r"""Constant of least squares: torch's ``mse_loss``, or the papers' half of the mean over the examples.
+    """Constant of least squares: torch's ``mse_loss``, or the papers' half of the mean over the examples.
 
-    The gradient norm is not bounded over all outputs, so the constant is that of bounded outputs: with Z and Y the
-    (m, n) matrices of outputs and targets, R their difference and A the inputs, the gradient is 2/(mn) R'A, no longer
-    than 2/(mn) (norm(Z) + norm(Y)) norm(A). This is the papers' formula, and with ``frobenius`` and a head without a
-    bias it is the strict one too. The Hessian is 2/(mn) A'A whatever the outputs: curvature 2/n. With ``half`` both are
-    halved and not divided by n.
+    The gradient norm is not bounded over all outputs, so the constant is that of bounded outputs, as
+    :mod:`lit_lipschitz.bounds.regression` derives. The curvature is 2/n, with ``half`` 1.
 
     Args:
         activation_norm: K, not negative.
         batch_size: m, examples in the loss, at least 1.
         output_norm: A bound of the outputs' norm, in the same norm as K: for ``frobenius`` that of the matrix (m, n),
-            for ``sample`` the largest norm of a row. Not used by the smooth family. If a bound of the difference is
-            known, pass it here and a ``target_norm`` of 0.
+            for ``sample`` the largest norm of a row. Not used by the smooth family. A known bound of the difference can
+            be passed here, with a ``target_norm`` of 0.
         target_norm: The targets' norm, likewise.
         num_outputs: n, outputs of one example.
         half: The papers' loss, sum of squares over 2m, instead of torch's, sum of squares over mn.
@@ -53,34 +60,31 @@ def mean_squared_error(
 
     Raises:
         ValueError: An argument is out of its range, or a norm is missing that the family needs.
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper): (K_a + norm(y)) K / m, for ``half``.
     """
     check_count("batch_size", batch_size, 1)
     check_count("num_outputs", num_outputs, 1)
     curvature = 1.0 if half else 2.0 if reduction == "sum" else 2.0 / num_outputs
     gradient_norm = 0.0
     if bound != "smooth":
-        if output_norm is None or target_norm is None:
-            raise ValueError(
-                f"bound={bound!r} of a squared error needs bounded outputs: expected output_norm and target_norm, "
-                f"found {output_norm} and {target_norm}"
-            )
-        check_at_least("output_norm", output_norm, 0.0)
-        check_at_least("target_norm", target_norm, 0.0)
-        residual = output_norm + target_norm
+        residual = _residual_norm(bound, output_norm, target_norm)
         # A norm of the whole batch of residuals already holds the sqrt(m) by which the families divide K once more.
         of_example = resolve_norm(bound, norm) == "sample" or bound == "paper"
         gradient_norm = curvature * (residual if of_example else residual / batch_size**0.5)
+    per_example = LossBounds(gradient_norm, gradient_norm, curvature)
     return batch_constant(
-        LossBounds(gradient_norm, gradient_norm, curvature),
-        activation_norm,
-        batch_size=batch_size,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_example, activation_norm, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
+
+
+def _residual_norm(bound: Bound, output_norm: float | None, target_norm: float | None) -> float:
+    if output_norm is None or target_norm is None:
+        raise ValueError(
+            f"bound={bound!r} of a squared error needs bounded outputs: expected output_norm and target_norm, found "
+            f"{output_norm} and {target_norm}"
+        )
+    check_at_least("output_norm", output_norm, 0.0)
+    check_at_least("target_norm", target_norm, 0.0)
+    return output_norm + target_norm
 
 
 def mean_absolute_error(
@@ -114,14 +118,9 @@ def mean_absolute_error(
         S. Saha et al., arXiv 2006.13307 (paper): K / m.
     """
     check_not_smooth("the mean absolute error", bound)
+    per_output = LossBounds(estimate=1.0, gradient_norm=1.0, curvature=0.0)
     return outputwise_constant(
-        LossBounds(estimate=1.0, gradient_norm=1.0, curvature=0.0),
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_output, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
 
 
@@ -153,14 +152,9 @@ def quantile(
         raise ValueError(f"level={level!r}: expected a quantile in (0, 1), without its ends")
     check_not_smooth("the quantile loss", bound)
     steepest = max(level, 1 - level)
+    per_output = LossBounds(estimate=steepest, gradient_norm=steepest, curvature=0.0)
     return outputwise_constant(
-        LossBounds(estimate=steepest, gradient_norm=steepest, curvature=0.0),
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_output, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
 
 
@@ -189,14 +183,9 @@ def huber(
         reduction: ``"mean"`` or ``"sum"``.
     """
     check_positive("delta", delta)
+    per_output = LossBounds(estimate=delta, gradient_norm=delta, curvature=1.0)
     return outputwise_constant(
-        LossBounds(estimate=delta, gradient_norm=delta, curvature=1.0),
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_output, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
 
 
@@ -225,12 +214,7 @@ def smooth_l1(
         reduction: ``"mean"`` or ``"sum"``.
     """
     check_positive("beta", beta)
+    per_output = LossBounds(estimate=1.0, gradient_norm=1.0, curvature=1.0 / beta)
     return outputwise_constant(
-        LossBounds(estimate=1.0, gradient_norm=1.0, curvature=1.0 / beta),
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_output, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )

@@ -22,13 +22,7 @@ def soft_margin(activation_norm, *, batch_size, num_outputs=1, bound="strict", n
     """Constant of log(1 + exp(-t z)) for targets t of -1 and 1."""
     per_output = bounds.LossBounds(estimate=0.5, gradient_norm=1.0, curvature=0.25)
     return bounds.outputwise_constant(
-        per_output,
-        activation_norm,
-        batch_size=batch_size,
-        num_outputs=num_outputs,
-        bound=bound,
-        norm=norm,
-        reduction=reduction,
+        per_output, activation_norm, num_outputs, batch_size=batch_size, bound=bound, norm=norm, reduction=reduction
     )
 
 
