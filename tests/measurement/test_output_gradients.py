@@ -1,4 +1,4 @@
-"""Gradient norms in the logits, compared with autograd's, and the rule that uses them instead of the largest possible."""
+"""Gradient norms in the logits, compared with autograd's, and the rule that uses them."""
 
 import gc
 import math
