@@ -1,5 +1,7 @@
 """Configuration of Sphinx, which builds these pages and the API reference (`make docs`, without a network)."""
 
+from typing import Any
+
 from lit_lipschitz import __version__
 
 project = "lit-lipschitz"
@@ -31,3 +33,13 @@ html_theme_options = {
 }
 html_copy_source = False
 highlight_language = "none"  # of blocks without a name: commands, messages and tables
+
+
+def _skip_fields(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out the fields of a NamedTuple, which the docstring of its class has."""
+    return True if type(thing).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Any) -> None:
+    """Connects to Sphinx."""
+    app.connect("autodoc-skip-member", _skip_fields)

@@ -1,6 +1,7 @@
 """The text of `lit-lipschitz explain`: from its numbers to readable lines."""
 
 import re
+import textwrap
 from typing import Any
 
 Row = tuple[str, str]
@@ -13,8 +14,15 @@ def text(account: dict[str, Any]) -> str:
     for one in account["optimizers"]:
         title = [("optimizer", f"{one['optimizer']}, number {one['position']}")] if several else []
         rows = [*title, *_found(one), *_constant(one), ("", ""), *_rate(one)]
-        lines += ["", *(f"{name:9} {line}".rstrip() for name, line in rows)]
+        lines += ["", *(_line(*row) for row in rows)]
     return "\n".join(lines)
+
+
+def _line(symbol: str, words: str) -> str:
+    """A row, in several lines where it is long."""
+    return textwrap.fill(
+        f"{symbol:9} {words}", 120, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _found(one: dict[str, Any]) -> list[Row]:

@@ -68,6 +68,12 @@ class Measurement:
     residual_rms: float = 0.0
     loss_factor: float = 1.0
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether all norms are finite, and there are examples with inputs other than 0."""
+        norms = (self.activation_norm, self.weight_norm, self.fourth_moment_norm, self.output_norm)
+        return all(map(math.isfinite, norms)) and self.activation_norm != 0 and self.batch_size >= 1
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -270,8 +276,7 @@ class Policy:
         Returns:
             The decision and the rule's new state, or None where the measurement gives no rate.
         """
-        sizes = (measured.activation_norm, measured.weight_norm, measured.fourth_moment_norm, measured.output_norm)
-        if not all(map(math.isfinite, sizes)) or measured.activation_norm == 0 or measured.batch_size < 1:
+        if not measured.is_usable:
             return None
         rule = self.rule_for(optimizer, groups)
         constant = self._constant(measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))

@@ -159,6 +159,8 @@ def register_optimizer(info: OptimizerInfo) -> None:
         >>> register_optimizer(OptimizerInfo(Halved, rules={"strict": "inverse"}))
         >>> optimizer_info(Halved([nn.Parameter(torch.ones(1))])).rule_name("strict", {})
         'inverse'
+        >>> OPTIMIZERS.pop().name
+        'Halved'
     """
     OPTIMIZERS[:] = [*(one for one in OPTIMIZERS if one.cls != info.cls), info]
 

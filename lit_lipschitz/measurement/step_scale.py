@@ -89,7 +89,7 @@ class StepScaleEstimator:
     """Measures one optimizer's step scale every few steps; ranks agree by one MAX all-reduce.
 
     Args:
-        optimizer: One whose :class:`OptimizerInfo` has an update function.
+        optimizer: One with a registered update.
         module: The network that it trains.
         kind: ``"total"`` has the norms over all parameters, ``"mean"`` the mean ratio over the weights, ``"floored"``
             the same as a :class:`FlooredScale`.
@@ -135,12 +135,12 @@ class StepScaleEstimator:
         return step % MEASURE_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._repeat
 
     def watch(self, batch: BatchLoss, edges: Sequence[LogitEdge], reduction: Reduction, to_rows: ToRows) -> None:
-        """Captures the gradient norms in the coming backward; see :meth:`LogitGradientNorms.watch`."""
+        """Captures the gradient norms in the coming backward."""
         if self._logit_grads is not None:
             self._logit_grads.watch(batch, edges, reduction, to_rows)
 
     def on_other_optimizer_step(self) -> None:
-        """See :meth:`LogitGradientNorms.on_other_optimizer_step`."""
+        """Another optimizer steps: losses so far may be its own."""
         if self._logit_grads is not None:
             self._logit_grads.on_other_optimizer_step()
 

@@ -48,7 +48,7 @@ class MeanByGradNormState(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """The mean that limits the rate: the one with measured gradient norms as soon as there is one."""
+        """The mean that limits the rate, which is the one with measured gradient norms as soon as there is one."""
         return self.mean if self.updates else self.mean_without
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from lit_lipschitz.bounds.families import Bound
 
 Settings = Mapping[str, Any]
-"""An optimizer's settings under torch's names: its parameter group."""
+"""A parameter group of an optimizer, with its settings under torch's names."""
 SecondMoment = Literal["constant", "scripts"]
 """How the square of the constant is estimated; see :func:`lit_lipschitz.bounds.families.squared`."""
 StepScaleKind = Literal["total", "mean", "floored"]
@@ -91,8 +91,10 @@ class Stateless(NamedTuple):
 
 
 Rule = Callable[[RuleInput, Any, Settings], RuleResult]
-"""A rule: from the input, its state and the optimizer's settings to a learning rate. It raises a ``KeyError`` for a
-setting that the optimizer lacks and a ``ValueError`` for one that is out of range."""
+"""From the input, the rule's state and the optimizer's settings to a learning rate.
+
+It raises a ``KeyError`` for a setting that the optimizer lacks, and a ``ValueError`` for one that is out of range.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class RuleInfo:
     name: str
     function: Rule
     description: str
-    state_type: Any = Stateless
+    state_type: Any
     initial: Callable[[float], Any] | None = None
     bounds: tuple[Bound, ...] = ("strict", "smooth", "paper")
     step_scale: StepScaleKind | None = None

@@ -16,10 +16,10 @@ schedule_free scale min(c / O, its mean)                Schedule-Free AdamW
 :mod:`lit_lipschitz.rules.papers` has those of ``bound="paper"``.
 
 Example:
-    >>> from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult
+    >>> from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Stateless
     >>> def half(inputs, state, settings):
     ...     return RuleResult(0.5 / inputs.constant, state)
-    >>> register_rule(RuleInfo("half", half, "Half of the inverse: rate = 1 / (2 L)."))
+    >>> register_rule(RuleInfo("half", half, "Half of the inverse: rate = 1 / (2 L).", Stateless))
     >>> RULES.pop("half").function(RuleInput(2.0, 4.0), (), {}).rate
     0.25
 """
@@ -43,7 +43,7 @@ else:
 
 
 def register_rule(info: RuleInfo) -> None:
-    """Adds a rule, which ``LipschitzLR(rule=...)`` and :class:`OptimizerInfo` then know by its name.
+    """Adds a rule, whose name ``LipschitzLR(rule=...)`` and the rules of an ``OptimizerInfo`` then may be.
 
     Raises:
         ValueError: There is another rule of that name.

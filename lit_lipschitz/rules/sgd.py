@@ -63,11 +63,12 @@ def noise(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult
 
 
 RULES = (
-    RuleInfo("inverse", inverse, "Gradient descent: rate = 1 / L.", uses_settings=False),
+    RuleInfo("inverse", inverse, "Gradient descent: rate = 1 / L.", Stateless, uses_settings=False),
     RuleInfo(
         "noise",
         noise,
         "SGD with momentum b: rate = (1 - b) sqrt(m / 2) / L, and at most 1 / (sqrt(1 - b) L).",
+        Stateless,
         needs_residuals=True,
     ),
 )

@@ -179,6 +179,7 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
         code, out, err = lit("explain", *arguments, *more)
         assert code == 0, err
         assert re.search(r"^rule +observed, for AdamW: ", out, re.M)
+        assert max(map(len, out.splitlines())) <= 120
         scale, seen, count, longer, mean, rate = (
             float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in ("scale", "O", "n", "c", "mean", "rate")
         )

@@ -102,7 +102,7 @@ def test_a_weight_of_a_known_layer_is_as_long_as_it_is_beside_hes_length():
 def test_how_long_a_weight_is_that_may_be_one_by_chance_is_told_by_itself_alone():
     weight = torch.tensor([[3.0, 4.0]])
     seen = ScaleInvariance({weight: 1.0})
-    nearly = ORTHOGONAL + 0.03 * weight  # a cosine of 0.042, over that of random directions
+    nearly = ORTHOGONAL + 0.03 * weight  # a cosine of 0.042, over that of random vectors
     almost = ORTHOGONAL + 0.01 * weight  # of 0.014
     assert growth(seen, weight, nearly) == 1.0
     weight.mul_(2)
@@ -110,7 +110,7 @@ def test_how_long_a_weight_is_that_may_be_one_by_chance_is_told_by_itself_alone(
     certain = ScaleInvariance({weight: 2.5})
     assert growth(certain, weight, ORTHOGONAL) == pytest.approx(4.0)
     again = ScaleInvariance({weight: 2.5})
-    assert growth(again, weight, almost) == 1.0  # by itself, until a second reading is as orthogonal
+    assert growth(again, weight, almost) == 1.0  # by itself, until a second measurement is as orthogonal
     assert growth(again, weight, almost) == pytest.approx(4.0)
 
 
@@ -143,13 +143,13 @@ def test_what_has_changed_the_loss_once_is_never_taken_for_one():
     assert growth(again, weight, ORTHOGONAL) == 1.0
 
 
-def test_the_first_length_outlasts_checkpoints_with_no_reading_in_between():
+def test_the_first_length_outlasts_checkpoints_with_no_measurement_in_between():
     weight, other, seen = torch.tensor([[3.0, 4.0]]), torch.eye(2), ScaleInvariance()
     growth(seen, weight, ORTHOGONAL, 1)
     for _ in range(2):
         again = ScaleInvariance()
         again.load_state_dict(seen.state_dict([other, weight]))
-        growth(again, other, torch.ones(2, 2), 0)  # another one's reading
+        growth(again, other, torch.ones(2, 2), 0)  # another one's measurement
         seen = again
     assert growth(seen, 3 * weight, ORTHOGONAL, 1) == pytest.approx(3.0)
 
@@ -158,10 +158,10 @@ def test_what_chance_makes_orthogonal_is_not_taken_for_one_for_long():
     generator, seen = torch.Generator().manual_seed(0), ScaleInvariance()
     weights = [torch.randn(8, 8, generator=generator) for _ in range(1000)]
     found = []
-    for reading in range(8):
+    for measurement in range(8):
         for place, weight in enumerate(weights):
             found.append(growth(seen, weight.mul_(1.1), torch.randn(8, 8, generator=generator), place))
-        if reading == 0:
+        if measurement == 0:
             assert seen.num_scale_invariant < 50
     assert 0 < sum(one != 1.0 for one in found[1000:2000]) < 150
     assert set(found[-2000:]) == {1.0}

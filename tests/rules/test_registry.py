@@ -101,7 +101,7 @@ def test_the_values_of_the_terms_make_the_rate():
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'inverse' is registered already"):
-        register_rule(RuleInfo("inverse", inverse, "another one"))
+        register_rule(RuleInfo("inverse", inverse, "another one", Stateless))
     assert RULES["inverse"].function is inverse
     assert RULES["inverse"].initial_state() == Stateless()
 

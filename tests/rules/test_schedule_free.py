@@ -38,12 +38,12 @@ class Look(L.Callback):
 
     def __init__(self, ours=None):
         self.ours, self.gradients, self.moves, self.rates, self.ratios, self.constants = ours, [], [], [], [], []
-        self.slopes = []
+        self.norms = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with torch.no_grad():
             wrong = pl_module.net(batch[0]).softmax(dim=1) - F.one_hot(batch[1], CLASSES)
-        self.slopes.append((wrong.norm(dim=1).square().mean().sqrt().item(), wrong.norm(dim=1).mean().item()))
+        self.norms.append((wrong.norm(dim=1).square().mean().sqrt().item(), wrong.norm(dim=1).mean().item()))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.before = [p.detach().clone() for p in pl_module.parameters()]
@@ -59,21 +59,21 @@ class Look(L.Callback):
         roots = [
             (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** group["k"])) ** 0.5 + 1e-8 for p in pl_module.parameters()
         ]
-        directions = [grad / root for grad, root in zip(self.grads, roots, strict=True)]
-        self.ratios.append(mean_of_matrices(self.grads, directions))
+        updates = [grad / root for grad, root in zip(self.grads, roots, strict=True)]
+        self.ratios.append(mean_of_matrices(self.grads, updates))
 
 
 def without_warm_up(look):
-    """The rates from the readings, slopes and constants of a run, written out; batches of 16."""
-    readings, seen, rates, slope, mean = [], [], [], None, None
-    for step, (ratio, constant, now) in enumerate(zip(look.ratios, look.constants, look.slopes, strict=True), start=1):
+    """The rates from the ratios, gradient norms and constants of a run, written out; batches of 16."""
+    ratios, seen, rates, norm, mean = [], [], [], None, None
+    for step, (ratio, constant, now) in enumerate(zip(look.ratios, look.constants, look.norms, strict=True), start=1):
         if step in (1, 2, 4, 8, 16, 32, 48):
-            readings.append(ratio)
-            slope, mean = now if slope is None else (math.sqrt(slope * now[0]), math.sqrt(mean * now[1]))
-            seen.append(0.1 * 16 * (mean / slope) ** 2 / (constant * slope / math.sqrt(2)))
-            first = readings[:5]
-            lasting = max(sum(first) / len(first), sum(readings) / len(readings))
-            rate = lasting * min(seen[-1], sum(seen) / len(seen))
+            ratios.append(ratio)
+            norm, mean = now if norm is None else (math.sqrt(norm * now[0]), math.sqrt(mean * now[1]))
+            seen.append(0.1 * 16 * (mean / norm) ** 2 / (constant * norm / math.sqrt(2)))
+            first = ratios[:5]
+            floored = max(sum(first) / len(first), sum(ratios) / len(ratios))
+            rate = floored * min(seen[-1], sum(seen) / len(seen))
         rates.append(rate)
     return rates
 
@@ -100,7 +100,7 @@ def test_the_length_is_that_of_the_step_of_the_averaged_sequence():
         assert found.tolist() == pytest.approx([gradient, length(moved)], rel=2e-5)
 
 
-def test_the_first_step_of_a_single_matrix_is_as_long_as_sgds_times_a_tenth_of_the_batch_where_no_slope_is_seen():
+def test_without_a_gradient_norm_the_first_step_of_a_matrix_is_a_tenth_of_the_batch_times_as_long_as_sgds():
     callback, module = LipschitzLR(bound="smooth", schedule="none"), Free()
     module.net = torch.nn.Sequential(torch.nn.Linear(6, CLASSES, bias=False))
     look = fit(callback, module, max_steps=1)
