@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_LIPSCHITZ_DATA", raising=False)
     torch.manual_seed(0)
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     with warnings.catch_warnings():
         for advice in (
             "does not have many workers",
@@ -31,6 +33,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", f".*{advice}.*")
         yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # what is compiled is kept by class, not by network
 

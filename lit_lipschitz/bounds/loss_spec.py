@@ -11,7 +11,7 @@ A loss that torch computes in one autograd node is added by one record, from any
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lit_lipschitz.bounds.classification import binary_cross_entropy, cross_entropy
 from lit_lipschitz.bounds.families import Bound, Norm, Reduction
@@ -158,10 +158,3 @@ register_loss(
 register_loss(LossSpec("mean_absolute_error", mean_absolute_error))
 register_loss(LossSpec("huber", huber, nodes=("HuberLossBackward0",), arguments={"delta": "_saved_delta"}))
 register_loss(LossSpec("smooth_l1", smooth_l1, nodes=("SmoothL1LossBackward0",), arguments={"beta": "_saved_beta"}))
-
-_CHOICES = ("auto", *LOSSES)
-if TYPE_CHECKING:
-    LossOrAuto = str
-else:
-    LossOrAuto = Literal[_CHOICES]
-"""Values of ``LipschitzLR(loss=...)``: a type checker admits any string, since other packages may register losses."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz import bounds
-from lit_lipschitz.bounds.loss_spec import LossOrAuto
 from lit_lipschitz.callbacks.trainer_facts import (
     callbacks_of,
     logging_interval,
@@ -30,6 +29,12 @@ from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.registry import RuleOrAuto
 from lit_lipschitz.training_pass import inference_pass
+
+_LOSSES = ("auto", *bounds.LOSSES)
+if TYPE_CHECKING:
+    LossOrAuto = str
+else:
+    LossOrAuto = Literal[_LOSSES]  # so that the command line offers the losses that are registered by now
 
 
 class LipschitzLR(Callback):

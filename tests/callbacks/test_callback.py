@@ -415,7 +415,7 @@ def test_an_epoch_that_is_given_up_ends_its_interval_with_the_next_step():
     callback, whole = LipschitzLR(schedule="none", bound="paper"), LipschitzLR(schedule="none", bound="paper")
     _, rates = fit(callback, Skipping, max_epochs=4)
     assert len(rates) == 12
-    assert callback._first._intervals == 3
+    assert callback.controllers[0].updater.state.intervals == 3
     assert rates[:3] == fit(whole, max_epochs=1)[1][:3]
     assert rates[3] == rates[2]  # m is not doubled by the batch that was skipped
 
@@ -429,7 +429,7 @@ def test_a_batch_without_a_loss_is_passed_over(skipped):
     callback = LipschitzLR(schedule="none")
     fit(callback, Skips, max_epochs=2)
     assert callback.rate is not None
-    assert callback._first._intervals == 2
+    assert callback.controllers[0].updater.state.intervals == 2
 
 
 def test_bfloat16_training_measures_in_float32():

@@ -152,12 +152,12 @@ def squares(optimizer):
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_ranks_agree_on_what_a_squared_error_explains_and_on_that_of_one_rank(name):
     one_rank(callback := LipschitzLR(), squares(name), 16, max_epochs=8)
-    assert callback.controllers[0].restraint < 0.7
-    whole = callback.controllers[0].state_dict()["progress"]["shares"]
+    assert callback.controllers[0].damping < 0.7
+    whole = callback.controllers[0].state_dict()["damping"]["fractions"]
     parts = two_ranks(LipschitzLR(), squares(name), 8, Saves(epoch=3), max_epochs=8)
     assert_alike(*parts)
     state = torch.load("stopped.ckpt")["callbacks"]["LipschitzLR"]["optimizers"][0]
-    assert state["progress"]["shares"] == pytest.approx(whole[:5], rel=0.05)
+    assert state["damping"]["fractions"] == pytest.approx(whole[:5], rel=0.05)
     resumed = two_ranks(LipschitzLR(), squares(name), 8, ckpt_path="stopped.ckpt", max_epochs=8)
     assert resumed[1]["rates"] == parts[1]["rates"][24:]
 

@@ -86,7 +86,7 @@ def test_an_optimizer_without_a_rule_is_refused_with_what_is_known(kind, setting
 
 
 def test_every_optimizer_of_torch_has_a_documented_rule_or_is_refused_by_name():
-    table = (ROOT / "docs" / "theory.md").read_text()
+    table = (ROOT / "docs" / "reference" / "theory.md").read_text()
     found = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)} - {torch.optim.Optimizer}
     assert len(found) >= 14
     for kind in found:

@@ -167,7 +167,7 @@ def test_a_rank_without_a_gradient_leaves_the_measurement_to_the_others():
     bias, empty = parameter_with(3.0, 0.0, 4.0), nn.Parameter(torch.ones(0))
     ranks = [StepScaleEstimator(adamw_of(one), nn.Identity(), "mean") for one in (bias, empty)]
     packed = [one.pack(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]
-    ranks[1].unpack(torch.stack(packed).amax(dim=0))
+    ranks[1].update(torch.stack(packed).amax(dim=0).tolist())
     assert ranks[1].scale.value == pytest.approx(5.0 / 2**0.5, rel=1e-5)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lit_lipschitz import ZeroStartSGD
-from lit_lipschitz.bounds import families as constants
+from lit_lipschitz import ZeroStartSGD, bounds
 from lit_lipschitz.rules.base import RuleInput
 from lit_lipschitz.rules.papers import (
     AdamState,
@@ -192,7 +191,9 @@ def test_the_recorded_rates_of_adam_on_mnist():
     scale = 9 / (10 * 256)
     state = AdamState()
     for squares, constant, rate in recorded:
-        estimate = constants.squared(constant, estimate="scripts", activation_norm=constant / scale, squares=squares)
+        estimate = bounds.second_moment(
+            constant, estimate="scripts", activation_norm=constant / scale, fourth_moment_norm=squares
+        )
         inputs = RuleInput(constant, estimate, constant / scale)
         # Keras' epsilon is 1e-7.
         ours, state, _ = adam_authors(inputs, state, {"betas": (0.9, 0.999), "eps": 1e-7})
@@ -224,14 +225,3 @@ def test_torchs_own_momentum_starts_with_longer_steps():
             optimizer.step()
         ends.append(-parameter.item())
     assert ends == pytest.approx([1.0, 10.0])
-
-
-@pytest.mark.parametrize(("estimate", "expected"), [("constant", 0.36), ("scripts", 0.25 / 100 * 7 + 2 * 0.1 * 0.5)])
-def test_the_estimates_of_the_squared_constant(estimate, expected):
-    value = constants.squared(0.5, 0.1, estimate=estimate, activation_norm=10.0, squares=7.0)
-    assert value == pytest.approx(expected)
-
-
-def test_an_unknown_estimate_is_refused():
-    with pytest.raises(ValueError, match="estimate='mean': expected one of constant"):
-        constants.squared(1.0, estimate="mean")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_lipschitz.bounds import families as constants
+from lit_lipschitz import bounds
 from lit_lipschitz.rules.base import RuleInput, Stateless
 from lit_lipschitz.rules.sgd import inverse, noise
 
@@ -30,7 +30,7 @@ def test_the_gradients_of_two_batches_are_apart_by_what_the_rule_of_noise_takes_
 
     apart = [float((gradient() - gradient()).square().sum()) for _ in range(2000)]
     size = math.sqrt(float(examples.square().sum(dim=1).mean() + 1))
-    strict = constants.cross_entropy(size, num_classes=2, batch_size=1)
+    strict = bounds.cross_entropy(size, num_classes=2, batch_size=1)
     constant = 0.1 / noise(RuleInput(strict, 1.0, batch_size=batch_size), Stateless(), {"momentum": 0.9}).rate
     distance = math.sqrt(sum(apart) / len(apart))
     assert 0.6 * constant < distance < 1.03 * constant
