@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lit_lipschitz.bounds import families as constants
 from lit_lipschitz.bounds.loss_spec import LOSSES
+from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
@@ -221,6 +222,7 @@ class LipschitzLR(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and starts afresh; a checkpoint's state is loaded after this."""
         self._attached = True
+        AveragedWeights.ensure(trainer)  # for Schedule-Free optimizers; it leaves others alone
         if stage != "fit":
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
