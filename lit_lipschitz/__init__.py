@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
     from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
     from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
     from lit_lipschitz.data import (
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "MNISTCNN",
+    "AveragedWeights",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "ConfigurationError",
@@ -50,6 +52,7 @@ _HOMES = {
     "ImageClassifier": "module",
     **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "optim.schedules"),
     "ZeroStartSGD": "optim.zero_start_sgd",
+    "AveragedWeights": "callbacks.averaged_weights",
     "LipschitzAudit": "callbacks.lipschitz_audit",
     "LipschitzLR": "callbacks.lipschitz_lr",
 }

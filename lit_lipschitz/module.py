@@ -4,38 +4,34 @@ import fnmatch
 import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lit_lipschitz.callbacks import averaged_weights as averaging
+from lit_lipschitz.callbacks.averaged_weights import AveragedWeights, warn_of_batch_norm
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.training_pass import refresh_norms
 
 Batch = tuple[Tensor, Tensor]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 def momentum_sgd(parameters: Iterable[Any]) -> Optimizer:
-    """SGD with momentum 0.9; the callback sets the rate."""
+    """SGD with momentum 0.9; the callback sets the learning rate."""
     return torch.optim.SGD(parameters, momentum=0.9)
 
 
 class EpochMean(Metric):
-    """The mean over the examples of an epoch, on all ranks; an update is one or two operations on scalars.
+    """Mean over the examples of an epoch, on all ranks; an update is one or two operations on scalars.
 
-    Lightning logs it if it is logged once an epoch; ``self.log`` in every step costs more than a small network's
+    It is passed to ``self.log`` once an epoch, since ``self.log`` in every step costs more than a small network's
     forward.
     """
 
@@ -49,7 +45,13 @@ class EpochMean(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: int, weight: int = 1) -> None:
-        """Takes in the sum over some examples, divided by a weight."""
+        """Adds a number of examples.
+
+        Args:
+            total: Their sum, divided by the weight.
+            count: How many they are.
+            weight: The factor of their sum.
+        """
         self.total.add_(total, alpha=weight)
         self.count.add_(count)
 
@@ -63,24 +65,23 @@ class ImageClassifier(L.LightningModule):
 
     Logs train_loss, train_acc, val_loss, val_acc, test_loss and test_acc once an epoch, the same on all ranks. Random
     numbers in the network (dropout) depend on the seed, the epoch, the batch and the rank, so that a resumed run draws
-    those of the run that was not interrupted. With an optimizer that averages the weights, schedulefree's, it is the
-    averaged ones that are evaluated, with BatchNorm's statistics measured anew for them, and that the run ends with. A
-    checkpoint that was saved in between is resumed with those that were trained, and evaluated with the averaged ones.
+    the same numbers as an uninterrupted one. With a Schedule-Free optimizer the averaged weights are evaluated and
+    saved, by the callback :class:`~lit_lipschitz.AveragedWeights`, which the module adds itself.
 
     Args:
         network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes).
         optimizer: Makes the optimizer from the parameters.
-        scheduler: Makes the learning-rate scheduler from the optimizer. Where it has an argument ``total_steps`` that
-            is left open, it is given the optimizer steps of the run.
+        scheduler: Makes the learning-rate scheduler from the optimizer. If it has an argument ``total_steps`` that is
+            not set, it is given the number of optimizer steps of the run.
         scheduler_interval: When the scheduler steps; ``"auto"`` is every optimizer step for one that has an argument
             ``total_steps`` and every epoch for others.
         monitor: The logged value that ReduceLROnPlateau looks at.
         label_smoothing: Probability that is spread over all classes, in [0, 1].
         clip_probabilities: Clip the probabilities of the training loss to at least this number and at most 1 minus it,
-            so that an example beyond has no gradient, as Keras' loss does with 1e-7; 0 is no clipping. Not together
-            with label smoothing.
+            so that an example beyond has a gradient of 0, as Keras' loss does with 1e-7; 0 turns clipping off. Can't be
+            combined with label smoothing.
         decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
-            decay is for, the others having none; None is all.
+            decay applies to; None is all of them.
         channels_last: Keep images and convolutions in the channels-last order, which is faster on most GPUs.
         compile: Compile the network by ``torch.compile`` in this mode; ``"reduce-overhead"`` replays CUDA graphs. None
             runs it eagerly.
@@ -122,12 +123,10 @@ class ImageClassifier(L.LightningModule):
         self._interval, self._monitor = scheduler_interval, monitor
         self._seed: int | None = None
         self._means: dict[str, dict[str, EpochMean]] = {}
-        self._logged: int | None = None  # the epoch whose training means Lightning knows of
-        self._norms: list[_BatchNorm] = []  # that train
-        self._moved = False  # whether their statistics are of other weights than the averaged ones
+        self._logged_epoch: int | None = None  # the last epoch whose training means were passed to self.log
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; the one that Lightning sets 50 times a step goes past the checks of nn.Module."""
+        """Sets an attribute; the one that Lightning sets 50 times a step skips the checks of nn.Module."""
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
@@ -140,24 +139,25 @@ class ImageClassifier(L.LightningModule):
         return self.network(images)
 
     def setup(self, stage: str) -> None:
-        """Brings the network into the order and the form that were asked for; nothing runs yet."""
+        """Adds the callback for averaged weights, sets the memory format, and marks the network for compilation."""
+        AveragedWeights.ensure(self.trainer)
         if self.memory_format == torch.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile_mode is not None and self.network._compiled_call_impl is None:
-            # What is compiled is kept by class, hooks and all: not of an earlier network of this process.
+            # Compiled code is cached by class, with the hooks of an earlier network of this process.
             torch.compiler.reset()
             # In place, so that parameters keep their names and checkpoints fit with and without.
             self.network.compile(mode=self.compile_mode)
 
     def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
-        """Makes sure that the network takes images of a shape and tells as many classes apart.
+        """Checks that the network accepts images of a shape and has an output for each class.
 
         Args:
             image_shape: Shape of one image, (channels, height, width).
-            num_classes: Classes of the data.
+            num_classes: Number of classes of the data.
 
         Raises:
-            ConfigurationError: It does not.
+            ConfigurationError: It doesn't.
         """
         modes = [(module, module.training) for module in self.network.modules()]
         try:
@@ -178,10 +178,10 @@ class ImageClassifier(L.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over all parameters, and its scheduler where there is one.
+        """One optimizer over all parameters, and its scheduler, if any.
 
         Raises:
-            ConfigurationError: The scheduler can't be made, or a pattern in ``decayed`` fits no parameter.
+            ConfigurationError: The scheduler can't be made, or a pattern in ``decayed`` matches no parameter.
         """
         optimizer = self._make_optimizer(self.parameters() if self.decayed is None else self._groups(self.decayed))
         if self._make_scheduler is None:
@@ -224,73 +224,24 @@ class ImageClassifier(L.LightningModule):
         return int(steps)
 
     def on_fit_start(self) -> None:
-        """Takes the run's seed, unless a checkpoint has brought it."""
+        """Sets the seed of the run, unless it was loaded from a checkpoint."""
         self._seed = torch.initial_seed() % 2**32 if self._seed is None else self._seed
-        self._logged, self._moved = None, False
+        self._logged_epoch = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the seed, and what tells the averaged weights from those that are trained."""
+        """Saves the seed."""
         checkpoint["seed"] = self._seed
-        averaging.note(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the seed, and the averaged weights unless they are to be trained on."""
+        """Loads the seed."""
         self._seed = checkpoint.get("seed")
-        if (
-            not self._fitting
-            and averaging.average(checkpoint)
-            and any(isinstance(p, _BatchNorm) for p in self.modules())
-        ):
-            warnings.warn(
-                "the checkpoint is from between two evaluations: the averaged weights are evaluated, with BatchNorm's "
-                "statistics of those that were trained; take one from an epoch's end for both",
-                stacklevel=2,
-            )
-
-    def on_train_start(self) -> None:
-        """Has an optimizer that averages the weights train at its own; a run resumed in mid-epoch begins here."""
-        # Those of a checkpoint between two evaluations, BatchNorm's statistics with them.
-        self._moved = averaging.are_training(self.trainer.optimizers)
-        self.on_train_epoch_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Has such an optimizer train, and remembers which BatchNorm does."""
-        if averaging.turn(self.trainer.optimizers, "train"):
-            parts = (part for part in self.modules() if isinstance(part, _BatchNorm))
-            self._norms = [part for part in parts if part.training and part.track_running_stats]
-
-    def on_validation_start(self) -> None:
-        """Has such an optimizer put the averaged weights in, which are the ones to evaluate."""
-        self._average()
-
-    def on_validation_end(self) -> None:
-        """Has it train on."""
-        if self._fitting:
-            averaging.turn(self.trainer.optimizers, "train")
-
-    def on_train_epoch_end(self) -> None:
-        """The averaged weights are what a checkpoint of the epoch holds."""
-        self._average()
-
-    def on_train_end(self) -> None:
-        """The averaged weights are what the run ends with."""
-        self._average()
-
-    @property
-    def _fitting(self) -> bool:
-        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-
-    def _average(self) -> None:
-        """Puts the averaged weights in, and the statistics of BatchNorm that belong to them."""
-        if self._fitting and averaging.turn(self.trainer.optimizers, "eval") and self._moved:
-            refresh_norms(self.trainer, self, self._norms)
-            self._moved = False
+        if self._trainer is None:  # in load_from_checkpoint, without callbacks
+            warn_of_batch_norm(checkpoint, self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds what is random in this batch."""
+        """Seeds the random numbers of this batch."""
         assert self._seed is not None
         seed_device(fold(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
-        self._moved = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -301,9 +252,9 @@ class ImageClassifier(L.LightningModule):
             loss = F.nll_loss(F.log_softmax(logits, dim=1).clamp(least, most), labels)
         else:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # A run that is resumed in an epoch logs what is left of it.
-        self._log("train", loss, logits, labels, first=self._logged != self.current_epoch)
-        self._logged = self.current_epoch
+        # A run that is resumed within an epoch logs the rest of the epoch.
+        self._log("train", loss, logits, labels, first=self._logged_epoch != self.current_epoch)
+        self._logged_epoch = self.current_epoch
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -324,7 +275,7 @@ class ImageClassifier(L.LightningModule):
         self._log(stage, F.cross_entropy(logits, labels), logits, labels, first)
 
     def _log(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor, first: bool) -> None:
-        """Adds a batch to the means of the epoch, and has Lightning log them, which is asked for once an epoch."""
+        """Adds a batch to the means of the epoch, which the first batch passes to Lightning's logging."""
         if stage not in self._means:
             self._means[stage] = {f"{stage}_loss": EpochMean(), f"{stage}_acc": EpochMean()}
         means = self._means[stage]
@@ -351,7 +302,7 @@ def seed_device(seed: int, device: torch.device) -> None:
 
 
 def _total_steps_of(factory: Callable[..., Any]) -> tuple[bool, bool]:
-    """Whether what a factory makes has an argument total_steps, and whether the factory gives it."""
+    """Whether a factory's product has an argument total_steps, and whether the factory sets it."""
     given = False
     while isinstance(factory, functools.partial):
         given = given or factory.keywords.get("total_steps") is not None

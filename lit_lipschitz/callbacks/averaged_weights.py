@@ -1,75 +1,239 @@
-"""Optimizers that average the weights, schedulefree's: which of their weights are in, and which a checkpoint holds.
+"""``AveragedWeights``: evaluates and saves the averaged weights of Schedule-Free optimizers.
 
-While they train, the weights are y = (1 - beta) z + beta x, z being the sequence that is trained and x its average,
-with beta the first of Adam's betas or SGD's momentum.
+In training mode the parameters are y = (1 - beta) z + beta x, z being the sequence that the gradients move and x its
+average, with beta the first of Adam's betas or SGD's momentum. In evaluation mode they are x.
 
 References:
     A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-KEY = "averaged_parameters"
-"""What a checkpoint holds beside the optimizers: of each one that averages, its parameters' names, in its order."""
+from lit_lipschitz.training_pass import reestimate_batch_norm
+
+KEY = "schedule_free"
+"""Key in a checkpoint that was saved between two evaluations: the training weights, and the optimizers' positions."""
 
 
-def turn(optimizers: Iterable[Optimizer], way: Literal["train", "eval"]) -> bool:
-    """Turns those that average the weights to training, or puts the averages in.
+class AveragedWeights(Callback):
+    """Evaluates and saves the averaged weights of Schedule-Free optimizers, for any LightningModule.
 
-    Args:
-        optimizers: Any optimizers.
-        way: Which of the two.
+    An optimizer is Schedule-Free where it has methods ``train`` and ``eval`` and a ``train_mode`` in its parameter
+    groups, like those of the package schedulefree. It is in training mode during training batches, and in evaluation
+    mode from the start of a validation or the end of an epoch until the next batch. Other optimizers are left alone,
+    and a module may still switch the modes itself.
 
-    Returns:
-        Whether one of them did average.
+    BatchNorm layers that train have their statistics measured again for the averaged weights
+    (:func:`~lit_lipschitz.training_pass.reestimate_batch_norm`).
+
+    The ``state_dict`` of every checkpoint holds the averaged weights. One that is saved between two evaluations holds
+    the training weights too, so that a resumed run continues bit for bit; its BatchNorm statistics belong to the
+    training weights, and evaluating it gives a warning.
+
+    :class:`~lit_lipschitz.LipschitzLR` and :class:`~lit_lipschitz.ImageClassifier` add this callback themselves. It
+    runs before the other callbacks, wherever it stands among them.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[AveragedWeights()], logger=False, enable_checkpointing=False)
     """
-    averaging = [optimizer for optimizer in optimizers if hasattr(optimizer, way)]
-    for optimizer in averaging:
-        getattr(optimizer, way)()
-    return bool(averaging)
+
+    def __init__(self) -> None:
+        self._outdated: list[_BatchNorm] | None = None  # layers to measure again; None before the next training batch
+        self._automatic = False  # whether somebody else than the user has added it
+
+    @staticmethod
+    def ensure(trainer: Trainer) -> None:
+        """Makes sure, in ``setup``, that a trainer has exactly one such callback, the first of its callbacks.
+
+        One that is added here removes itself from a fit without a Schedule-Free optimizer. Lightning looks up
+        ``trainer.callbacks`` at each hook, so changes take effect from the next hook on.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        mine = next((one for one in callbacks if isinstance(one, AveragedWeights)), None)
+        if mine is None:
+            mine = AveragedWeights()
+            mine._automatic = True
+        trainer.callbacks = [mine, *_without_averaged_weights(callbacks)]  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Becomes the first callback; a checkpoint is loaded after this."""
+        self.ensure(trainer)
+        self._outdated = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts in training mode, as the trial runs of Lightning's tuners need, which run without this callback."""
+        if optimizers := schedule_free(trainer.optimizers):
+            set_mode(optimizers, "train")
+            _SaveHook.install(pl_module)
+        elif self._automatic:
+            # Lightning takes 10 microseconds a step for the hooks of a callback.
+            trainer.callbacks = _without_averaged_weights(trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Switches to the training weights."""
+        # Not in on_validation_end, which comes before a checkpoint is saved.
+        if optimizers := schedule_free(trainer.optimizers):
+            set_mode(optimizers, "train")
+            if self._outdated is None:
+                self._outdated = _training_batch_norms(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches to the averaged weights."""
+        self._average(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches to the averaged weights, which the epoch's checkpoint holds."""
+        self._average(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches to the averaged weights, which the run ends with."""
+        self._average(trainer, pl_module)
+
+    def _average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches to the averaged weights and to the BatchNorm statistics that belong to them."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        set_mode(schedule_free(trainer.optimizers), "eval")
+        if self._outdated:
+            reestimate_batch_norm(trainer, pl_module, self._outdated)
+        self._outdated = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Resumes with the training weights of a checkpoint that was saved between two evaluations."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            warn_of_batch_norm(checkpoint, pl_module)
+        elif saved := checkpoint.get(KEY):
+            trainer.strategy.load_model_state_dict({"state_dict": saved["training_weights"]}, strict=False)
+            _mark(checkpoint, saved["optimizers"], training=True)
+            self._outdated = _training_batch_norms(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restores the module's ``on_save_checkpoint``."""
+        # Not in on_exception, after which other callbacks save checkpoints.
+        _SaveHook.remove(pl_module)
+        self._outdated = None
 
 
-def are_training(optimizers: Iterable[Optimizer]) -> bool:
-    """Whether the weights are those that one of them trains, in place of its average."""
-    return any(group.get("train_mode", False) for optimizer in optimizers for group in optimizer.param_groups)
+def _without_averaged_weights(callbacks: Iterable[Callback]) -> list[Callback]:
+    return [one for one in callbacks if not isinstance(one, AveragedWeights)]
 
 
-def note(checkpoint: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Has a checkpoint hold what :func:`average` needs; one without the optimizers' states has the averages at once.
+def schedule_free(optimizers: Iterable[Any]) -> list[Any]:
+    """Those of some optimizers that average the weights and have a training and an evaluation mode."""
+    return [one for one in optimizers if _is_schedule_free(one)]
 
-    Args:
-        checkpoint: A checkpoint of Lightning's, of the module and its optimizers as they are.
-        module: The module.
-        optimizers: Its optimizers.
+
+def set_mode(optimizers: Iterable[Any], mode: Literal["train", "eval"]) -> None:
+    """Switches Schedule-Free optimizers to the training weights ("train") or to their average ("eval")."""
+    for optimizer in optimizers:
+        getattr(optimizer, mode)()
+
+
+def warn_of_batch_norm(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Warns where a checkpoint has BatchNorm statistics of other weights than those that are evaluated."""
+    if KEY in checkpoint and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        warnings.warn(
+            "the checkpoint was saved between two evaluations: it holds the averaged weights and BatchNorm's "
+            "statistics of the training weights; evaluate one that was saved at the end of an epoch",
+            stacklevel=2,
+        )
+
+
+def _is_schedule_free(optimizer: Any) -> bool:
+    return (
+        callable(getattr(optimizer, "train", None))
+        and callable(getattr(optimizer, "eval", None))
+        and all("train_mode" in group for group in optimizer.param_groups)
+    )
+
+
+def _training_batch_norms(module: LightningModule) -> list[_BatchNorm]:
+    """The BatchNorm layers whose statistics move with the training batches."""
+    layers = (part for part in module.modules() if isinstance(part, _BatchNorm))
+    return [layer for layer in layers if layer.training and layer.track_running_stats]
+
+
+class _SaveHook:
+    """A module's ``on_save_checkpoint`` during a fit, which saves the averaged weights.
+
+    Lightning leaves out the callbacks' hook where it saves the weights alone. A copy of the module has a copy of this.
     """
-    if not are_training(optimizers):
+
+    def __init__(self, module: LightningModule) -> None:
+        self.module, self.replaced = module, vars(module).get("on_save_checkpoint")
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        _save_averages(self.module, checkpoint)
+        if self.replaced is None:
+            type(self.module).on_save_checkpoint(self.module, checkpoint)
+        else:
+            self.replaced(checkpoint)
+
+    @classmethod
+    def install(cls, module: LightningModule) -> None:
+        """Sets the attribute of the instance, unless a fit that failed has left it there."""
+        if not isinstance(vars(module).get("on_save_checkpoint"), cls):
+            vars(module)["on_save_checkpoint"] = cls(module)
+
+    @classmethod
+    def remove(cls, module: LightningModule) -> None:
+        """Restores what was there before."""
+        if isinstance(hook := vars(module).get("on_save_checkpoint"), cls):
+            del vars(module)["on_save_checkpoint"]
+            if hook.replaced is not None:
+                vars(module)["on_save_checkpoint"] = hook.replaced
+
+
+@torch.no_grad()
+def _save_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Puts the averaged weights into a checkpoint that is saved in training mode, and keeps the training weights in it.
+
+    The optimizers' states are marked as those of the evaluation mode, so that the checkpoint is consistent where it is
+    resumed without this callback.
+    """
+    trainer = module.trainer
+    training = {i: one for i, one in enumerate(trainer.optimizers) if _is_schedule_free(one) and _is_training(one)}
+    if not training:
         return
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    checkpoint[KEY] = [[names.get(p, "") for group in o.param_groups for p in group["params"]] for o in optimizers]
-    if "optimizer_states" not in checkpoint:
-        average({**checkpoint, "optimizer_states": [optimizer.state_dict() for optimizer in optimizers]})
-        del checkpoint[KEY]
+    parameters = [p for one in training.values() for group in one.param_groups for p in group["params"]]
+    weights, known = checkpoint["state_dict"], set(parameters)
+    shared = module.named_parameters(remove_duplicate=False)
+    training_weights = {name: weights[name] for name, p in shared if p in known and name in weights}
+    if any(hasattr(value, "full_tensor") for value in training_weights.values()):
+        # Lightning saves what is sharded under its own keys only.
+        warnings.warn(
+            "a checkpoint of a sharded network that is saved between two evaluations holds the training weights, not "
+            "their average: resume from it, and evaluate one that was saved at the end of an epoch",
+            stacklevel=2,
+        )
+        return
+    # Switching there and back rounds; training has to continue with the same bits.
+    before = [p.detach().clone() for p in parameters]
+    set_mode(training.values(), "eval")
+    averaged = trainer.strategy.lightning_module_state_dict()
+    weights.update({name: averaged[name].clone() for name in training_weights})
+    set_mode(training.values(), "train")
+    for p, value in zip(parameters, before, strict=True):
+        p.copy_(value)
+    if "optimizer_states" in checkpoint:
+        checkpoint[KEY] = {"optimizers": list(training), "training_weights": training_weights}
+        _mark(checkpoint, training, training=False)
 
 
-def average(checkpoint: Mapping[str, Any]) -> bool:
-    """Puts the averages in the place of the weights that a checkpoint holds, to be evaluated rather than trained on.
+def _is_training(optimizer: Any) -> bool:
+    return any(group["train_mode"] for group in optimizer.param_groups)
 
-    Returns:
-        Whether there were any to put in; what else the checkpoint holds, as BatchNorm's statistics, is of the others.
-    """
-    weights, changed = checkpoint["state_dict"], False
-    for names, saved in zip(checkpoint.get(KEY, ()), checkpoint.get("optimizer_states", ()), strict=False):
-        for group in saved["param_groups"]:
-            if not group.get("train_mode", False):
-                continue
-            beta = group["betas"][0] if "betas" in group else group["momentum"]
-            for i in group["params"]:
-                z: Tensor | None = saved["state"].get(i, {}).get("z")
-                if z is not None and names[i] in weights:
-                    weights[names[i]] = weights[names[i]].lerp(z.to(weights[names[i]]), 1 - 1 / beta)
-                    changed = True
-    return changed
+
+def _mark(checkpoint: dict[str, Any], positions: Iterable[int], training: bool) -> None:
+    """Sets the mode of optimizers' states in a checkpoint."""
+    for position in positions:
+        for group in checkpoint["optimizer_states"][position]["param_groups"]:
+            group["train_mode"] = training

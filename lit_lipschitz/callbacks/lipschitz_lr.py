@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz import bounds
+from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import (
     callbacks_of,
     logging_interval,
@@ -188,6 +189,7 @@ class LipschitzLR(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and forgets an earlier fit; a checkpoint's state is loaded after this."""
         self._attached = True
+        AveragedWeights.ensure(trainer)  # for Schedule-Free optimizers; it leaves others alone
         if stage != "fit":
             return
         callbacks = callbacks_of(trainer)
