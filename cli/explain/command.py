@@ -1,32 +1,25 @@
 """`lit-lipschitz explain`: makes one optimizer step of fit in memory, and prints how its rate comes about."""
 
 import contextlib
-import json
 import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from torch.optim import Optimizer
 
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.cli.explain.text import text
-from lit_lipschitz.cli.fit.command import Command, run
-from lit_lipschitz.cli.fit.epoch_lines import EpochLines
-from lit_lipschitz.cli.fit.predictions import PredictionFile
-from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary
-from lit_lipschitz.cli.output import fail
+from lit_lipschitz.cli.fit.callbacks import callbacks_of, find_callback, remove_callbacks
+from lit_lipschitz.cli.fit.command import run
+from lit_lipschitz.cli.fit.quiet_fit import QuietFit
+from lit_lipschitz.cli.output import fail, to_json
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.heads import head_size
 from lit_lipschitz.rules.registry import RULES
-
-_WRITERS = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, EpochLines, PredictionFile,
-            TensorBoardSummary, LipschitzAudit)  # fmt: skip
-"""What writes, prints, or needs a logger."""
 
 
 class _Explained(Exception):
@@ -42,8 +35,8 @@ class _OneStep(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Comes after the callback's own, which has decided on the rate."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        ours = next(callback for callback in callbacks if isinstance(callback, LipschitzLR))
+        ours = find_callback(trainer, LipschitzLR)
+        assert ours is not None
         controllers = ours.controllers
         if not all(controller.decision for controller in controllers.values()):
             return
@@ -55,13 +48,15 @@ class _OneStep(L.Callback):
         raise _Explained(account, trainer.is_global_zero)
 
 
-class _Explain(Command):
+class _Explain(QuietFit):
     """A fit that writes nothing and ends with its first step."""
+
+    SETTINGS = {**QuietFit.SETTINGS, "logger": False, "profiler": None}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parses, and turns off what writes."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
+        config, self.checkpoints = self.options, False
         if config.fixed_rate:
             raise ConfigurationError(
                 "explain --fixed_rate true: there is nothing to explain of a rate that the config sets; leave it out"
@@ -71,18 +66,12 @@ class _Explain(Command):
                 f"explain --trainer.strategy {config.trainer.strategy}: expected one that starts its processes by the "
                 "command line; pass --trainer.strategy ddp, whose rate is the same"
             )
-        config.test_after_fit, config.audit = False, 0
-        settings = {"logger": False, "profiler": None, "enable_progress_bar": False, "enable_model_summary": False,
-                    "num_sanity_val_steps": 0}  # fmt: skip
-        for key, value in settings.items():
-            config.trainer[key] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds a trainer whose callbacks write nothing."""
         trainer = super().instantiate_trainer(**kwargs)
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _WRITERS)]
-        callbacks.append(_OneStep())
+        remove_callbacks(trainer, LipschitzAudit)
+        callbacks_of(trainer).append(_OneStep())
         return trainer
 
     def after_fit(self) -> None:
@@ -117,7 +106,7 @@ def explain(arguments: list[str]) -> int:
             return run(_Explain, rest)
     except _Explained as end:
         if end.chief:
-            print(json.dumps(end.account, indent=1) if as_json else text(end.account))
+            print(to_json(end.account, indent=1) if as_json else text(end.account))
         return 0
     except ConfigurationError as error:
         return fail(error, 2)

@@ -107,6 +107,7 @@ class Command(LightningCLI):
             datamodule_class=None,  # any, or none for a module with loaders of its own
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_kwargs={"prog": "lit-lipschitz"},
             parser_class=OneLineParser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
