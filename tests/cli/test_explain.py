@@ -358,7 +358,7 @@ def test_ranks_are_counted():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("optimizer step 1, in epoch 1") == 1
-    assert "m         64 = 32 x 1 x 2:" in result.stdout
+    assert "32 in a batch x 1 accumulated batches x 2 ranks" in result.stdout
     assert list(Path(".").iterdir()) == []
 
 
