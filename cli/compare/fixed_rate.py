@@ -31,7 +31,7 @@ class FixedRate(L.Callback):
         if (self._positions == "auto" and count != 1) or max(map(int, positions)) >= count:
             raise ConfigurationError(
                 f"compare: configure_optimizers of {type(pl_module).__name__} returned {count} optimizers; pass "
-                "--lipschitz.optimizers with the positions of those to set the rates of, from 0 on"
+                "--lipschitz.optimizers with the positions of those that get the fixed rates, counted from 0"
             )
         keep = find_callback(trainer, StochasticWeightAveraging) is not None
         for optimizer in (trainer.optimizers[int(position)] for position in positions):

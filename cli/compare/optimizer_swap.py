@@ -26,7 +26,7 @@ class SwapOptimizer(L.Callback):
             manual = "" if pl_module.automatic_optimization else " under manual optimization"
             raise ConfigurationError(
                 f"compare: {self._policy.name} replaces one optimizer, and {type(pl_module).__name__} has "
-                f"{len(trainer.optimizers)}{manual}; compare lipschitz with config:RATE, which keep them"
+                f"{len(trainer.optimizers)}{manual}; compare lipschitz and config:RATE, which keep the optimizers"
             )
         new = swapped(trainer.optimizers[0], self._policy)
         trainer.optimizers = [new]

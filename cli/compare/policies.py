@@ -57,7 +57,9 @@ def _policy(name: str) -> Policy:
         raise ConfigurationError(f"{where} no such policy; {hint}all: {known}")
     if not _HAS_RATE[kind]:
         if colon:
-            raise ConfigurationError(f"{where} {kind} computes its rate; expected {kind} alone; all policies: {known}")
+            raise ConfigurationError(
+                f"{where} {kind} computes its learning rate; expected {kind} alone; all policies: {known}"
+            )
         return Policy(kind)
     try:
         rate = float(text)

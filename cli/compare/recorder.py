@@ -123,6 +123,6 @@ class Recorder(L.Callback):
 def no_validation(model: L.LightningModule) -> ConfigurationError:
     """The error about a run without a validation set, by which compare chooses."""
     return ConfigurationError(
-        f"compare chooses by the validation set, and {type(model).__name__} and its data have none; add one, "
-        "such as by --data.val_split 0.1"
+        f"compare chooses by the validation set, and {type(model).__name__} and its data have none; "
+        "add one, for example by --data.val_split 0.1"
     )

@@ -76,7 +76,7 @@ class ResultsFile:
         table = list(csv.reader(io.StringIO(text)))
         if not table or table[0] != COLUMNS:
             raise ConfigurationError(
-                f"compare --output {self.path}: the file exists, and `lit-lipschitz compare` has not written it (its "
+                f"compare --output {self.path}: the file exists, and was not written by `lit-lipschitz compare` (its "
                 f"first line would be {','.join(COLUMNS[:4])},...); pass another name"
             )
         found = [self._row(cells, number) for number, cells in enumerate(table[1:], 2) if cells]

@@ -123,7 +123,9 @@ class _Run(_Fit):
             raise no_validation(self.model)
         value = metric.of("val", merge(validated))
         if value is None or recorder.rates is None:
-            raise LitLipschitzError(f"compare: the run of {trial.policy.name} made no step, or no value of its metric")
+            raise LitLipschitzError(
+                f"compare: the run of {trial.policy.name} made no optimizer step, or did not log its metric"
+            )
         trial.row = Row(
             trial.policy.name, trial.seed, trial.config, metric.name, value, metric.of("test", self.test_results()),
             recorder.best, recorder.best_epoch, recorder.epochs, *recorder.rates, round(recorder.seconds, 2),

@@ -59,12 +59,12 @@ class _Explain(QuietFit):
         config, self.checkpoints = self.options, False
         if config.fixed_rate:
             raise ConfigurationError(
-                "explain --fixed_rate true: there is nothing to explain of a rate that the config sets; leave it out"
+                "explain --fixed_rate true: the learning rate is the one in the config; leave the option out"
             )
         if str(config.trainer.strategy).endswith(("_spawn", "_fork", "_notebook")):
             raise ConfigurationError(
-                f"explain --trainer.strategy {config.trainer.strategy}: expected one that starts its processes by the "
-                "command line; pass --trainer.strategy ddp, whose rate is the same"
+                f"explain --trainer.strategy {config.trainer.strategy}: expected a strategy that starts each process "
+                "by a command; pass --trainer.strategy ddp, which has the same learning rate"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

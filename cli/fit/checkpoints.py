@@ -51,7 +51,7 @@ def newest_checkpoint(root: Path) -> Path:
     found = list(root.glob("lightning_logs/*/checkpoints/last*.ckpt"))
     if not found:
         raise ConfigurationError(
-            f"--ckpt_path last: no run below {root.absolute() / 'lightning_logs'} has left a checkpoint; pass a path"
+            f"--ckpt_path last: no run below {root.absolute() / 'lightning_logs'} has saved a checkpoint; pass a path"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 

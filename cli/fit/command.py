@@ -147,7 +147,7 @@ class Command(LightningCLI):
         if path == "last":
             config["ckpt_path"] = path = str(newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
         if path == "best":
-            raise ConfigurationError("--ckpt_path best: no run of this process has found one; pass last, or a path")
+            raise ConfigurationError("--ckpt_path best: this process has trained nothing yet; pass last, or a path")
         if path and path not in ("hpc", "registry"):
             check_checkpoint(Path(path))
         if self.config["subcommand"] != "fit":

@@ -126,7 +126,7 @@ def line(row: dict[str, Any], epochs: int | None) -> str:
     rates = [f"{name} {row[name]:<9.4g}" for name in ("rate", "lr") if name in row]
     parts += [" ".join(rates)] if rates else []
     parts += [f"{name} {row[name]:.4f}" for name in _METRICS if name in row]
-    parts += [f"{cap} binds" for cap in row["caps"]]
+    parts += [f"limited by {cap}" for cap in row["caps"]]
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 

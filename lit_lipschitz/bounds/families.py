@@ -97,7 +97,7 @@ def resolve_norm(bound: Bound, norm: NormOrAuto = "auto") -> Norm:
     if norm == "auto":
         return allowed[0]
     if norm not in allowed:
-        raise ValueError(f"norm={norm!r}: bound={bound!r} is defined for {', '.join(allowed)}")
+        raise ValueError(f"norm={norm!r}: expected {' or '.join(allowed)} with bound={bound!r}")
     return norm
 
 
@@ -188,10 +188,11 @@ def outputwise_constant(
 
 
 def check_not_smooth(loss: str, bound: Bound) -> None:
-    """Raises ValueError if the smooth constant is asked of a loss that has none."""
+    """Raises ValueError if a loss without a smooth constant is used with the smooth family."""
     if bound == "smooth":
         raise ValueError(
-            f"bound='smooth': {loss} has a gradient that jumps, so no such constant; expected paper, strict"
+            f"bound='smooth': the gradient of {loss} is discontinuous, so its Hessian has no bound; expected paper "
+            "or strict"
         )
 
 

@@ -104,7 +104,7 @@ def mean_absolute_error(
         activation_norm: K, not negative.
         batch_size: m, examples in the loss, at least 1.
         num_outputs: n, outputs of one example, over which the loss averages too.
-        bound: Family of the constant; not ``"smooth"``, since the derivative jumps.
+        bound: Family of the constant; not ``"smooth"``, since the derivative is discontinuous.
         norm: What K measures; ``"auto"`` is the default of the family.
         reduction: ``"mean"``, or ``"sum"``, which is divided by neither m nor n.
 

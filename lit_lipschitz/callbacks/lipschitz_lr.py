@@ -196,13 +196,13 @@ class LipschitzLR(Callback):
         same = [callback for callback in callbacks if isinstance(callback, LipschitzLR)]
         if len(same) > 1:
             raise ConfigurationError(
-                f"LipschitzLR must be the only one in charge of the rate; found {len(same)} of them in "
-                "trainer.callbacks: pass one"
+                f"LipschitzLR: expected one such callback, found {len(same)} in trainer.callbacks; pass one, with "
+                "optimizers= if it is to control several optimizers"
             )
         if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
             raise ConfigurationError(
-                "LipschitzLR computes the rate that a LearningRateFinder (or Tuner.lr_find) looks for, and found one "
-                "beside it in trainer.callbacks: remove one of the two"
+                "LipschitzLR computes the learning rate that LearningRateFinder (or Tuner.lr_find) searches for, and "
+                "found both in trainer.callbacks; remove one of the two"
             )
         self._detach()
         self._controllers, self._stored = {}, {}
@@ -234,16 +234,16 @@ class LipschitzLR(Callback):
         if self.optimizers != "auto":
             if max(self.optimizers) >= count:
                 raise ConfigurationError(
-                    f"LipschitzLR(optimizers={self.optimizers}): configure_optimizers of {type(module).__name__} "
-                    f"returned {count}; pass positions from 0 to {count - 1}"
+                    f"LipschitzLR(optimizers={self.optimizers}): expected positions from 0 to {count - 1}, since "
+                    f"configure_optimizers of {type(module).__name__} returned {count}"
                 )
             return list(dict.fromkeys(self.optimizers))
         if not module.automatic_optimization or count != 1:
             how = "" if module.automatic_optimization else " under manual optimization"
             raise ConfigurationError(
-                f"LipschitzLR sets the rate of one optimizer unless it is told which; configure_optimizers of "
-                f"{type(module).__name__} returned {count}{how}: pass optimizers= with the positions of those to "
-                "control, from 0 on, or remove the callback"
+                f"LipschitzLR: expected one optimizer and automatic optimization; configure_optimizers of "
+                f"{type(module).__name__} returned {count}{how}: pass optimizers= with the positions of "
+                "those to control, counted from 0, or remove the callback"
             )
         return [0]
 

@@ -45,10 +45,10 @@ class BuiltinSchedule:
         total_steps = loop.total_steps()
         if not 1 <= total_steps < math.inf:
             self._notify(
-                "LipschitzLR: the length of the run is not known, so the rate has no warm-up and no decay; set "
-                "max_epochs or max_steps, or bring a scheduler (schedule='none' says that none is wanted)"
+                "LipschitzLR: the length of the run is not known, so the built-in warm-up and decay are off; set "
+                "max_epochs or max_steps, add a scheduler, or pass schedule='none' to hide this message"
             )
             return math.inf
         what = "warm-up over a tenth of" if self._averages_weights else "warm-up and decay over"
-        self._notify(f"LipschitzLR: {what} {int(total_steps)} optimizer steps (schedule='none' has none)")
+        self._notify(f"LipschitzLR: {what} {int(total_steps)} optimizer steps (off with schedule='none')")
         return total_steps

@@ -77,8 +77,8 @@ class Controller:
         wanted = self.options.schedule == "auto" and self.policy.bound != "paper"
         if wanted and loop.lr_writer and not self._target.schedulers:
             notify(
-                f"LipschitzLR: {loop.lr_writer} brings rates of its own, so there is no warm-up and no decay "
-                "but for these; bring a scheduler to have one before (schedule='none' says that none is wanted)"
+                f"LipschitzLR: {loop.lr_writer} changes the learning rate itself, so the built-in warm-up and decay "
+                "are off; add a scheduler for the epochs before it, or pass schedule='none' to hide this message"
             )
         return BuiltinSchedule(
             enabled=wanted and not self._writer.scheduled,
@@ -236,8 +236,8 @@ class Controller:
         self.hooks.set_mode("off")
         if self._applied is None and self._writer.steps and not loop.automatic:
             raise ConfigurationError(
-                "LipschitzLR writes the rate when Lightning's optimizer steps, and a step went past it; call "
-                "self.optimizers().step(), not the step of the optimizer inside"
+                "LipschitzLR writes the learning rate before a step of Lightning's optimizer, and found a step of the "
+                "torch optimizer inside it; call self.optimizers().step(), not self.optimizers().optimizer.step()"
             )
         if self.found is None or not self.options.running:
             return

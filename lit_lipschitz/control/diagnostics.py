@@ -65,12 +65,13 @@ class Reporter:
         # The initial scale of a GradScaler may be too large, and the steps that overflow are skipped.
         if (usable and not measured.dropped) or (not measured.step_scale and self._may_overflow):
             return
-        self._report(_unusable(measured, usable, decision), "", silent=self.warned)
+        last = "the configured rate" if decision is None else f"the last rate, {decision.lr:.4g}"
+        self._report(_unusable(measured, usable), "" if usable else f"; keeping {last}", silent=self.warned)
         self.warned = True
 
     def _report(self, message: str, kept: str, silent: bool) -> None:
         if self._raises:
-            raise LitLipschitzError(f"LipschitzLR: {message} (on_nonfinite='keep' would go on)")
+            raise LitLipschitzError(f"LipschitzLR: {message} (pass on_nonfinite='keep' to continue)")
         if not silent:
             self.warn(f"{message}{kept}")
 
@@ -94,15 +95,14 @@ def nonfinite_loss(step: int, ranks: list[int], rate: float | None, label: str =
     return f"a non-finite loss in step {step} on {where}; {last}"
 
 
-def _unusable(measured: Measurement, usable: bool, decision: Decision | None) -> str:
+def _unusable(measured: Measurement, usable: bool) -> str:
     if usable:
         return f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
-    last = "the configured rate" if decision is None else f"the last rate, {decision.lr:.4g}"
     if not measured.step_scale:
-        return f"no gradient that is finite and not 0 has been seen; keeping {last}"
+        return "all gradients so far were 0 or not finite"
     return (
-        f"no constant can be computed from activations of size {measured.activation_norm:g}, weights of size "
-        f"{measured.weight_norm:g} and {measured.dropped} batches with non-finite activations; keeping {last}"
+        f"no constant can be computed: the norm of the head's inputs is {measured.activation_norm:g}, that of the "
+        f"weights {measured.weight_norm:g}, and {measured.dropped} batches had non-finite activations"
     )
 
 
@@ -120,9 +120,9 @@ def lr_ratio_warning(head: HeadHook, optimizer: Optimizer, references: Sequence[
     if ratio <= 1:
         return None
     return (
-        f"the head {head.name!r} is in parameter group {own[0]}, whose configured rate is {ratio:g} times that of the "
-        f"first group, which has the computed rate: the head has {ratio:g} times it. Put its group first in the "
-        "optimizer to have the others follow by their ratios to it"
+        f"the head {head.name!r} is in parameter group {own[0]}, whose configured learning rate is {ratio:g} times "
+        f"that of the first group. The first group gets the computed learning rate and the head {ratio:g} times that; "
+        "put the group of the head first in the optimizer, then the other groups keep their ratios to it"
     )
 
 

@@ -82,8 +82,8 @@ class HeadFinder:
         width, _ = head_size(head)
         if self._policy.norm == "spectral" and not width:
             raise ConfigurationError(
-                "LipschitzLR(norm='spectral') needs the width of every affine map, and a lazy one has none yet; run a "
-                "batch through the network before fit, or pass head="
+                "LipschitzLR(norm='spectral') needs the number of inputs of every layer that can be the head, and a "
+                "lazy layer does not know it yet; run a batch through the network before fit, or pass head="
             )
         rigorous = self._policy.bound != "paper"
         return RunningMaximum(
@@ -149,9 +149,9 @@ class HeadFinder:
         """
         if self._options.loss_name is None:
             raise self._deferred_error or ConfigurationError(
-                "LipschitzLR looked for the loss in manual_backward, which was not called with one of the "
-                "optimizer's before its step; call self.manual_backward(loss), pass optimizers= with the position "
-                "of the optimizer that trains the head, or pass loss= with the loss's name"
+                "LipschitzLR reads the loss in manual_backward, which was not called with a loss of the optimizer's "
+                "head before its step; call self.manual_backward(loss), pass optimizers= with the position of the "
+                "optimizer that trains the head, or pass loss= with the name of the loss"
             )
         return self._select(None, None)
 
@@ -160,8 +160,8 @@ class HeadFinder:
         weights = [weight for weight in graph.first_affine_maps if self.hooks.owns(weight)]
         if len(weights) > 1:
             raise ConfigurationError(
-                f"LipschitzLR(loss={self._options.loss!r}) looked for the affine map that makes the outputs and found "
-                f"{len(weights)} of them behind the loss; pass head= with the name of the one to go by"
+                f"LipschitzLR(loss={self._options.loss!r}) looked for the affine layer that computes the outputs and "
+                f"found {len(weights)} of them behind the loss; pass head= with the name of the one to measure"
             )
         return weights[0] if weights else None
 
@@ -169,8 +169,8 @@ class HeadFinder:
         """The message for a graph that does not show the head of one of several optimizers."""
         return (
             f"LipschitzLR looked for the head of optimizer {self._target.position} (of {self._target.num_optimizers}) "
-            f"in the graph of a {loss.loss.name if loss else self._options.loss} and found none, as where it is frozen "
-            "or compiled; pass optimizers= with the position of the optimizer that trains it, or head= with its name"
+            f"in the graph of a {loss.loss.name if loss else self._options.loss} and found none; it may be frozen or "
+            "compiled: pass optimizers= with the position of the optimizer that trains it, or head= with its name"
         )
 
     def _check_understood(self, loop: LoopFacts, loss: FoundLoss) -> None:
@@ -178,21 +178,17 @@ class HeadFinder:
         factor = float(abs(loss.scale) / loop.loss_scale())
         if not loop.automatic and self._options.loss_name is None and not math.isclose(factor, 1.0, rel_tol=1e-5):
             raise ConfigurationError(
-                f"LipschitzLR found a {loss.loss.name} weighted by {factor:g} under manual optimization, where "
-                "it can't tell a weight from one over the batches that are accumulated by hand; return the plain loss, "
-                f"or pass loss={loss.loss.name!r} to have the weight disregarded"
+                f"LipschitzLR found a {loss.loss.name} weighted by {factor:g} under manual optimization and can't tell "
+                "whether that is 1 over the number of accumulated batches; pass the loss without the weight to "
+                f"manual_backward, or pass loss={loss.loss.name!r} to ignore the weight"
             )
         nodes = loss.unrecognised or (loss.behind_activation if self._policy.bound == "smooth" else ())
         if nodes and self._options.head == "auto" and self._options.loss_name is None:
-            advice = (
-                "give outputs and targets the same shape"
-                if "Expand" in nodes
-                else ("feed the loss with the map's outputs")
-            )
+            same_shape, directly = "give outputs and targets the same shape", "compute the loss of the layer's outputs"
             raise ConfigurationError(
-                f"LipschitzLR looked for the affine map that makes the outputs and found {' > '.join(nodes)}; {advice}"
-                ", or pass head= with its name to have what comes after it disregarded, where that makes no gradient "
-                "larger"
+                "LipschitzLR expected a loss of the outputs of an affine layer (torch.nn.Linear or a 1x1 convolution) "
+                f"and found {' > '.join(nodes)}; {same_shape if 'Expand' in nodes else directly}, or pass head= with "
+                "the layer's name to ignore the operations after it, if they make no gradient larger"
             )
 
     def _select(self, found: FoundLoss | None, weight: Tensor | None) -> FoundHeads:
@@ -208,8 +204,8 @@ class HeadFinder:
         if self._options.head == "auto" and not found.pooled and rows >= 2 * found.head_rows:
             raise ConfigurationError(
                 f"LipschitzLR measured {rows} rows at the head {hook.name!r} in a batch and found {found.rows} "
-                f"targets in the {loss.name}; let the head see what the loss is taken of, or pass head={hook.name!r} "
-                "to count the others as well"
+                f"targets in the {loss.name}; pass only the rows that the loss uses through the head, or pass "
+                f"head={hook.name!r} to measure the other rows as well"
             )
         return FoundHeads(
             hook,
@@ -228,13 +224,13 @@ class HeadFinder:
         bound, norm = self._policy.bound, self._policy.norm
         if not loss.spec.per_output and num_outputs < 2:
             raise ConfigurationError(
-                f"LipschitzLR: the head {head!r} has 1 output, and the cross-entropy needs at least 2 classes; "
-                "pass head= with the name of the map that makes the logits"
+                f"LipschitzLR: the head {head!r} has 1 output, and the {loss.name} needs at least 2 classes; "
+                "pass head= with the name of the layer that computes the logits"
             )
         if loss.needs_output_norm(bound) and not sizes_known:
             raise ConfigurationError(
-                f"LipschitzLR(loss={loss.name!r}, bound={bound!r}) needs the size of outputs and targets, "
-                "and the graph of the loss does not show them; use torch.nn.functional.mse_loss, or bound='smooth'"
+                f"LipschitzLR(loss={loss.name!r}, bound={bound!r}) needs the norms of outputs and targets, "
+                "which the graph of the loss does not show; use torch.nn.functional.mse_loss, or bound='smooth'"
             )
         try:
             loss.constant(1.0, batch_size=2, num_outputs=num_outputs, bound=bound, norm=norm, output_norm=1.0)
@@ -255,6 +251,6 @@ class HeadFinder:
         if same_rows and not torch.allclose(own.size, hook.statistic.size, rtol=0.02):
             raise ConfigurationError(
                 f"LipschitzLR measured the inputs of the head {hook.name!r} and found that its forward, of "
-                f"{type(hook.head).__name__}, changes them; let a torch.nn.Linear see what the weight is multiplied "
-                f"by, or pass head={hook.name!r} to have the change disregarded, where it makes no input larger"
+                f"{type(hook.head).__name__}, changes them; change them in a module before the head, or pass "
+                f"head={hook.name!r} to ignore the change, if it makes no input larger"
             )

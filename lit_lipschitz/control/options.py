@@ -43,7 +43,9 @@ class Options:
                 expected = ", ".join(map(repr, choices))
                 raise ConfigurationError(f"LipschitzLR({name}={getattr(self, name)!r}): expected one of {expected}")
         if self.measure == "pass" and self.update != "epoch":
-            raise ConfigurationError(f"LipschitzLR(measure='pass', update={self.update!r}): a pass is made every epoch")
+            raise ConfigurationError(
+                f"LipschitzLR(measure='pass', update={self.update!r}): a pass is made once an epoch; use update='epoch'"
+            )
         if self.update != "epoch" and not (type(self.update) is int and self.update >= 1):
             raise ConfigurationError(f"LipschitzLR(update={self.update!r}): expected 'epoch' or a number of steps >= 1")
         if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:

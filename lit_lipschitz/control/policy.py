@@ -210,7 +210,7 @@ class Policy:
         except KeyError as missing:
             raise ConfigurationError(
                 f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found "
-                f"{optimizer.name}; pass rule='inverse', which needs none"
+                f"{optimizer.name}; pass rule='inverse', which needs no setting"
             ) from None
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
@@ -224,7 +224,7 @@ class Policy:
         if rule.step_scale is not None and optimizer.update is None:
             known = ", ".join(info.name for info in optimizer_updates.OPTIMIZERS if info.update is not None)
             raise ConfigurationError(
-                f"LipschitzLR(rule={rule.name!r}) needs an optimizer whose update is known, {known}, and found "
+                f"LipschitzLR(rule={rule.name!r}) needs an optimizer whose update is known ({known}), and found "
                 f"{optimizer.name}; use one of them, or pass another rule="
             )
         return rule
@@ -232,7 +232,7 @@ class Policy:
     def _default_rule(self, optimizer: OptimizerInfo, groups: Sequence[Mapping[str, Any]]) -> str:
         """The name of the rule that an optimizer has without ``rule=``."""
         settings = max(groups, key=lambda group: group.get("momentum", 0.0))
-        forced = f"rule= with one of {_quoted(RULES)} would force one"
+        forced = f"or force a rule by rule= with one of {_quoted(RULES)}"
         name = optimizer.rule_name(self.bound, settings)
         if name is None:
             known = [info.name for info in optimizer_updates.OPTIMIZERS if self.bound in info.rules]
@@ -241,13 +241,13 @@ class Policy:
                 found = f"{optimizer.resolve().__module__}.{found}"
             raise ConfigurationError(
                 f"LipschitzLR: no learning-rate rule is known for the optimizer {found}; known: {', '.join(known)}; "
-                f"{forced}"
+                f"use one of them, {forced}"
             )
         setting = optimizer.unsupported.get(self.bound)
         if setting is not None and settings.get(setting, False):
             raise ConfigurationError(
                 f"LipschitzLR: no learning-rate rule is known for {optimizer.name} with {setting}=True; use "
-                f"{setting}=False; {forced}"
+                f"{setting}=False, {forced}"
             )
         return name
 

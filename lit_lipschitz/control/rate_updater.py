@@ -199,7 +199,7 @@ class RateUpdater:
             return
         decision, rule_state = outcome
         if decision.cap and (state.decision is None or state.decision.cap != decision.cap):
-            self._notify(f"LipschitzLR: {decision.cap} binds, the rate is {decision.lr:.4g}")
+            self._notify(f"LipschitzLR: {decision.cap} limits the learning rate to {decision.lr:.4g}")
         state.decision, state.measurement = decision, measured
         if keep_state:
             self._rule_state = rule_state

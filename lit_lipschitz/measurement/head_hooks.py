@@ -146,10 +146,10 @@ class HeadHooks:
         if not ran:
             names = ", ".join(repr(hook.name) for hook in self._candidates[-3:])
             raise ConfigurationError(
-                f"LipschitzLR saw no training forward through {names} before the first backward; pass the head's "
-                "name (head=...) if it is another module; a weight that a function uses, and reentrant activation "
-                "checkpointing, go past a module's forward, and what torch.compile has compiled before the callback "
-                "was there needs torch.compiler.reset() first"
+                f"LipschitzLR saw no training forward through {names} before the first backward; pass head= with the "
+                "name of the module that computes the logits, call the module instead of a function of its weight, use "
+                "activation checkpointing with use_reentrant=False, or call torch.compiler.reset() before fit if the "
+                "network has run compiled before"
             )
         if any(hasattr(hook.weight, "full_tensor") for hook in ran):
             weight = None  # of a sharded head the graph has the whole weight, and the module its shard
@@ -159,9 +159,9 @@ class HeadHooks:
         selected = owners[-1] if owners else max(ran, key=lambda hook: int(hook.last_call))
         if self._stored is not None and selected is not self._restored:
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint is of the head {self._stored['head']!r}, and this run's head "
-                f"is {selected.name!r} or of another width; resume with the network that it was saved with, or start "
-                "without the checkpoint"
+                f"LipschitzLR's state in the checkpoint was saved with the head {self._stored['head']!r}, and the head "
+                f"of this run is {selected.name!r} or has another width; resume with the network that it was saved "
+                "with, or start without the checkpoint"
             )
         for hook in self._candidates:
             if hook is not selected:
@@ -173,11 +173,11 @@ class HeadHooks:
     def _no_owner(self, weight: Tensor) -> str:
         """The message for a weight that belongs to no candidate."""
         named = self._root.named_parameters()
-        owner = next((repr(name) for name, parameter in named if same_weight(parameter, weight)), "of no module")
+        owner = next((f"the parameter {name!r}" for name, own in named if same_weight(own, weight)), "a tensor")
         return (
-            "LipschitzLR looked for the torch.nn.Linear or 1x1 convolution that makes the logits and found that "
-            f"the parameter {owner} of shape {tuple(weight.shape)} makes them; let a torch.nn.Linear make them, or "
-            "pass head= with the name of the affine map to measure"
+            "LipschitzLR looked for the torch.nn.Linear or 1x1 convolution that computes the logits and found that "
+            f"{owner} of shape {tuple(weight.shape)} is their weight; compute them by a torch.nn.Linear, or pass head= "
+            "with the name of the layer to measure"
         )
 
     def state_dict(self) -> dict[str, Any] | None:

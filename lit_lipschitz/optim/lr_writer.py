@@ -51,8 +51,8 @@ class LRWriter:
         self._stored = list(stored)
         if self._references[0] <= 0:
             raise ConfigurationError(
-                "LipschitzLR scales the optimizer's configured rates; the first parameter group's is "
-                f"{self._references[0]}, expected a positive number (its size does not matter, ratios do)"
+                "LipschitzLR scales the optimizer's configured learning rates; the first parameter group's is "
+                f"{self._references[0]}, expected a positive number (only the ratios between the groups matter)"
             )
         self._rate: float | None = None
         self._scheduled_lrs: list[float] | None = None  # while the optimizer steps

@@ -15,7 +15,7 @@ HEADS = (nn.Linear, *_CONVOLUTIONS)
 
 
 def is_head(module: nn.Module) -> bool:
-    """Whether a module can be a head: the same affine map of each example, token or pixel."""
+    """Whether a module can be a head: an affine layer, the same for each example, token or pixel."""
     if isinstance(module, _CONVOLUTIONS):
         plain = {*module.kernel_size, *module.stride, module.groups} == {1}
         return plain and (module.padding == "valid" or not any(module.padding))
@@ -76,7 +76,7 @@ def head_candidates(
         At least one module.
 
     Raises:
-        ConfigurationError: There is none, or the named module does not exist or is not an affine map.
+        ConfigurationError: There is none, or the named module does not exist or is not an affine layer.
     """
     # torch.compile adds _orig_mod to names; users write them without.
     modules = {_COMPILED.sub("", key).removeprefix("."): part for key, part in module.named_modules()}
@@ -91,7 +91,7 @@ def head_candidates(
     if not is_head(modules[name]):
         raise ConfigurationError(
             f"LipschitzLR(head={name!r}): expected a torch.nn.Linear or a 1x1 convolution, found "
-            f"{type(modules[name]).__name__}; pass the name of the last affine map"
+            f"{type(modules[name]).__name__}; pass the name of the last affine layer"
         )
     return {name: modules[name]}
 
@@ -103,13 +103,13 @@ def _automatic_candidates(
     if not found:
         raise ConfigurationError(
             f"LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) in {type(module).__name__} and "
-            f"found none among {len(modules)} modules; make the outputs by one, or train without LipschitzLR"
+            f"found none among {len(modules)} modules; compute the outputs by one, or train without LipschitzLR"
         )
     own = {key: part for key, part in found.items() if owned is None or part.weight in owned}
     if not own:
         raise ConfigurationError(
-            "LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) among the parameters of the "
-            "optimizer that it is to control and found none; pass optimizers= with another one's position in what "
+            "LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) among the modules that the "
+            "controlled optimizer trains and found none; pass optimizers= with the position of another optimizer that "
             f"configure_optimizers of {type(module).__name__} returns"
         )
     return own

@@ -157,9 +157,9 @@ class LossGraph:
             return self._found_named(head)
         if self._root is None:
             raise ConfigurationError(
-                "LipschitzLR looked for the loss in its autograd graph and found a tensor without one: the loss that "
-                "training_step returns must depend on trainable parameters; return one that does, or pass loss= with "
-                f"one of {_quoted()} if that is what it is"
+                "LipschitzLR looked for the loss in its autograd graph and found a tensor without a graph; return a "
+                "loss from training_step that depends on trainable parameters, or pass loss= with the name of the loss "
+                f"(one of {_quoted()})"
             )
         terms = [self._describe(term) for term in self._terms]
         if terms and all(term.loss == terms[0].loss for term in terms):
@@ -174,7 +174,7 @@ class LossGraph:
         if any(not same_weight(term.head_weight, first.head_weight) or term.loss != first.loss for term in terms[1:]):
             raise ConfigurationError(
                 f"LipschitzLR(loss={self._name!r}) looked for one such term of the loss and found {len(terms)} of "
-                "different heads or kinds; pass head= with the name of the affine map to go by"
+                "different heads or kinds; pass head= with the name of the layer to measure"
             )
         return replace(first, scale=sum(abs(term.scale) for term in terms))
 
@@ -346,9 +346,8 @@ def _loss_of(match: LossMatch, named: bool) -> Loss:
         weights = None if named and match.unreduced else node._saved_weight
         if weights is not None and match.unreduced:
             raise ConfigurationError(
-                "LipschitzLR found a cross-entropy with class weights and reduction='none' that is averaged by hand, "
-                "for which it has no constant; use reduction='mean', or pass loss='cross_entropy' to have the weights "
-                "disregarded"
+                "LipschitzLR found a cross-entropy with class weights and reduction='none' that is averaged manually, "
+                "for which it has no constant; use reduction='mean', or pass loss='cross_entropy' to ignore the weights"
             )
         values = None if weights is None else tuple(float(weight) for weight in weights.tolist())
         return spec.loss(reduction, label_smoothing=match.label_smoothing, class_weights=values)
@@ -358,8 +357,8 @@ def _loss_of(match: LossMatch, named: bool) -> Loss:
         and not named
     ):
         raise ConfigurationError(
-            f"LipschitzLR found a {match.name} with weight=, for which it has no constant; leave it out, or pass "
-            f"loss={match.name!r} to have the weights disregarded"
+            f"LipschitzLR found a {match.name} with weight=, for which it has no constant; remove it, or pass "
+            f"loss={match.name!r} to ignore the weights"
         )
     saved = {argument: getattr(node, attribute, None) for argument, attribute in spec.arguments.items()}
     arguments = {
@@ -376,7 +375,7 @@ def _check_probabilities(match: LossMatch, probabilities: Tensor, named: bool) -
         raise ConfigurationError(
             "LipschitzLR found a cross-entropy whose targets are probabilities that do not sum to 1 (the first "
             f"ones' sum is {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to 1, "
-            "or pass loss='cross_entropy' to have that disregarded"
+            "or pass loss='cross_entropy' to ignore the difference"
         )
 
 
@@ -398,12 +397,13 @@ def _not_recognised(root: Any) -> str:
     if node.name().startswith("CompiledFunction"):
         return (
             "LipschitzLR looked for the loss in its autograd graph and found one compiled function, which hides it; "
-            f"compile the network rather than the whole module, or pass loss= with one of {_quoted()}"
+            "compile the network instead of the whole module, or pass loss= with the name of the loss (one of "
+            f"{_quoted()})"
         )
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if it is a mean of one in "
-        "other words, or if what is added to one is to be disregarded"
+        f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if the loss is its mean, "
+        "computed in another way, or if the other terms of a sum can be ignored"
     )
 
 

@@ -124,7 +124,7 @@ def observed(inputs: RuleInput, state: MeanByGradNormState, settings: Settings) 
         ValueError: A setting is out of range.
 
     References:
-        Not in the papers; chosen by validation (``docs/evidence.md``).
+        Not in the papers; chosen by validation (``docs/guide/evidence.md``).
     """
     constant, examples, observed_terms = observed_noise(inputs)
     gain = noise_limited_gain(settings, examples, inputs.batch_size)

@@ -10,7 +10,7 @@ from lit_lipschitz.bounds.families import Bound
 Settings = Mapping[str, Any]
 """A parameter group of an optimizer, with its settings under torch's names."""
 SecondMoment = Literal["constant", "scripts"]
-"""How the square of the constant is estimated; see :func:`lit_lipschitz.bounds.families.squared`."""
+"""How the square of the constant is estimated; see :func:`lit_lipschitz.bounds.second_moment`."""
 StepScaleKind = Literal["total", "mean", "floored"]
 """How the step scale is estimated; see :mod:`lit_lipschitz.measurement.step_scale`."""
 

@@ -33,7 +33,7 @@ def schedule_free(inputs: RuleInput, state: MeanByGradNormState, settings: Setti
 
     References:
         A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
-        and was chosen by validation (``docs/evidence.md``).
+        and was chosen by validation (``docs/guide/evidence.md``).
     """
     constant, examples, observed_terms = observed_noise(inputs)
     gain = schedule_free_gain(settings, examples)

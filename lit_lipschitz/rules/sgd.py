@@ -45,7 +45,7 @@ def noise(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult
         ValueError: A setting is out of range.
 
     References:
-        Not in the papers; chosen by validation (``docs/evidence.md``).
+        Not in the papers; chosen by validation (``docs/guide/evidence.md``).
     """
     momentum, averaging = momentum_of(settings)
     largest = averaging / (1 - momentum) ** 1.5

@@ -561,7 +561,7 @@ def test_a_checkpoint_of_a_run_without_the_callback_loads_and_the_other_way_roun
         ({"bound": "smooth"}, {}, "saved with bound='smooth', and this run has bound='strict'"),
         ({"norm": "sample"}, {}, "saved with norm='sample'"),
         ({"rule": "inverse"}, {}, "saved with rule='inverse'"),
-        ({"head": "net.0", "loss": "cross_entropy"}, {}, "of the head 'net.0', and this run's head is 'net.2'"),
+        ({"head": "net.0", "loss": "cross_entropy"}, {}, "with the head 'net.0', and the head of this run is 'net.2'"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
@@ -740,7 +740,11 @@ def two_momenta(parameters):
     [
         (Weighted, [LipschitzLR(schedule="none", optimizers=0)], "weighted by 0.5 under manual optimization"),
         (OwnBackward, [LipschitzLR(schedule="none")], "returned 1 under manual optimization: pass optimizers="),
-        (OwnBackward, [LipschitzLR(schedule="none", optimizers=1)], "returned 1; pass positions from 0 to 0"),
+        (
+            OwnBackward,
+            [LipschitzLR(schedule="none", optimizers=1)],
+            "positions from 0 to 0, since .* returned 1",
+        ),
         (NoAffine, [LipschitzLR(schedule="none")], "found none among"),
         (Unused, [LipschitzLR(schedule="none", head="spare")], "saw no training forward through 'spare'"),
         (Classifier, [LipschitzLR(schedule="none", head="ne.2")], "no module of that name; pass one of 'net.2'"),
@@ -749,7 +753,7 @@ def two_momenta(parameters):
         (OwnBackward, [LipschitzLR(schedule="none", optimizers=0)], "call self.manual_backward"),
         (Ignoring, [LipschitzLR(schedule="none", bound="paper", measure="pass")], "ignores . of 16 targets"),
         (Tempered, [LipschitzLR(schedule="none")], "found LogSoftmax > Div > Addmm"),
-        (Tied, [LipschitzLR(schedule="none")], r"the parameter 'embedding.weight' of shape \(3, 16\) makes them"),
+        (Tied, [LipschitzLR(schedule="none")], r"the parameter 'embedding.weight' of shape \(3, 16\) is their weight"),
         (RawOptimizer, [LipschitzLR(schedule="none", optimizers=0)], r"call self.optimizers\(\).step\(\)"),
         (
             lambda: Classifier(torch.optim.Adam),
@@ -765,7 +769,7 @@ def two_momenta(parameters):
         (
             lambda: Classifier(net=nn.Sequential(nn.LazyLinear(CLASSES))),
             [LipschitzLR(schedule="none", bound="smooth")],
-            "a lazy one has none yet",
+            "a lazy layer does not know it yet",
         ),
     ],
 )

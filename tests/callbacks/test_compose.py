@@ -225,7 +225,7 @@ def test_stochastic_weight_averagings_rates_are_relative_to_the_configured_one(i
     averaging = StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2, annealing_epochs=2)
     with caplog.at_level("INFO"):
         _, rates, own = fit(module, averaging, lipschitz=LipschitzLR(), max_epochs=5)
-    assert ("StochasticWeightAveraging brings rates of its own" in caplog.text) == (interval is None)
+    assert ("StochasticWeightAveraging changes the learning rate itself" in caplog.text) == (interval is None)
     factors = [rate / base for rate, base in zip(rates, own, strict=True)]
     before = [1.0 if interval is None else 0.3] * 6
     assert factors[:6] == pytest.approx(before)

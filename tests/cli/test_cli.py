@@ -251,7 +251,7 @@ def test_every_bundled_config_is_whole(lit, name):
             "change trainer.accelerator or trainer.devices",
         ),
         (["--ckpt_path", "nothing.ckpt"], 2, "--ckpt_path nothing.ckpt: no such file"),
-        (["--ckpt_path", "last"], 2, "has left a checkpoint; pass a path"),
+        (["--ckpt_path", "last"], 2, "has saved a checkpoint; pass a path"),
         (["--trainer.max_epoch", "1"], 2, "trainer.max_epoch: no such option; closest: trainer.max_epochs"),
         (
             ["--model.optimizer", "torch.optim.AdamX"],

@@ -273,9 +273,12 @@ def test_the_file_gives_back_what_it_was_given():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,b\n1,2\n", "has not written it (its first line would be policy,seed,config,metric,...)"),
-        (b"", "has not written it"),
-        (b"\xff\xfe", "has not written it"),
+        (
+            b"a,b\n1,2\n",
+            "was not written by `lit-lipschitz compare` (its first line would be policy,seed,config,metric,...)",
+        ),
+        (b"", "was not written by"),
+        (b"\xff\xfe", "was not written by"),
         ((",".join(COLUMNS) + "\nsgd:0.1,0,c\n").encode(), "line 2: not a run as `lit-lipschitz compare` writes it"),
     ],
 )
@@ -298,14 +301,14 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(lit, content, message):
         (["--policies", "sgd"], "sgd: expected a rate above 0"),
         (["--policies", "adamw:-1"], "expected a rate above 0"),
         (["--policies", "sgd:inf"], "expected a rate above 0"),
-        (["--policies", "paper:0.1"], "paper computes its rate; expected paper alone"),
+        (["--policies", "paper:0.1"], "paper computes its learning rate; expected paper alone"),
         (["--policies", ","], "expected some of lipschitz"),
         (["--seeds", "0"], "compare --seeds 0: expected the number of seeds, at least 1"),
         (["--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
         (["--output", "nowhere/compare.csv"], "expected the name of a file, found no folder"),
         (["--output", "."], "found a folder of that name"),
         (["--lipschitz.bund", "strict"], "lipschitz.bund: no such option; closest: lipschitz.bound"),
-        (["--ckpt_path", "last"], "has left a checkpoint"),
+        (["--ckpt_path", "last"], "has saved a checkpoint"),
         (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "on one device; found devices 2"),
         (["--trainer.devices", "2"], "pass --trainer.devices 1 and --trainer.strategy auto"),
         (["--data.val_split", "2"], "val_split=2.0: expected a fraction"),

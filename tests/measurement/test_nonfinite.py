@@ -75,7 +75,7 @@ def test_the_first_step_is_the_one_that_is_named():
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_on_one_cpu_raise_ends_the_run_before_the_parameters_move(settings, step):
     module = Spiking(step)
-    with pytest.raises(LitLipschitzError, match=rf"a non-finite loss in step {step} on rank 0; .* would go on\)"):
+    with pytest.raises(LitLipschitzError, match=rf"a non-finite loss in step {step} on rank 0; .* to continue\)"):
         fit(LipschitzLR(schedule="none", on_nonfinite="raise", **settings), module)
     assert all(torch.equal(before, now) for before, now in zip(module.before, module.parameters(), strict=True))
 
@@ -142,7 +142,7 @@ def test_two_ranks_keep_the_same_rate_after_a_loss_of_one_of_them(monkeypatch):
 
 
 def test_two_ranks_both_end_after_a_loss_of_one_of_them():
-    with pytest.raises(Exception, match=r"a non-finite loss in step 4 on rank 1; .* would go on"):
+    with pytest.raises(Exception, match=r"a non-finite loss in step 4 on rank 1; .* to continue"):
         two_ranks(LipschitzLR(schedule="none", on_nonfinite="raise"), Spiking(4, rank=1), 8, max_epochs=2)
 
 

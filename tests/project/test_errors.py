@@ -1,10 +1,11 @@
-"""docs/reference/errors.md has the message of each mistake; they are made here and compared, word for word."""
+"""Makes each mistake of docs/reference/errors.md and compares its message with the page, word for word."""
 
 import math
+import os
 import re
 import sys
+import tempfile
 
-import lightning as L
 import pytest
 import torch
 from helpers import CLASSES, ROOT, WIDTH, Classifier, loader, trainer
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from lit_lipschitz import LipschitzAudit, LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
 
-CATALOGUE = (ROOT / "docs" / "reference" / "errors.md").read_text()
+PAGE = ROOT / "docs" / "reference" / "errors.md"
+CATALOGUE = PAGE.read_text()
 
 
 def fit(*callbacks, module=None, data=None):
@@ -80,7 +82,7 @@ class TwoOptimizers(Classifier):
 
 
 class Functional(Classifier):
-    """An output embedding that is no module's."""
+    """Logits from the weight of an embedding, by a function."""
 
     def __init__(self):
         super().__init__()
@@ -118,79 +120,83 @@ def dead():
 
 MISTAKES = {
     "No head": lambda: fit(LipschitzLR(), module=without_linear()),
-    "A head that does not exist": lambda: fit(LipschitzLR(head="net.3")),
-    "A head that is no affine map": lambda: fit(LipschitzLR(head="net.1")),
-    "A head that does not run": lambda: fit(LipschitzLR(head="spare"), module=spare()),
-    "A compiled network that has run before": lambda: fit(LipschitzLR(), module=compiled_before()),
-    "Outputs that no module makes": lambda: fit(LipschitzLR(), module=Functional()),
-    "Something between the head and the loss": lambda: fit(
+    "The head's name is not that of a module": lambda: fit(LipschitzLR(head="net.3")),
+    "The head is not an affine layer": lambda: fit(LipschitzLR(head="net.1")),
+    "The head is not called in training": lambda: fit(LipschitzLR(head="spare"), module=spare()),
+    "The network has run compiled before the fit": lambda: fit(LipschitzLR(), module=compiled_before()),
+    "The logits are not the output of a module": lambda: fit(LipschitzLR(), module=Functional()),
+    "An operation between the head and the loss": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))
     ),
-    "More rows at the head than targets": lambda: fit(LipschitzLR(), module=TwoHeads()),
-    "A head that changes its input": lambda: fit(
+    "The head has more rows than the loss has targets": lambda: fit(LipschitzLR(), module=TwoHeads()),
+    "The head changes its input": lambda: fit(
         LipschitzLR(), module=Classifier(net=nn.Sequential(nn.Linear(WIDTH, 16), Stretching(16, CLASSES)))
     ),
-    "A loss without a graph": lambda: fit(
+    "The loss has no autograd graph": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, y).detach().requires_grad_().clone().detach())
     ),
-    "A sum of losses": lambda: fit(
+    "The loss is a sum of several losses": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean())
     ),
-    "Another loss": lambda: fit(LipschitzLR(), module=with_step(lambda z, y: F.multi_margin_loss(z, y))),
-    "A compiled loss": lambda: fit(
+    "The loss is not a known one": lambda: fit(LipschitzLR(), module=with_step(lambda z, y: F.multi_margin_loss(z, y))),
+    "The loss is compiled": lambda: fit(
         LipschitzLR(), module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager"))
     ),
-    "Probabilities that do not sum to 1": lambda: fit(
+    "Target probabilities do not sum to 1": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, torch.ones_like(z)))
     ),
-    "Weights of single elements": lambda: fit(
+    "The loss has a weight for each element": lambda: fit(
         LipschitzLR(),
         module=with_step(
             lambda z, y: F.binary_cross_entropy_with_logits(z, torch.ones_like(z), weight=torch.ones_like(z))
         ),
     ),
-    "A squared error without bounded outputs": lambda: fit(
+    "A squared error that is not computed by mse_loss": lambda: fit(
         LipschitzLR(loss="mean_squared_error"), module=with_step(lambda z, y: (z - 1).square().mean())
     ),
-    "A loss with a gradient that jumps": lambda: fit(
+    "The smooth bound of a loss with a discontinuous gradient": lambda: fit(
         LipschitzLR(bound="smooth"), module=with_step(lambda z, y: F.l1_loss(z, torch.ones_like(z)))
     ),
-    "One class": lambda: fit(
+    "A cross-entropy with one class": lambda: fit(
         LipschitzLR(),
         module=with_step(lambda z, y: F.cross_entropy(z, 0 * y), net=nn.Sequential(nn.Linear(WIDTH, 1))),
     ),
-    "Ignored targets and a pass": lambda: fit(
+    "Ignored targets with measure='pass'": lambda: fit(
         LipschitzLR(bound="paper", measure="pass"),
         module=with_step(lambda z, y: F.cross_entropy(z, torch.where(torch.arange(len(y)) < 4, -100, y))),
     ),
-    "Manual optimization": lambda: fit(LipschitzLR(), module=manual(lambda module, loss: module.manual_backward(loss))),
-    "A position that does not exist": lambda: fit(LipschitzLR(optimizers=2), module=TwoOptimizers()),
-    "A backward of one's own": lambda: fit(
+    "Manual optimization without optimizers=": lambda: fit(
+        LipschitzLR(), module=manual(lambda module, loss: module.manual_backward(loss))
+    ),
+    "An optimizer position that does not exist": lambda: fit(LipschitzLR(optimizers=2), module=TwoOptimizers()),
+    "loss.backward() instead of manual_backward(loss)": lambda: fit(
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: loss.backward())
     ),
-    "A weight under manual optimization": lambda: fit(
+    "A loss weight under manual optimization": lambda: fit(
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
     "An optimizer without a rule": lambda: fit(LipschitzLR(), module=Classifier(torch.optim.Adagrad)),
-    "A rule that needs the update of another optimizer": lambda: fit(
+    "A rule that needs an optimizer with a known update": lambda: fit(
         LipschitzLR(rule="grafted"), module=Classifier(torch.optim.Adagrad)
     ),
-    "A rule for another family of constants": lambda: LipschitzLR(bound="smooth", rule="observed"),
-    "A rule that does not fit the optimizer": lambda: fit(
+    "A rule for another bound": lambda: LipschitzLR(bound="smooth", rule="observed"),
+    "A rule that needs another setting of the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)
     ),
-    "A configured rate of 0": lambda: fit(LipschitzLR(), module=Classifier(lambda p: torch.optim.SGD(p, lr=0.0))),
-    "Two callbacks": lambda: fit(LipschitzLR(), LipschitzLR()),
-    "A search for a rate": lambda: fit(LipschitzLR(), LearningRateFinder()),
-    "An audit without LipschitzLR": lambda: fit(LipschitzAudit()),
-    "A norm that a family has no constant for": lambda: LipschitzLR(bound="strict", norm="spectral"),
-    "A pass and an interval": lambda: LipschitzLR(measure="pass", update=10),
-    "A checkpoint of other settings": lambda: checkpointed({"bound": "smooth"}, {}),
-    "A checkpoint of another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
-    "A loss that is not finite": lambda: fit(
+    "A configured learning rate of 0": lambda: fit(
+        LipschitzLR(), module=Classifier(lambda p: torch.optim.SGD(p, lr=0.0))
+    ),
+    "Two LipschitzLR callbacks": lambda: fit(LipschitzLR(), LipschitzLR()),
+    "LearningRateFinder together with LipschitzLR": lambda: fit(LipschitzLR(), LearningRateFinder()),
+    "LipschitzAudit without LipschitzLR": lambda: fit(LipschitzAudit()),
+    "A norm that the bound is not defined for": lambda: LipschitzLR(bound="strict", norm="spectral"),
+    "measure='pass' with an update interval": lambda: LipschitzLR(measure="pass", update=10),
+    "A checkpoint with other settings": lambda: checkpointed({"bound": "smooth"}, {}),
+    "A checkpoint with another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
+    "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
     ),
-    "Activations of zero": lambda: fit(LipschitzLR(on_nonfinite="raise"), module=dead()),
+    "Activations that are all zero": lambda: fit(LipschitzLR(on_nonfinite="raise"), module=dead()),
 }
 
 
@@ -210,20 +216,20 @@ def test_a_mistake_prints_what_the_catalogue_says(mistake):
 
 
 ADVICE = {
-    "A head that does not exist": {"head": "net.2"},
-    "Something between the head and the loss": {"head": "net.2"},
-    "More rows at the head than targets": {"head": "net.2"},
-    "A head that changes its input": {"head": "net.1"},
-    "A sum of losses": {"loss": "cross_entropy"},
-    "A compiled loss": {"loss": "cross_entropy"},
-    "Probabilities that do not sum to 1": {"loss": "cross_entropy"},
-    "Weights of single elements": {"loss": "binary_cross_entropy"},
-    "A weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy"},
-    "A backward of one's own": {"optimizers": 0, "loss": "cross_entropy"},
-    "Manual optimization": {"optimizers": 0},
+    "The head's name is not that of a module": {"head": "net.2"},
+    "An operation between the head and the loss": {"head": "net.2"},
+    "The head has more rows than the loss has targets": {"head": "net.2"},
+    "The head changes its input": {"head": "net.1"},
+    "The loss is a sum of several losses": {"loss": "cross_entropy"},
+    "The loss is compiled": {"loss": "cross_entropy"},
+    "Target probabilities do not sum to 1": {"loss": "cross_entropy"},
+    "The loss has a weight for each element": {"loss": "binary_cross_entropy"},
+    "A loss weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy"},
+    "loss.backward() instead of manual_backward(loss)": {"optimizers": 0, "loss": "cross_entropy"},
+    "Manual optimization without optimizers=": {"optimizers": 0},
     "An optimizer without a rule": {"rule": "inverse"},
-    "A rule that does not fit the optimizer": {"rule": "inverse"},
-    "Ignored targets and a pass": {"bound": "paper", "measure": "running"},
+    "A rule that needs another setting of the optimizer": {"rule": "inverse"},
+    "Ignored targets with measure='pass'": {"bound": "paper", "measure": "running"},
 }
 
 
@@ -239,15 +245,16 @@ def test_the_catalogue_has_nothing_else():
     assert list(entries()) == list(MISTAKES)
 
 
-if __name__ == "__main__":  # prints the catalogue's blocks
-    L.pytorch._logger.setLevel("ERROR")
+if (
+    __name__ == "__main__"
+):  # PYTHONPATH=.:tests python tests/project/test_errors.py writes the messages into the catalogue
+    os.chdir(tempfile.mkdtemp())
     torch.manual_seed(0)
+    text = CATALOGUE
     for name, make in MISTAKES.items():
-        try:
+        with pytest.raises(LitLipschitzError) as caught:
             make()
-            print(f"### {name}\n\nNO ERROR\n")
-        except LitLipschitzError as error:
-            print(f"### {name}\n\n```\n{error}\n```\n")
-        except Exception as error:
-            print(f"### {name}\n\nOTHER {type(error)} {error}\n")
-    sys.exit()
+        block = re.compile(rf"(?<=^### {re.escape(name)}\n\n```\n).*?(?=\n```$)", re.MULTILINE | re.DOTALL)
+        text, found = block.subn(lambda _, message=str(caught.value): message, text)
+        assert found == 1, name
+    PAGE.write_text(text)

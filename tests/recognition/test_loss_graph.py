@@ -368,7 +368,7 @@ def test_a_term_of_a_sum_is_found_by_its_name():
         (lambda: F.cross_entropy(logits(), TARGETS) + F.cross_entropy(logits(), TARGETS), "Add > NllLoss"),
         (lambda: 0.7 * F.mse_loss(logits(), ONES) + 0.3 * F.l1_loss(logits(), ONES), "Add > Mul > MseLoss"),
         (lambda: F.cross_entropy(logits()[:1], TARGETS[:1], reduction="none"), "found NllLoss"),
-        (lambda: F.cross_entropy(logits(), TARGETS, reduction="none", weight=WEIGHTS).mean(), "averaged by hand"),
+        (lambda: F.cross_entropy(logits(), TARGETS, reduction="none", weight=WEIGHTS).mean(), "averaged manually"),
         (lambda: F.cross_entropy(logits(), ONES / 3, weight=WEIGHTS), "Div > Neg > Sum > Mul"),
         (lambda: F.cross_entropy(logits(), ONES), "do not sum to 1"),
         (lambda: F.binary_cross_entropy_with_logits(logits(), ONES, weight=ONES), "with weight="),
@@ -377,7 +377,7 @@ def test_a_term_of_a_sum_is_found_by_its_name():
         (lambda: F.nll_loss(logits(), TARGETS), "NllLoss > Addmm"),
         (lambda: F.kl_div(F.log_softmax(logits(), dim=1), ONES / 3, reduction="batchmean"), "Sum > Sub > Mul"),
         (lambda: logits().mean(), "Mean > Addmm"),
-        (lambda: torch.tensor(1.0), "without one"),
+        (lambda: torch.tensor(1.0), "a tensor without a graph"),
     ],
 )
 def test_any_other_loss_is_refused_with_what_was_seen(make, seen):
