@@ -9,7 +9,7 @@ from typing import Any
 from lit_lipschitz.measurement.residuals import Residuals
 
 SNR_FULL_RATE = 3.0
-"""Ratio of explained to unexplained variance from which on the rate is not damped: three quarters are explained."""
+"""Ratio of explained to unexplained variance (three quarters explained) from which on the rate is not damped."""
 MIN_LEARNED = 0.1
 """Drop of the unexplained fraction below which learning has not begun and the rate is not damped."""
 POWER = 4

@@ -13,7 +13,7 @@ from lit_lipschitz.recognition.affine import same_weight
 from lit_lipschitz.recognition.heads import head_candidates, head_inputs, head_size
 
 Mode = Literal["off", "training", "inference", "watching"]
-"""What the hooks do: nothing; measure forwards with gradients, or without; or only record which modules run."""
+"""What is measured (nothing, forwards with gradients, or those without); "watching" only records which modules run."""
 
 
 class HeadHook:

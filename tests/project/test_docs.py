@@ -1,4 +1,4 @@
-"""README.md and docs/: every block of Python runs, every command parses or runs, config.md follows the code."""
+"""Runs every block of Python and every command of README.md and docs/, and compares config.md with the code."""
 
 import contextlib
 import importlib.metadata
@@ -15,9 +15,12 @@ import lightning as L
 import pytest
 from helpers import ROOT, Classifier, loader
 
+from lit_lipschitz.bounds import LOSSES
 from lit_lipschitz.cli.compare.command import parse_options
 from lit_lipschitz.cli.compare.policies import parse_policies
 from lit_lipschitz.cli.main import main
+from lit_lipschitz.measurement import optimizer_updates
+from lit_lipschitz.rules.registry import RULES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STARTS = ("lit-lipschitz", "python", "python3", "pip", "make", "git", "tensorboard", "torchrun", "srun")
@@ -157,7 +160,7 @@ def test_the_pages_have_the_blocks_that_are_looked_for():
             assert block.kind in ("", "python", "yaml", "text", "{include} ../README.md", "{toctree}", "{eval-rst}"), (
                 block
             )
-            if page not in ("README.md", "tutorial.md"):
+            if page not in ("README.md", "tutorial.md", "extending.md"):
                 assert block.kind not in ("python", "yaml"), f"{block}: nothing runs this; say here how"
     assert len(OURS) > 25
 
@@ -178,6 +181,31 @@ def test_the_readmes_python_runs(monkeypatch):
     ours = next(callback for callback in trainer.callbacks if type(callback).__name__ == "LipschitzLR")
     assert ours.constant > 0
     assert trainer.global_step == len(loader())
+
+
+@pytest.fixture
+def _registries(monkeypatch):
+    """Forgets after a test what it has registered."""
+    monkeypatch.setattr(optimizer_updates, "OPTIMIZERS", list(optimizer_updates.OPTIMIZERS))
+    before = [(registry, dict(registry)) for registry in (LOSSES, RULES)]
+    yield
+    for registry, known in before:
+        registry.clear()
+        registry.update(known)
+
+
+@pytest.mark.usefixtures("_registries")
+def test_the_page_on_extending_runs_and_prints_what_it_shows():
+    names, printed, shown = {}, "", 0
+    for block in blocks(ROOT / "docs" / "guide" / "extending.md"):
+        if block.kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block.text, str(block), "exec"), names)
+            printed = out.getvalue()
+        else:
+            check_shown(block, printed)
+            shown += 1
+    assert shown == 3  # a loss, a rule, an optimizer
 
 
 @pytest.mark.slow
