@@ -83,7 +83,7 @@ def photograph(address: str, picture: Path) -> None:
             found, "--headless", "--disable-gpu", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}",
             f"--user-data-dir={profile}", f"--screenshot={picture}",
             "--virtual-time-budget=30000",  # milliseconds of the page's own time, in which it draws
-            *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),  # root has none
+            *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),  # root can't use the sandbox
             f"{address}#custom_scalars",
         ]  # fmt: skip
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)

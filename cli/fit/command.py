@@ -39,7 +39,7 @@ from lit_lipschitz.module import ImageClassifier
 _LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "test_after_fit": (bool, True, "Test the final weights at the end of fit."),
-    "fixed_rate": (bool, False, "Train at the optimizer's own rate, without LipschitzLR: for baselines."),
+    "fixed_rate": (bool, False, "Train at the optimizer's own learning rate, without LipschitzLR: for baselines."),
     "audit": (int, 0, "Audit the gradients every so many optimizer steps of fit; 0 is off."),
     "matmul_precision": (
         Literal["highest", "high", "medium"],

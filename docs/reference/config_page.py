@@ -38,12 +38,12 @@ TOP_KEYS = {
     "seed_everything": (
         "bool or int",
         "True",
-        "Seed of all random numbers; true is the environment variable `PL_GLOBAL_SEED`, or 0.",
+        "Seed of all random numbers; true uses the environment variable `PL_GLOBAL_SEED`, or 0.",
     ),
     "ckpt_path": (
         "str or null",
         "null",
-        "Checkpoint to go on from; `last` is the newest run's below `lightning_logs`.",
+        "Checkpoint to resume from; `last` is that of the newest run below `lightning_logs`.",
     ),
 }
 GROUPS: list[tuple[str, type, str]] = [
@@ -52,9 +52,9 @@ GROUPS: list[tuple[str, type, str]] = [
         "model",
         lit_lipschitz.ImageClassifier,
         "`model.class_path` is any LightningModule, `model.init_args` its arguments (`--model.width 64` for short). "
-        "These are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and "
-        "`scheduler` are a class of torch or your own by `class_path` and `init_args`, without the "
-        "parameters and the optimizer.",
+        "Below are those of `lit_lipschitz.ImageClassifier`, which the bundled configs train. `optimizer` and "
+        "`scheduler` are classes of torch or your own, given by `class_path` and `init_args`; parameters and "
+        "optimizer are filled in.",
     ),
     ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; any `torch.nn.Module` will do."),
     ("model.network", lit_lipschitz.MNISTCNN, "With `class_path: lit_lipschitz.MNISTCNN`."),
@@ -67,8 +67,8 @@ GROUPS: list[tuple[str, type, str]] = [
     (
         "data",
         ImageDataModule,
-        "`data.class_path` is any LightningDataModule, and is left out if the module has its own loaders. "
-        "These are the arguments of the bundled ones: `DigitsDataModule`, `MNISTDataModule`, `FashionMNISTDataModule`, "
+        "`data.class_path` is any LightningDataModule; leave it out if the module has its own loaders. "
+        "Below are the arguments of the bundled ones: `DigitsDataModule`, `MNISTDataModule`, `FashionMNISTDataModule`, "
         "`CIFAR10DataModule` and `CIFAR100DataModule`, all of `lit_lipschitz`.",
     ),
 ]
@@ -119,6 +119,7 @@ def _kind(annotation: Any) -> str:
     )
     if "Callable" in text:
         return "a class by `class_path` and `init_args`" + (" or null" if text.endswith("None") else "")
+    text = re.sub(r"Optional\[(.*)\]$", r"\1 | None", text)
     text = re.sub(r"Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text)
     parts = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " | "), text).split(" | ")
     return " or ".join("null" if part == "None" else part.strip("'") for part in parts)
@@ -126,7 +127,7 @@ def _kind(annotation: Any) -> str:
 
 def _default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
-        return "none, it must be given"
+        return "none, it is required"
     if callable(parameter.default):
         return _plain((parameter.default.__doc__ or parameter.default.__name__).splitlines()[0]).rstrip(".")
     names = {None: "null", True: "true", False: "false"}

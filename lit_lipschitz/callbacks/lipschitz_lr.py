@@ -68,9 +68,9 @@ class LipschitzLR(Callback):
             so on average over the weights and with the measured gradient norm in the logits; ``"schedule_free"`` is for
             Schedule-Free AdamW; ``"adamo"`` is the paper's for momentum, ``"adamo_authors"`` that of its scripts.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
-        min_lr: Lower limit of the rate, before a schedule's factor.
-        max_lr: Upper limit.
-        max_growth: Upper limit of the rate over the previous one.
+        min_lr: Lower limit of the learning rate, before a schedule's factor.
+        max_lr: Upper limit of the learning rate, before a schedule's factor.
+        max_growth: Upper limit of the learning rate over the previous one.
         optimizers: Position of the optimizer to control in what configure_optimizers returns, or a list of positions,
             each with its own head and loss. ``"auto"`` is the only optimizer; manual optimization needs a position.
         dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
@@ -94,8 +94,8 @@ class LipschitzLR(Callback):
         second_moment: For the paper's method. Estimate of L^2 in the rules of RMSprop and Adam
             (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the rules of the authors'
             scripts and ``"constant"`` for others.
-        initial_lr: For the paper's method. Rate during the first interval, instead of a measured one; the authors' rule
-            for momentum also starts its average there.
+        initial_lr: For the paper's method. Learning rate of the first interval, instead of a measured one; the authors'
+            rule for momentum also starts its average there.
 
     Raises:
         ConfigurationError: An argument is out of its range.
