@@ -11,7 +11,6 @@ torch.
 
 from lit_lipschitz.bounds.classification import binary_cross_entropy, cross_entropy
 from lit_lipschitz.bounds.families import (
-    NORMS_OF_BOUND,
     Bound,
     LossBounds,
     Norm,
@@ -22,26 +21,24 @@ from lit_lipschitz.bounds.families import (
     outputwise_constant,
     resolve_norm,
 )
-from lit_lipschitz.bounds.loss_spec import LOSSES, Loss, LossSpec, find_spec, register_loss
-from lit_lipschitz.bounds.penalties import Estimate, l2, second_moment, tikhonov
+from lit_lipschitz.bounds.loss_spec import LOSSES, Loss, LossSpec, register_loss
+from lit_lipschitz.bounds.penalties import SecondMoment, l2, second_moment, tikhonov
 from lit_lipschitz.bounds.regression import huber, mean_absolute_error, mean_squared_error, quantile, smooth_l1
 
 __all__ = [
     "LOSSES",
-    "NORMS_OF_BOUND",
     "Bound",
-    "Estimate",
     "Loss",
     "LossBounds",
     "LossSpec",
     "Norm",
     "NormOrAuto",
     "Reduction",
+    "SecondMoment",
     "WeightRange",
     "batch_constant",
     "binary_cross_entropy",
     "cross_entropy",
-    "find_spec",
     "huber",
     "l2",
     "mean_absolute_error",

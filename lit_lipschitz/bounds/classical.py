@@ -14,22 +14,22 @@ softmax regression  (k-1) norm(X) / (k m)         sqrt(2) size                  
 
 The strict constants bound the norm of the gradient in the weights: it is X'R / m with R the gradients of the losses in
 the outputs, whose rows are no longer than 1 for the logistic and sqrt(2) for the softmax loss, and norm(X'R) is at most
-the sum of norm(x_i) norm(r_i) as well as norm2(X) norm(R). The smooth ones bound the largest eigenvalue of the Hessian,
-by 1, 1/4 and 1/2 for the curvature of one example's loss in its outputs. All are computed in double precision.
+the sum of norm(x_i) norm(r_i) as well as norm2(X) norm(R). The paper's estimate it, and that of linear regression is a
+bound too, since no Frobenius norm is below the spectral one. The smooth ones bound the largest eigenvalue of the
+Hessian, by 1, 1/4 and 1/2 for the curvature of one example's loss in its outputs. All are in double precision.
 
 References:
     R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for
-    the paper family.
+    the paper family. The strict and smooth constants follow from the inequalities above.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.classification import binary_cross_entropy, cross_entropy
-from lit_lipschitz.bounds.families import Bound, Norm, resolve_norm
+from lit_lipschitz.bounds.families import Bound, Norm, check_not_negative, resolve_norm
 from lit_lipschitz.bounds.regression import mean_squared_error
 
 
@@ -39,11 +39,8 @@ def linear_regression(
     r"""Constant of least squares, :math:`\frac{1}{2m} \|Xw - y\|^2`; torch's ``mse_loss`` has twice this.
 
     The gradient :math:`X'(Xw - y) / m` is not bounded over all weights, so the paper and the strict family hold for
-    weights w no longer than K:
-
-    - paper: :math:`(K \|X'X\|_F + \|X'y\|) / m`, a bound too, since no Frobenius norm is below the spectral norm;
-    - strict: :math:`(K \|X\|_2^2 + \|X'y\|) / m`, attained where X'y points against weights along X's first direction;
-    - smooth: :math:`\|X\|_2^2 / m`, the Hessian's largest eigenvalue itself.
+    weights w no longer than K. The strict constant is attained where X'y points against weights along the first right
+    singular vector of X, and the smooth one is the Hessian's largest eigenvalue itself.
 
     Args:
         features: X, shape (m, d), any real type; m and d at least 1.
@@ -62,13 +59,9 @@ def linear_regression(
     Example:
         >>> linear_regression(torch.tensor([[3.0], [4.0]]), torch.tensor([1.0, 1.0]), 2.0)  # (2 * 25 + 7) / 2
         28.5
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper); the others from the norms' submultiplicativity.
     """
     resolve_norm(bound)
-    if not (math.isfinite(weight_norm) and weight_norm >= 0):
-        raise ValueError(f"weight_norm={weight_norm!r}: expected a finite number of at least 0")
+    check_not_negative("weight_norm", weight_norm)
     matrix = _design_matrix(features, intercept)
     rows = matrix.shape[0]
     if targets.shape != (rows,):
@@ -82,30 +75,14 @@ def linear_regression(
 
 
 def logistic_regression(features: Tensor, *, bound: Bound = "strict", intercept: bool = False) -> float:
-    r"""Constant of the mean binary cross-entropy with one logit, for any targets in [0, 1].
+    """Constant of the mean binary cross-entropy with one logit, for any targets in [0, 1].
 
-    - paper: :math:`\|X\|_F / (2m)`, the papers' estimate of the gradient norm; not a bound;
-    - strict: :math:`\min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient norm;
-    - smooth: :math:`\|X\|_2^2 / (4m)`, the Hessian's largest eigenvalue at weights of 0, where it is largest.
-
-    Args:
-        features: X, shape (m, d), any real type; m and d at least 1.
-        bound: Family of the constant.
-        intercept: Append a column of ones to X.
-
-    Returns:
-        The constant, in units of loss per unit of weight (per squared unit for ``smooth``).
-
-    Raises:
-        ValueError: The features have another shape or are not finite, or the family is unknown.
+    The smooth constant is the Hessian's largest eigenvalue at weights of 0, where it is largest. Arguments, result and
+    errors are those of :func:`linear_regression`.
 
     Example:
         >>> logistic_regression(torch.tensor([[3.0, 4.0]]), bound="paper")
         2.5
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper); the others follow from the logistic loss's derivative of at most 1
-        and curvature of at most 1/4.
     """
     matrix = _design_matrix(features, intercept)
     size, norm = _size(matrix, bound)
@@ -115,32 +92,14 @@ def logistic_regression(features: Tensor, *, bound: Bound = "strict", intercept:
 def softmax_regression(
     features: Tensor, num_classes: int, *, bound: Bound = "strict", intercept: bool = False
 ) -> float:
-    r"""Constant of the mean softmax cross-entropy, for any targets: classes, or probabilities of the classes.
+    """Constant of the mean softmax cross-entropy, for any targets: classes, or probabilities of the classes.
 
-    - paper: :math:`\frac{k-1}{km} \|X\|_F`, the papers' estimate of the gradient norm; not a bound;
-    - strict: :math:`\sqrt2 \min(\frac1m \sum_i \|x_i\|, \|X\|_2 / \sqrt m)`, never below the gradient norm;
-    - smooth: :math:`\|X\|_2^2 / (2m)`, never below the Hessian's largest eigenvalue, and equal to it for two classes at
-      weights of 0.
-
-    Args:
-        features: X, shape (m, d), any real type; m and d at least 1.
-        num_classes: k, outputs of the model, at least 2.
-        bound: Family of the constant.
-        intercept: Append a column of ones to X.
-
-    Returns:
-        The constant, in units of loss per unit of weight (per squared unit for ``smooth``).
-
-    Raises:
-        ValueError: The features have another shape or are not finite, or another argument is out of its range.
+    The model has k = ``num_classes`` outputs, at least 2. The smooth constant is the Hessian's largest eigenvalue for
+    two classes at weights of 0. Other arguments, result and errors are those of :func:`linear_regression`.
 
     Example:
         >>> softmax_regression(torch.tensor([[3.0, 4.0]]), 5, bound="paper")
         4.0
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper); the others follow from the largest norm sqrt(2) of p - y and the
-        largest eigenvalue 1/2 of diag(p) - pp'.
     """
     matrix = _design_matrix(features, intercept)
     size, norm = _size(matrix, bound)
@@ -178,9 +137,8 @@ def _design_matrix(features: Tensor, intercept: bool) -> Tensor:
 def _check_finite(name: str, values: Tensor) -> None:
     bad = (~torch.isfinite(values.detach())).nonzero()
     if len(bad):
-        first: Sequence[int] = bad[0].tolist()
-        where = ", ".join(str(index) for index in first)
+        first = bad[0].tolist()
         raise ValueError(
-            f"{name}: expected finite numbers, found {len(bad)} that are not, the first at [{where}]: "
+            f"{name}: expected finite numbers, found {len(bad)} that are not, the first at {first}: "
             f"{values[tuple(first)].item()}"
         )

@@ -1,5 +1,7 @@
 """Lipschitz constants of cross-entropy and binary cross-entropy.
 
+The arguments that the losses share are in :mod:`lit_lipschitz.bounds.families`.
+
 Class weights w make the cross-entropy a weighted mean. The bounds of an example of class y are then multiplied by w_y.
 With weights between ``lo`` and ``hi`` the gradient norm of the batch is at most (hi + lo) / (2 sqrt(hi lo)) times that
 of an unweighted mean (the converse of the Cauchy-Schwarz inequality) if K is a norm of the whole batch, and no larger
@@ -21,9 +23,9 @@ from lit_lipschitz.bounds.families import (
     Reduction,
     WeightRange,
     batch_constant,
-    check_at_least,
     check_count,
     check_fraction,
+    check_not_negative,
     check_positive,
     outputwise_constant,
 )
@@ -40,32 +42,16 @@ def cross_entropy(
     class_weights: Sequence[float] | None = None,
     reduction: Reduction = "mean",
 ) -> float:
-    """Constant of torch's softmax cross-entropy over k classes, for targets that are classes.
+    """Constant of torch's softmax cross-entropy over k = ``num_classes`` classes, for targets that are classes.
 
-    With the probabilities p and the target q = (1-s) e_y + s/k for label smoothing s:
+    With the probabilities p and the target q = (1-s) e_y + s/k for label smoothing s in [0, 1]:
 
     - estimate (1-s)(k-1)/k: the largest entry of abs(p - q) at uniform outputs, where the papers evaluate it;
     - gradient norm sqrt(1 + (1-s)^2 - s^2/k), the largest norm of p - q, at p = e_j with j != y; sqrt(2) for s = 0;
     - curvature 1/2, the largest eigenvalue of diag(p) - pp'.
 
-    Without class weights this holds for probabilities as targets too; :mod:`lit_lipschitz.bounds.classification`
-    describes how weights enter.
-
-    Args:
-        activation_norm: K, not negative.
-        num_classes: k, outputs of the head, at least 2.
-        batch_size: m, examples in the loss, at least 1.
-        bound: Family of the constant.
-        norm: What K measures; ``"auto"`` is the default of the family.
-        label_smoothing: s, in [0, 1].
-        class_weights: One positive weight per class, or None. A weight may be 0 without label smoothing.
-        reduction: ``"mean"``, or ``"sum"``, which is not divided by m.
-
-    Returns:
-        The constant.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    Without class weights this holds for probabilities as targets too. ``class_weights`` are positive, one for each
+    class; one may be 0 without label smoothing. :mod:`lit_lipschitz.bounds.classification` describes how they enter.
 
     Example:
         >>> round(cross_entropy(206.7, num_classes=10, batch_size=128, bound="paper"), 4)
@@ -119,28 +105,13 @@ def binary_cross_entropy(
     For one logit z, its sigmoid s(z), a target t between ``label_smoothing`` / 2 and 1 minus that, and the weight
     P = ``pos_weight`` of positive examples, the derivative in z is (1 - t) s - P t (1 - s):
 
-    - estimate: its largest absolute value at z = 0, where the papers evaluate it; 1/2 without smoothing and weight;
+    - estimate: its largest absolute value at z = 0, where the papers evaluate it; 1/2 without smoothing and weight, as
+      in the papers' K / (2 m);
     - gradient norm: its supremum, max(P, 1)(1 - label_smoothing / 2); 1 without;
     - curvature: max(P t + 1 - t) / 4; 1/4 without.
 
-    Args:
-        activation_norm: K, not negative.
-        batch_size: m, examples in the loss, at least 1.
-        num_outputs: n, logits of one example, over which the loss averages too.
-        bound: Family of the constant.
-        norm: What K measures; ``"auto"`` is the default of the family.
-        label_smoothing: How far targets are kept from 0 and 1, in [0, 1]; 0 admits any targets in [0, 1].
-        pos_weight: P, positive; the largest one if each output has its own.
-        reduction: ``"mean"``, or ``"sum"``, which is divided by neither m nor n.
-
-    Returns:
-        The constant.
-
-    Raises:
-        ValueError: An argument is out of its range.
-
-    References:
-        R. Yedida, S. Saha, arXiv 1902.07399 (paper): K / (2 m).
+    ``label_smoothing`` is in [0, 1]; 0 admits any targets in [0, 1]. P is positive, and the largest one if each output
+    has its own.
     """
     check_fraction("label_smoothing", label_smoothing)
     check_positive("pos_weight", pos_weight)
@@ -162,7 +133,7 @@ def _checked_weights(weights: Sequence[float] | None, num_classes: int, label_sm
     if len(values) != num_classes:
         raise ValueError(f"class_weights: expected {num_classes} of them, one a class, found {len(values)}")
     for weight in values:
-        check_at_least("class_weights", weight, 0.0)
+        check_not_negative("class_weights", weight)
     check_positive("class_weights, the largest", max(values))
     if label_smoothing > 0 and min(values) == 0:
         raise ValueError("class_weights: expected positive ones with label_smoothing, found a weight of 0")

@@ -1,7 +1,6 @@
 r"""The three families of Lipschitz constants, and how the bounds of one example become the constant of a batch.
 
-A constant bounds a derivative of the loss with respect to the weights of the output layer (head). Everything here is a
-pure function of Python numbers: the norm of the head's inputs goes in, the constant comes out, and its inverse is a
+A constant bounds a derivative of the loss with respect to the weights of the output layer (head), and its inverse is a
 learning rate (``lit_lipschitz.rules``).
 
 A loss contributes three numbers of one example, token or pixel (:class:`LossBounds`): an estimate of the gradient norm
@@ -23,6 +22,15 @@ K is a norm of the matrix of inputs, shape (m, width), for ``frobenius`` and ``s
 norm of a row for ``sample``. If the head has a bias, ``strict`` and ``smooth`` hold for inputs with a column of ones
 appended. Constants are in units of loss per unit of weight, those of ``smooth`` per squared unit. A penalty on the
 weights adds its own constant (:func:`lit_lipschitz.bounds.l2`).
+
+The losses share these arguments, return the constant, and raise ValueError if an argument is out of its range:
+
+- ``activation_norm``: K, not negative;
+- ``batch_size``: m, examples in the loss, at least 1;
+- ``num_outputs``: n, outputs of one example, at least 1, if a mean is over the outputs too;
+- ``bound``: family of the constant;
+- ``norm``: what K measures; ``"auto"`` is the default of the family;
+- ``reduction``: ``"mean"``, or ``"sum"``, which is divided by neither m nor n.
 
 References:
     R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for
@@ -49,14 +57,15 @@ NORMS_OF_BOUND: dict[Bound, tuple[Norm, ...]] = {
 
 
 class LossBounds(NamedTuple):
-    """What a loss contributes to a constant: suprema over all outputs of the head, for one example or one output."""
+    """What a loss contributes to a constant, for one example or one output.
+
+    ``estimate`` is the papers' estimate of the gradient norm in the outputs, ``gradient_norm`` its supremum over all
+    outputs, and ``curvature`` that of the Hessian's largest eigenvalue, not used without a smooth constant.
+    """
 
     estimate: float
-    """The papers' estimate of the gradient norm in the outputs."""
     gradient_norm: float
-    """Bound of the gradient norm in the outputs."""
     curvature: float
-    """Bound of the largest eigenvalue of the Hessian in the outputs; not used if the loss has no smooth constant."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +88,7 @@ class WeightRange:
 
 
 def resolve_norm(bound: Bound, norm: NormOrAuto = "auto") -> Norm:
-    """The norm of the head's inputs that a family uses.
-
-    Args:
-        bound: Family of the constant.
-        norm: A norm, or ``"auto"`` for the default of the family.
-
-    Returns:
-        The norm's name.
+    """The norm of the head's inputs that a family uses, its default for ``"auto"``.
 
     Raises:
         ValueError: The family or the norm is unknown, or the family is not defined for the norm.
@@ -111,30 +113,17 @@ def batch_constant(
     reduction: Reduction,
     weights: WeightRange | None = None,
 ) -> float:
-    """Constant of a loss that is a mean or a sum over the examples: the table of this module.
+    """Constant of a loss that is a mean or a sum over the examples, by the table of this module.
 
-    Args:
-        per_example: Bounds of one example's loss.
-        activation_norm: K, not negative.
-        batch_size: m, examples in the loss, at least 1.
-        bound: Family of the constant.
-        norm: What K measures; ``"auto"`` is the default of the family.
-        reduction: ``"mean"``, or ``"sum"``, which is not divided by m.
-        weights: Range of the weights of a weighted mean; None for an unweighted one.
-
-    Returns:
-        The constant.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    ``per_example`` are the bounds of one example's loss, ``weights`` is the range of the weights in a weighted mean.
     """
     norm = resolve_norm(bound, norm)
-    check_at_least("activation_norm", activation_norm, 0.0)
+    check_not_negative("activation_norm", activation_norm)
     check_count("batch_size", batch_size, 1)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum', one number for the batch")
     estimate, gradient_norm, curvature = per_example
-    whole_batch = norm in ("frobenius", "spectral")
+    whole_batch = norm != "sample"
     if weights is not None and whole_batch:
         estimate *= weights.gradient_factor(batch_size)
         gradient_norm *= weights.gradient_factor(batch_size)
@@ -160,21 +149,8 @@ def outputwise_constant(
 ) -> float:
     """Constant of a loss that is a mean or a sum over examples and outputs, each output having a loss of its own.
 
-    Args:
-        per_output: Bounds of the loss of one output.
-        activation_norm: K, not negative.
-        num_outputs: n, outputs of one example, at least 1. In a mean the gradient norm is divided by sqrt(n), estimate
-            and curvature by n.
-        batch_size: m, examples in the loss, at least 1.
-        bound: Family of the constant.
-        norm: What K measures; ``"auto"`` is the default of the family.
-        reduction: ``"mean"``, or ``"sum"``, which is divided by neither m nor n.
-
-    Returns:
-        The constant.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    ``per_output`` are the bounds of the loss of one output. In a mean the gradient norm is divided by sqrt(n), estimate
+    and curvature by n.
     """
     check_count("num_outputs", num_outputs, 1)
     estimate, gradient_norm, curvature = per_output
@@ -188,7 +164,7 @@ def outputwise_constant(
 
 
 def check_not_smooth(loss: str, bound: Bound) -> None:
-    """Raises ValueError if a loss without a smooth constant is used with the smooth family."""
+    """Raises ValueError for the smooth constant of a loss that has none."""
     if bound == "smooth":
         raise ValueError(
             f"bound='smooth': the gradient of {loss} is discontinuous, so its Hessian has no bound; expected paper "
@@ -196,10 +172,10 @@ def check_not_smooth(loss: str, bound: Bound) -> None:
         )
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raises ValueError unless a number is finite and not below ``least``."""
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name}={value!r}: expected a finite number of at least {least}")
+def check_not_negative(name: str, value: float) -> None:
+    """Raises ValueError unless a number is finite and not negative."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a finite number of at least 0")
 
 
 def check_positive(name: str, value: float) -> None:

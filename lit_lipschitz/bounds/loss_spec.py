@@ -59,10 +59,7 @@ LOSSES: dict[str, LossSpec] = {}
 
 
 def register_loss(spec: LossSpec) -> None:
-    """Adds a loss to ``LOSSES``.
-
-    Args:
-        spec: The loss. To be a choice of the command line too, it is registered before ``LipschitzLR`` is imported.
+    """Adds a loss to ``LOSSES``; before ``LipschitzLR`` is imported, to be a choice of the command line too.
 
     Raises:
         ValueError: The name or one of the nodes is registered already.
@@ -80,16 +77,11 @@ def find_spec(node: str) -> LossSpec | None:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the head's outputs, one number for a batch.
+    """A loss of the head's outputs, one number for a batch."""
 
-    Attributes:
-        name: Its name in ``LOSSES``.
-        reduction: ``"mean"`` or ``"sum"`` over the batch.
-        arguments: Arguments of :attr:`LossSpec.bound` that are not at their defaults, such as ``label_smoothing``.
-    """
-
-    name: str
-    reduction: Reduction = "mean"
+    name: str  #: its name in ``LOSSES``
+    reduction: Reduction = "mean"  #: over the batch
+    #: arguments of :attr:`LossSpec.bound` that are not at their defaults, such as ``label_smoothing``
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -113,16 +105,8 @@ class Loss:
     ) -> float:
         """The constant of the loss in the head's weights; that of a sum is divided by the number of its terms.
 
-        Args:
-            activation_norm: K, the norm of the head's inputs.
-            batch_size: m, examples in the loss.
-            num_outputs: Outputs of the head.
-            bound: Family of the constant.
-            norm: What K measures.
-            output_norm: If :meth:`needs_output_norm`, the norm of the outputs plus that of the targets.
-
-        Returns:
-            The constant.
+        ``num_outputs`` are the outputs of the head. If :meth:`needs_output_norm`, ``output_norm`` is the norm of the
+        outputs plus that of the targets.
 
         Raises:
             ValueError: A number is out of its range, or the family is not defined for the loss.
@@ -138,23 +122,19 @@ class Loss:
         return constant / (batch_size * num_outputs if self.spec.per_output else batch_size)
 
 
-register_loss(LossSpec("cross_entropy", cross_entropy, outputs="num_classes"))
-register_loss(
+for _spec in (
+    LossSpec("cross_entropy", cross_entropy, outputs="num_classes"),
     LossSpec(
         "binary_cross_entropy",
         binary_cross_entropy,
         nodes=("BinaryCrossEntropyWithLogitsBackward0",),
         arguments={"pos_weight": "_saved_pos_weight"},
-    )
-)
-register_loss(
+    ),
     LossSpec(
-        "mean_squared_error",
-        mean_squared_error,
-        nodes=("MseLossBackward0",),
-        needs_output_norm=("paper", "strict"),
-    )
-)
-register_loss(LossSpec("mean_absolute_error", mean_absolute_error))
-register_loss(LossSpec("huber", huber, nodes=("HuberLossBackward0",), arguments={"delta": "_saved_delta"}))
-register_loss(LossSpec("smooth_l1", smooth_l1, nodes=("SmoothL1LossBackward0",), arguments={"beta": "_saved_beta"}))
+        "mean_squared_error", mean_squared_error, nodes=("MseLossBackward0",), needs_output_norm=("paper", "strict")
+    ),
+    LossSpec("mean_absolute_error", mean_absolute_error),
+    LossSpec("huber", huber, nodes=("HuberLossBackward0",), arguments={"delta": "_saved_delta"}),
+    LossSpec("smooth_l1", smooth_l1, nodes=("SmoothL1LossBackward0",), arguments={"beta": "_saved_beta"}),
+):
+    register_loss(_spec)

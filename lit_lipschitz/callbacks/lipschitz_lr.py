@@ -127,7 +127,7 @@ class LipschitzLR(Callback):
         schedule: Literal["auto", "none"] = "auto",
         measure: Literal["running", "pass"] = "running",
         weights: Weights = "decayed",
-        second_moment: Literal["auto", bounds.Estimate] = "auto",
+        second_moment: Literal["auto", bounds.SecondMoment] = "auto",
         initial_lr: float | None = None,
     ) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from lit_lipschitz import bounds
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement import optimizer_updates
 from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo
-from lit_lipschitz.rules.base import RuleInfo, RuleInput, SecondMoment, Term
+from lit_lipschitz.rules.base import RuleInfo, RuleInput, Term
 from lit_lipschitz.rules.registry import RULES
 
 MIN_GRAD_NORM_RATIO = 0.01
@@ -141,7 +141,7 @@ class Policy:
     bound: bounds.Bound = "strict"
     norm: bounds.Norm = "frobenius"
     rule: str = "auto"
-    second_moment: Literal["auto"] | SecondMoment = "auto"
+    second_moment: Literal["auto"] | bounds.SecondMoment = "auto"
     weight_decay: float | None = None
     min_lr: float = 0.0
     max_lr: float | None = None
@@ -175,7 +175,7 @@ class Policy:
             raise ConfigurationError(f"LipschitzLR(max_growth={self.max_growth}): expected a factor of at least 1")
 
     @property
-    def second_moment_estimate(self) -> SecondMoment:
+    def second_moment_estimate(self) -> bounds.SecondMoment:
         """The estimate of the squared constant; the rules of the authors' scripts have their own."""
         if self.second_moment != "auto":
             return self.second_moment

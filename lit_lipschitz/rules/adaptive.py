@@ -7,12 +7,7 @@ from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, 
 
 
 class MeanState(NamedTuple):
-    """Mean over all updates.
-
-    Attributes:
-        mean: The mean.
-        updates: Number of updates.
-    """
+    """Mean over all updates."""
 
     mean: float = 0.0
     updates: int = 0
@@ -24,14 +19,7 @@ class MeanState(NamedTuple):
 
 
 class MeanByGradNormState(NamedTuple):
-    """Means over all updates, with a measured gradient norm in the logits and without.
-
-    Attributes:
-        mean: Mean over the updates with one.
-        updates: Number of these.
-        mean_without: Mean over the updates without one.
-        updates_without: Number of these.
-    """
+    """Means over the updates with a measured gradient norm in the logits, and over those without one."""
 
     mean: float = 0.0
     updates: int = 0
@@ -40,11 +28,10 @@ class MeanByGradNormState(NamedTuple):
 
     def updated(self, value: float, measured: bool) -> "MeanByGradNormState":
         """The state after one more value, computed with a measured gradient norm or without."""
+        with_norm, without = MeanState(*self[:2]), MeanState(*self[2:])
         if measured:
-            mean, updates = MeanState(self.mean, self.updates).updated(value)
-            return self._replace(mean=mean, updates=updates)
-        mean, updates = MeanState(self.mean_without, self.updates_without).updated(value)
-        return self._replace(mean_without=mean, updates_without=updates)
+            return MeanByGradNormState(*with_norm.updated(value), *without)
+        return MeanByGradNormState(*with_norm, *without.updated(value))
 
     @property
     def limit(self) -> float:
@@ -58,17 +45,6 @@ def grafted(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResu
     scale = \|g\| / \|u\|, where g is the gradient, u the optimizer's update at lr = 1, both over all parameters, and c
     the gain by momentum (:func:`momentum_gain`). The mean is over all updates, and a limit: a rate that followed
     growing gradients would amplify those that it causes itself.
-
-    Args:
-        inputs: L and the scale.
-        state: State of the rule.
-        settings: The optimizer's ``betas``, where it has them.
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
 
     References:
         Length and direction from two optimizers: N. Agarwal et al., Disentangling Adaptive Gradient Methods from
@@ -111,57 +87,37 @@ def observed(inputs: RuleInput, state: MeanByGradNormState, settings: Settings) 
 
     c is :func:`noise_limited_gain`. The mean is over all updates, and a limit as in :func:`grafted`. Where no gradient
     norm was measured, L replaces O and m replaces n; these updates have a mean of their own.
-
-    Args:
-        inputs: L, m, the scale, O and n.
-        state: State of the rule.
-        settings: The optimizer's ``betas``, where it has them.
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
-
-    References:
-        Not in the papers; chosen by validation (``docs/guide/evidence.md``).
     """
-    constant, examples, observed_terms = observed_noise(inputs)
-    gain = noise_limited_gain(settings, examples, inputs.batch_size)
-    rate = gain * inputs.step_scale / constant
+    constant, examples = observed_noise(inputs)
+    gain = noise_limited_gain(settings, examples.value, inputs.batch_size)
+    rate = gain * inputs.step_scale / constant.value
     state = state.updated(rate, bool(inputs.observed_constant))
     terms = (
         Term("scale", inputs.step_scale, "gradient norm over update norm at lr = 1, mean over the weights"),
-        *observed_terms,
+        constant,
+        examples,
         Term("c", gain, "gain in step length by momentum, gradient noise and n / m"),
         Term("mean", state.limit, "limit of the rate: the mean of c scale / O over all updates"),
     )
     return RuleResult(min(rate, state.limit), state, terms)
 
 
-def observed_noise(inputs: RuleInput) -> tuple[float, float, tuple[Term, Term]]:
-    """O and n with their terms; L and m where no gradient norm in the logits was measured."""
-    if inputs.observed_constant:
-        constant, examples = inputs.observed_constant, inputs.effective_sample_size
-        meanings = "L with the measured gradient norm in the logits", "effective number of examples in a step (Kish)"
-    else:
-        constant, examples = inputs.constant, inputs.batch_size
-        meanings = "L: no gradient norm in the logits was measured", "m, likewise"
-    return constant, examples, (Term("O", constant, meanings[0]), Term("n", examples, meanings[1]))
+def observed_noise(inputs: RuleInput) -> tuple[Term, Term]:
+    """O and n; L and m where no gradient norm in the logits was measured."""
+    if not inputs.observed_constant:
+        constant = Term("O", inputs.constant, "L: no gradient norm in the logits was measured")
+        return constant, Term("n", inputs.batch_size, "m, likewise")
+    constant = Term("O", inputs.observed_constant, "L with the measured gradient norm in the logits")
+    return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
 
 
 def noise_limited_gain(settings: Settings, examples: float, batch_size: float) -> float:
     """The c of :func:`observed`: min((1 - b) sqrt(n / 2), 1) (n / m)^(1/4) times :func:`momentum_gain`.
 
-    The first factor is, up to its limit, that of :func:`lit_lipschitz.rules.sgd.noise`. n is m while all examples have
-    the same gradient norm, and falls to the number of those that are not learned yet. So a few examples that the
-    network has left, whose gradients agree, do not raise the rate; with the second factor, the root of their mean
-    gradient norm over its root mean square, they lower it: what is learned last is often noise.
-
-    Args:
-        settings: The optimizer's ``betas``, where it has them.
-        examples: n, effective number of examples.
-        batch_size: m, number of examples.
+    The first factor is, up to its limit, that of :func:`lit_lipschitz.rules.sgd.noise`. n, the effective number of
+    ``examples``, is m while all have the same gradient norm, and falls to the number of those that are not learned yet.
+    So a few examples that the network has left, whose gradients agree, do not raise the rate; with the second factor,
+    the root of their mean gradient norm over its root mean square, they lower it: what is learned last is often noise.
     """
     noise = min((1 - first_beta(settings)) * math.sqrt(examples / 2), 1.0)
     return noise * min(examples / batch_size, 1.0) ** 0.25 * momentum_gain(settings)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from lit_lipschitz.bounds.families import Bound
+from lit_lipschitz.bounds.families import Bound, check_positive
+from lit_lipschitz.bounds.penalties import SecondMoment
 
 Settings = Mapping[str, Any]
 """A parameter group of an optimizer, with its settings under torch's names."""
-SecondMoment = Literal["constant", "scripts"]
-"""How the square of the constant is estimated; see :func:`lit_lipschitz.bounds.second_moment`."""
 StepScaleKind = Literal["total", "mean", "floored"]
 """How the step scale is estimated; see :mod:`lit_lipschitz.measurement.step_scale`."""
 
@@ -19,36 +18,25 @@ StepScaleKind = Literal["total", "mean", "floored"]
 class RuleInput:
     """What a rule computes a learning rate from.
 
-    Attributes:
-        constant: Lipschitz constant L of the loss, positive.
-        second_moment: Estimate of L^2, positive.
-        activation_norm: K_z, norm of the head's inputs, positive.
-        step_scale: Gradient norm over update norm at lr = 1, positive.
-        batch_size: m, examples that the loss of one optimizer step averages over, positive.
-        observed_constant: O, the constant with the measured gradient norm in the logits instead of the largest possible
-            one, at most L; for a squared error with the measured residuals, where it may exceed L. 0 if not measured.
-        effective_sample_size: n, Kish's effective number of examples in the step, positive where O is, at most m.
-        curvature: For a squared error, an upper bound of the largest eigenvalue of the Hessian in the head's weights;
-            0 if not needed.
+    O is the constant with the measured gradient norm in the logits instead of the largest possible one, at most L. For
+    a squared error it has the measured residuals, and may exceed L.
 
     Raises:
         ValueError: A number that has to be positive and finite is not.
     """
 
-    constant: float
-    second_moment: float
-    activation_norm: float = 1.0
-    step_scale: float = 1.0
-    batch_size: float = 1.0
-    observed_constant: float = 0.0
-    effective_sample_size: float = 0.0
-    curvature: float = 0.0
+    constant: float  #: L, the Lipschitz constant of the loss, positive
+    second_moment: float  #: estimate of L^2, positive
+    activation_norm: float = 1.0  #: K_z, norm of the head's inputs, positive
+    step_scale: float = 1.0  #: gradient norm over update norm at lr = 1, positive
+    batch_size: float = 1.0  #: m, examples that the loss of one optimizer step averages over, positive
+    observed_constant: float = 0.0  #: O; 0 if not measured
+    effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
+    curvature: float = 0.0  #: of a squared error: bound of the Hessian's largest eigenvalue; 0 if not needed
 
     def __post_init__(self) -> None:
         for name in ("constant", "second_moment", "activation_norm", "step_scale", "batch_size"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value!r}: expected a positive finite number")
+            check_positive(name, getattr(self, name))
         observed, effective = self.observed_constant, self.effective_sample_size
         if observed and not (0 < observed < math.inf and 0 < effective < math.inf):
             raise ValueError(
@@ -59,13 +47,7 @@ class RuleInput:
 
 @dataclass(frozen=True)
 class Term:
-    """A number of a formula.
-
-    Attributes:
-        symbol: Its symbol in the formula.
-        value: Its value.
-        meaning: What it is, in a few words.
-    """
+    """A number of a formula: its symbol there, its value, and its meaning in a few words."""
 
     symbol: str
     value: float
@@ -73,13 +55,7 @@ class Term:
 
 
 class RuleResult(NamedTuple):
-    """What a rule returns.
-
-    Attributes:
-        rate: Learning rate, before limits and a schedule.
-        state: The rule's state after this update.
-        terms: The numbers that the rate was computed from, except those of the constant.
-    """
+    """The learning rate before limits and a schedule, the rule's next state, and the rate's terms except those of L."""
 
     rate: float
     state: Any
@@ -91,7 +67,7 @@ class Stateless(NamedTuple):
 
 
 Rule = Callable[[RuleInput, Any, Settings], RuleResult]
-"""From the input, the rule's state and the optimizer's settings to a learning rate.
+"""From the input, the rule's state and the optimizer's settings to the rate, the new state and the terms.
 
 It raises a ``KeyError`` for a setting that the optimizer lacks, and a ``ValueError`` for one that is out of range.
 """
@@ -129,11 +105,7 @@ class RuleInfo:
     uses_settings: bool = True
 
     def initial_state(self, first_lr: float | None = None) -> Any:
-        """The state before the first update.
-
-        Args:
-            first_lr: A fixed learning rate that is used before the first update, if there is one.
-        """
+        """The state before the first update; ``first_lr`` is a fixed learning rate that is used until then."""
         return self.state_type() if self.initial is None or first_lr is None else self.initial(first_lr)
 
     def restored_state(self, values: Mapping[str, float]) -> Any:
@@ -142,26 +114,18 @@ class RuleInfo:
 
 
 def decay_rate(name: str, value: Any) -> float:
-    """A decay rate of a moving average.
-
-    Raises:
-        ValueError: It is not in [0, 1).
-    """
+    """A decay rate of a moving average; ValueError if it is not in [0, 1)."""
     if not 0 <= float(value) < 1:
         raise ValueError(f"{name}={float(value)}: expected 0 <= {name} < 1")
     return float(value)
 
 
-def momentum_of(settings: Settings) -> tuple[float, float]:
-    """The momentum b of torch's SGD, and the average gradient over torch's velocity, (1 - b) / (1 - d).
+def momentum_of(settings: Settings) -> tuple[Term, float]:
+    """The momentum b of torch's SGD as a term, and the average gradient over torch's velocity, (1 - b) / (1 - d).
 
-    Args:
-        settings: With ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
-
-    Raises:
-        ValueError: A setting is out of range.
+    ``momentum`` b is in [0, 1) and ``dampening`` d below 1 (0 if absent); a ValueError says which is not.
     """
     momentum, dampening = decay_rate("momentum", settings["momentum"]), float(settings.get("dampening", 0.0))
     if not dampening < 1:
         raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
-    return momentum, (1 - momentum) / (1 - dampening)
+    return Term("b", momentum, "the optimizer's momentum"), (1 - momentum) / (1 - dampening)

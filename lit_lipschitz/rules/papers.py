@@ -1,20 +1,11 @@
-r"""Learning-rate rules of the LipschitzLR paper and of its authors' scripts.
+"""Learning-rate rules of the LipschitzLR paper and of its authors' scripts.
 
 A rule treats the constant as the optimizer treats the gradient, so that the step is one gradient over one constant:
-momentum averages both, RMSprop and Adam divide both by the root of an average square. With L the constant of an update,
-:math:`\bar L` and :math:`\overline{L^2}` its moving averages, and the optimizer's settings under torch's names:
-
-============= =============================================== ================================================
-rule          rate                                            averages
-============= =============================================== ================================================
-adamo         (1 - momentum) / ((1 - dampening) Lbar)         momentum
-rmsprop       (1 - momentum)(sqrt(L2bar) + eps) / L           alpha
-adam          (sqrt(L2bar) + eps) / Lbar                      betas
-============= =============================================== ================================================
-
-The averages start at 0 and are bias-corrected as Adam's are. The variants that end in ``_authors`` are what the
-authors' scripts compute: no bias correction, an average that may start from a fixed value, and RMSprop's root divided
-by K_z, the norm of the activations, instead of L.
+momentum averages both, RMSprop and Adam divide both by the root of an average square. K1 is the moving average of L,
+with the optimizer's decay rate for the gradient (``momentum``, the first of ``betas``), and K2 that of the estimate of
+L^2, with its decay rate for the square (``alpha``, the second of ``betas``). They start at 0 and are bias-corrected as
+Adam's are. The variants that end in ``_authors`` are what the authors' scripts compute: no bias correction, an average
+that may start from a fixed value, and RMSprop's root divided by K_z, the norm of the activations, instead of L.
 
 By construction the rates of ``rmsprop`` and ``adam`` are near 1 for a constant L, since these optimizers have
 normalised the gradient already: far above what networks tolerate. They are the paper's rules, not a recommendation.
@@ -26,166 +17,115 @@ References:
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Term, decay_rate, momentum_of
 
+_K1 = partial(Term, "K1", meaning="moving average of L")
+_K2 = partial(Term, "K2", meaning="moving average of the estimate of L^2")
+
 
 class AverageState(NamedTuple):
-    """Moving average of the constant.
+    """Moving average of the constant or of its square."""
 
-    Attributes:
-        average: The average, from 0, not corrected for its start.
-        weight: The same average of 1; dividing by it corrects the bias.
-    """
-
-    average: float = 0.0
-    weight: float = 0.0
+    average: float = 0.0  # from 0, not corrected for its start
+    weight: float = 0.0  # the same average of 1
 
     def updated(self, decay: float, value: float) -> "AverageState":
         """The state after one more value."""
         return AverageState(decay * self.average + (1 - decay) * value, decay * self.weight + (1 - decay))
 
-
-class SecondMomentState(NamedTuple):
-    """Moving average of the squared constant.
-
-    Attributes:
-        square: The average, from 0, not corrected for its start.
-        square_weight: The same average of 1.
-    """
-
-    square: float = 0.0
-    square_weight: float = 0.0
+    @property
+    def corrected(self) -> float:
+        """The bias-corrected average."""
+        return self.average / self.weight
 
 
 class AdamState(NamedTuple):
-    """Moving averages of the constant and of its square.
-
-    Attributes:
-        average: See :class:`AverageState`.
-        weight: Likewise.
-        square: See :class:`SecondMomentState`.
-        square_weight: Likewise.
-        largest: Largest :attr:`square` so far, for AMSGrad.
-    """
+    """Moving averages of the constant and of its square, each as in :class:`AverageState`."""
 
     average: float = 0.0
     weight: float = 0.0
     square: float = 0.0
     square_weight: float = 0.0
-    largest: float = 0.0
+    largest: float = 0.0  # largest ``square`` so far, for AMSGrad
 
 
 def adamo(inputs: RuleInput, state: AverageState, settings: Settings) -> RuleResult:
     """Momentum with a moving average of the constant ("AdaMo"): rate = (1 - b) / ((1 - d) K1).
 
-    The paper steps by v / K1 with v = b v + (1 - b) g and K1 = b K1 + (1 - b) L. torch accumulates v = b v + (1 - d) g,
-    which is (1 - d) / (1 - b) times as long. Nesterov's step g + b v is as long as v while the gradient does not
-    change, so it has the same rate.
-
-    Args:
-        inputs: L.
-        state: State of the rule.
-        settings: The optimizer's ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
+    The paper steps by v / K1 with v = b v + (1 - b) g and K1 = b K1 + (1 - b) L. torch accumulates v = b v + (1 - d) g
+    with the momentum b and the dampening d, which is (1 - d) / (1 - b) times as long. Nesterov's step g + b v is as
+    long as v while the gradient does not change, so it has the same rate.
     """
     momentum, averaging = momentum_of(settings)
-    state = state.updated(momentum, inputs.constant)
-    average = state.average / state.weight
-    return RuleResult(averaging / average, state, _momentum_terms(momentum, average))
+    state = state.updated(momentum.value, inputs.constant)
+    return RuleResult(averaging / state.corrected, state, (momentum, _K1(state.corrected)))
 
 
 def adamo_authors(inputs: RuleInput, state: AverageState, settings: Settings) -> RuleResult:
-    """:func:`adamo` without bias correction; arguments, result and errors are the same.
+    """:func:`adamo` without bias correction.
 
     From 0 the first rate is 1 / (1 - momentum) times too large; the authors set the first average, and the first rate,
     to a fixed number.
     """
     momentum, averaging = momentum_of(settings)
-    state = state.updated(momentum, inputs.constant)
-    return RuleResult(averaging / state.average, state, _momentum_terms(momentum, state.average))
+    state = state.updated(momentum.value, inputs.constant)
+    return RuleResult(averaging / state.average, state, (momentum, _K1(state.average)))
 
 
-def rmsprop(inputs: RuleInput, state: SecondMomentState, settings: Settings) -> RuleResult:
-    """RMSprop: rate = (1 - momentum) (sqrt(K2) + eps) / L with K2 the moving average of the squared constant.
+def rmsprop(inputs: RuleInput, state: AverageState, settings: Settings) -> RuleResult:
+    """RMSprop: rate = (1 - momentum) (sqrt(K2) + eps) / L.
 
     torch's momentum makes the step 1 / (1 - momentum) times as long, which the rate compensates. torch does not correct
     the bias of its average square, so the first steps are up to 1 / sqrt(1 - alpha) times longer, as with any rate.
-
-    Args:
-        inputs: L and the estimate of its square.
-        state: State of the rule.
-        settings: The optimizer's ``alpha`` in [0, 1), ``eps``, and ``momentum`` in [0, 1) (0 if absent).
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
     """
     state = _rmsprop_average(inputs, state, settings)
-    square = state.square / state.square_weight
-    rate = (1 - _rmsprop_momentum(settings)) * (math.sqrt(square) + float(settings["eps"])) / inputs.constant
-    return RuleResult(rate, state, (_second_moment_term(square),))
+    rate = _rmsprop_step(state.corrected, settings) / inputs.constant
+    return RuleResult(rate, state, (_K2(state.corrected),))
 
 
-def rmsprop_authors(inputs: RuleInput, state: SecondMomentState, settings: Settings) -> RuleResult:
-    """:func:`rmsprop` without bias correction, divided by K_z; arguments, result and errors are the same.
+def rmsprop_authors(inputs: RuleInput, state: AverageState, settings: Settings) -> RuleResult:
+    """:func:`rmsprop` without bias correction, divided by K_z: rate = (1 - momentum) (sqrt(K2) + eps) / K_z.
 
     K_z is L k m / (k - 1) without an L2 term, so the rate is smaller by that factor.
     """
     state = _rmsprop_average(inputs, state, settings)
-    root = math.sqrt(state.square) + float(settings["eps"])
-    rate = (1 - _rmsprop_momentum(settings)) * root / inputs.activation_norm
-    return RuleResult(rate, state, (_second_moment_term(state.square),))
+    rate = _rmsprop_step(state.average, settings) / inputs.activation_norm
+    return RuleResult(rate, state, (_K2(state.average),))
 
 
 def adam(inputs: RuleInput, state: AdamState, settings: Settings) -> RuleResult:
-    """Adam, AdamW and NAdam ("auto-Adam"): rate = (sqrt(K2) + eps) / K1 with the averages of L^2 and L.
+    """Adam, AdamW and NAdam ("auto-Adam"): rate = (sqrt(K2) + eps) / K1.
 
-    NAdam's look-ahead does not change a steady step.
-
-    Args:
-        inputs: L and the estimate of its square.
-        state: State of the rule.
-        settings: The optimizer's ``betas``, both in [0, 1), ``eps``, and ``amsgrad`` (false if absent), with which the
-            largest K2 counts as torch's largest average square does.
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
+    NAdam's look-ahead does not change a steady step. With ``amsgrad`` the largest K2 counts, as torch's largest average
+    square does.
     """
     state, square = _adam_averages(inputs, state, settings)
     square, average = square / state.square_weight, state.average / state.weight
     rate = (math.sqrt(square) + float(settings["eps"])) / average
-    return RuleResult(rate, state, (_average_term(average), _second_moment_term(square)))
+    return RuleResult(rate, state, (_K1(average), _K2(square)))
 
 
 def adam_authors(inputs: RuleInput, state: AdamState, settings: Settings) -> RuleResult:
-    """:func:`adam` without bias correction; arguments, result and errors are the same.
+    """:func:`adam` without bias correction.
 
     With one update per epoch and torch's betas, the root approaches its value over thousands of epochs.
     """
     state, square = _adam_averages(inputs, state, settings)
     rate = (math.sqrt(square) + float(settings["eps"])) / state.average
-    return RuleResult(rate, state, (_average_term(state.average), _second_moment_term(square)))
+    return RuleResult(rate, state, (_K1(state.average), _K2(square)))
 
 
-def _rmsprop_average(inputs: RuleInput, state: SecondMomentState, settings: Settings) -> SecondMomentState:
-    decay = decay_rate("alpha", settings["alpha"])
-    return SecondMomentState(*AverageState(*state).updated(decay, inputs.second_moment))
+def _rmsprop_average(inputs: RuleInput, state: AverageState, settings: Settings) -> AverageState:
+    return state.updated(decay_rate("alpha", settings["alpha"]), inputs.second_moment)
 
 
-def _rmsprop_momentum(settings: Settings) -> float:
-    return decay_rate("momentum", settings.get("momentum", 0.0))
+def _rmsprop_step(square: float, settings: Settings) -> float:
+    """(1 - momentum) (sqrt(K2) + eps)."""
+    momentum = decay_rate("momentum", settings.get("momentum", 0.0))
+    return (1 - momentum) * (math.sqrt(square) + float(settings["eps"]))
 
 
 def _adam_averages(inputs: RuleInput, state: AdamState, settings: Settings) -> tuple[AdamState, float]:
@@ -197,18 +137,6 @@ def _adam_averages(inputs: RuleInput, state: AdamState, settings: Settings) -> t
     return state, state.largest if settings.get("amsgrad", False) else state.square
 
 
-def _momentum_terms(momentum: float, average: float) -> tuple[Term, Term]:
-    return Term("b", momentum, "the optimizer's momentum"), _average_term(average)
-
-
-def _average_term(average: float) -> Term:
-    return Term("K1", average, "moving average of L")
-
-
-def _second_moment_term(square: float) -> Term:
-    return Term("K2", square, "moving average of the estimate of L^2")
-
-
 RULES = (
     RuleInfo(
         "adamo",
@@ -216,7 +144,7 @@ RULES = (
         "The paper's momentum with a moving average of L (AdaMo): rate = (1 - b) / ((1 - d) K1).",
         AverageState,
     ),
-    RuleInfo("rmsprop", rmsprop, "The paper's RMSprop: rate = (1 - momentum) (sqrt(K2) + eps) / L.", SecondMomentState),
+    RuleInfo("rmsprop", rmsprop, "The paper's RMSprop: rate = (1 - momentum) (sqrt(K2) + eps) / L.", AverageState),
     RuleInfo("adam", adam, "The paper's Adam (auto-Adam): rate = (sqrt(K2) + eps) / K1.", AdamState),
     RuleInfo(
         "adamo_authors",
@@ -229,7 +157,7 @@ RULES = (
         "rmsprop_authors",
         rmsprop_authors,
         "RMSprop as in the authors' scripts, without bias correction: rate = (1 - momentum) (sqrt(K2) + eps) / K_z.",
-        SecondMomentState,
+        AverageState,
         second_moment="scripts",
     ),
     RuleInfo(

@@ -13,6 +13,7 @@ grafted       min(scale, its mean) c / L                Adam-type optimizers wit
 schedule_free scale min(c / O, its mean)                Schedule-Free AdamW
 ============= ========================================= ============================================================
 
+All but ``inverse`` were chosen by validation (``docs/guide/evidence.md``) and are not in the papers;
 :mod:`lit_lipschitz.rules.papers` has those of ``bound="paper"``.
 
 Example:

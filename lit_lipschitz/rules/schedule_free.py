@@ -20,29 +20,18 @@ def schedule_free(inputs: RuleInput, state: MeanByGradNormState, settings: Setti
     :func:`lit_lipschitz.rules.adaptive.grafted` does, would decay once more. What may fall is c / O, with the root of
     the share of examples that are not learned: n is proportional to that share, O to its root.
 
-    Args:
-        inputs: L, m, the scale, O and n.
-        state: State of the rule.
-        settings: The optimizer's ``betas``.
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
-
     References:
-        A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it,
-        and was chosen by validation (``docs/guide/evidence.md``).
+        A. Defazio et al.: The Road Less Scheduled, arXiv 2405.15682, 2024, for the optimizer. The rate is not in it.
     """
-    constant, examples, observed_terms = observed_noise(inputs)
-    gain = schedule_free_gain(settings, examples)
-    ratio = gain / constant
+    constant, examples = observed_noise(inputs)
+    gain = schedule_free_gain(settings, examples.value)
+    ratio = gain / constant.value
     state = state.updated(ratio, bool(inputs.observed_constant))
     terms = (
         Term("scale", inputs.step_scale, "gradient norm over update norm at lr = 1, mean over the weights, floored"),
         Term("beta", first_beta(settings), "the optimizer's first; a gradient moves the weights by 1 - beta at once"),
-        *observed_terms,
+        constant,
+        examples,
         Term("c", gain, "gain in step length by n and beta"),
         Term("mean", state.limit, "limit of c / O: its mean over all updates"),
     )
@@ -50,14 +39,7 @@ def schedule_free(inputs: RuleInput, state: MeanByGradNormState, settings: Setti
 
 
 def schedule_free_gain(settings: Settings, examples: float) -> float:
-    """The c of :func:`schedule_free`: min((1 - beta) n, sqrt(1/2) / (1 - beta)).
-
-    Both the proportionality to n and the limit were found by validation.
-
-    Args:
-        settings: The optimizer's ``betas``.
-        examples: n, effective number of examples.
-    """
+    """The c of :func:`schedule_free`, found by validation: min((1 - beta) n, sqrt(1/2) / (1 - beta)), n examples."""
     share = 1 - first_beta(settings)
     return min(share * examples, math.sqrt(0.5) / share)
 

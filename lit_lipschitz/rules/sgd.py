@@ -22,8 +22,7 @@ def noise(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult
     batches differ by sqrt(E norm(g - g')^2) <= sqrt(2 / m) L, whatever part they share: the square is 2 / m times the
     trace of the covariance of one example's gradient. So the noise, unlike L, falls as the batch grows, and the rate
     may grow with sqrt(m), as it does with the paper's K / m. Momentum makes steps 1 / (1 - b) times longer in the long
-    run, which the rate compensates, as :func:`lit_lipschitz.rules.papers.adamo` does; dampening d makes them 1 - d
-    times as long.
+    run, dampening d 1 - d times; the rate compensates both, as :func:`lit_lipschitz.rules.papers.adamo` does.
 
     The limit is for large batches, where most of a gradient is the shared part and m says nothing: it is the plain 1/L
     without momentum, and with 0.9 it binds from m = 2,000 on. Correlated examples, such as the tokens of a text, count
@@ -32,31 +31,17 @@ def noise(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult
     The L of a squared error belongs to outputs and targets as large as those that were seen. Where its residuals were
     measured as well, O replaces L: it contains three times the residuals' root mean square. Both vanish as outputs,
     targets or residuals do and the curvature does not, so the rate is at most 1 / ((1 - d) curvature).
-
-    Args:
-        inputs: L, m, and for a squared error O and its curvature.
-        state: State of the rule.
-        settings: The optimizer's ``momentum`` b in [0, 1) and ``dampening`` d below 1 (0 if absent).
-
-    Returns:
-        The rate, the state and the terms.
-
-    Raises:
-        ValueError: A setting is out of range.
-
-    References:
-        Not in the papers; chosen by validation (``docs/guide/evidence.md``).
     """
     momentum, averaging = momentum_of(settings)
-    largest = averaging / (1 - momentum) ** 1.5
+    largest = averaging / (1 - momentum.value) ** 1.5
     rate = min(averaging * math.sqrt(inputs.batch_size / 2), largest) / (inputs.observed_constant or inputs.constant)
-    terms = [Term("b", momentum, "the optimizer's momentum")]
+    terms = [momentum]
     if inputs.observed_constant:
         instead = "three times the residuals' root mean square instead of outputs and targets"
         terms.append(Term("O", inputs.observed_constant, f"L with {instead}"))
     if inputs.curvature:
-        # (1 - momentum) / averaging is 1 - d.
-        limit = averaging / (1 - momentum) / inputs.curvature
+        # (1 - b) / averaging is 1 - d.
+        limit = averaging / (1 - momentum.value) / inputs.curvature
         terms.append(Term("limit", limit, "largest rate, by the inverse of the smooth constant"))
         rate = min(rate, limit)
     return RuleResult(rate, state, tuple(terms))

@@ -8,7 +8,6 @@ from lit_lipschitz.rules.base import RuleInput
 from lit_lipschitz.rules.papers import (
     AdamState,
     AverageState,
-    SecondMomentState,
     adam,
     adam_authors,
     adamo,
@@ -111,14 +110,14 @@ def test_rmsprop_divides_the_gradient_as_torch_does_and_the_constant_alike(corre
             same = RuleInput(99.0, inputs.second_moment, inputs.constant)
             return rmsprop_authors(same, state, settings)
 
-    reached = walk(lambda p: torch.optim.RMSprop(p, lr=1.0, alpha=alpha, eps=eps), rule, SecondMomentState())
+    reached = walk(lambda p: torch.optim.RMSprop(p, lr=1.0, alpha=alpha, eps=eps), rule, AverageState())
     torch.testing.assert_close(reached, weights, rtol=1e-9, atol=0)
 
 
 def test_rmsprop_with_momentum_has_the_steady_step_of_rmsprop():
     settings = {"alpha": 0.9, "eps": 1e-8}
-    plain = rmsprop(given(2.0), SecondMomentState(), settings)
-    heavy = rmsprop(given(2.0), SecondMomentState(), {**settings, "momentum": 0.9})
+    plain = rmsprop(given(2.0), AverageState(), settings)
+    heavy = rmsprop(given(2.0), AverageState(), {**settings, "momentum": 0.9})
     assert heavy.rate == pytest.approx(0.1 * plain.rate)
 
 
