@@ -16,7 +16,7 @@ def verdict(found: Sequence[Summary]) -> str:
     if reference is not None:
         lines += _hint_at_edge(reference, fixed)
     if found and max(one.n for one in found) == 1:
-        lines.append("With one seed there is no standard error, so the noise is unknown; pass --seeds 3.")
+        lines.append("With one seed there is no standard error, so the difference cannot be judged; pass --seeds 3.")
     return "\n".join(lines)
 
 
