@@ -1,5 +1,6 @@
 """Norms of the output layer's inputs and of the weights, in fp32 and on the device."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,17 +16,9 @@ POWER_ITERATIONS = 3
 
 
 def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
-    """Frobenius norm of a batch of activations, in fp32.
+    """Frobenius norm of activations of shape (rows, width) or (..., width), a scalar of dtype float32.
 
-    Args:
-        activations: Shape (rows, width), or (..., width); any floating type and layout.
-        bias: Whether every row carries an extra 1, the input of the head's bias.
-
-    Returns:
-        A scalar of dtype float32.
-
-    Raises:
-        ValueError: There are no rows.
+    With ``bias``, every row carries an extra 1, the input of the head's bias. Activations without rows are refused.
     """
     rows = _check_rows(activations)
     norm = _norm(activations, 2)
@@ -33,34 +26,26 @@ def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
 
 
 def sample(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest Euclidean norm of a row; arguments, result and errors as for :func:`frobenius`."""
+    """Largest Euclidean norm of a row; otherwise like :func:`frobenius`."""
     _check_rows(activations)
     parts = _reduced_in_parts(activations)
-    largest = [torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32).max() for part in parts]
-    norm = largest[0] if len(largest) == 1 else torch.stack(largest).max()
+    rows = (torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32) for part in parts)
+    norm = _combined([norms.max() for norms in rows], math.inf)
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
 def fourth_moment_norm(activations: Tensor) -> Tensor:
-    """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
+    """Frobenius norm of the matrix of squared activations; otherwise like :func:`frobenius`."""
     _check_rows(activations)
     norm = _norm(activations, 4)
     return norm * norm
 
 
 def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
-    """Largest singular value of a batch of activations, by power iteration from a start vector.
+    """Largest singular value of activations, by power iteration from a start vector; otherwise like :func:`frobenius`.
 
-    Args:
-        activations: As for :func:`frobenius`.
-        direction: Start vector, shape (width + bias,), float32, not 0.
-        bias: Whether every row carries an extra 1.
-
-    Returns:
-        The singular value (a scalar, from below, since the number of iterations is fixed) and the last unit vector.
-
-    Raises:
-        ValueError: There are no rows.
+    The value is a lower bound, since the number of iterations is fixed. The start vector, which is not 0, and the last
+    unit vector, which is returned too, have shape (width + bias,) and dtype float32.
     """
     _check_rows(activations)
     width = activations.shape[-1]
@@ -81,14 +66,17 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
             total = back if total is None else total.add_(back)
         assert total is not None
         direction = _unit_vector(total)
-    lengths = [torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts]
-    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(lengths)), direction
+    return _combined([torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts], 2), direction
 
 
 def _norm(activations: Tensor, order: float) -> Tensor:
     """Norm of all entries as one vector, in fp32."""
     parts = _reduced_in_parts(activations)
-    norms = [torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts]
+    return _combined([torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts], order)
+
+
+def _combined(norms: list[Tensor], order: float) -> Tensor:
+    """The norm of a vector, from the norms of its parts."""
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
 
@@ -139,17 +127,11 @@ Weights = Literal["decayed", "parameters", "all"]
 
 
 def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
-    """Largest Euclidean norm of a weight tensor, W in the L2 term.
+    """Largest Euclidean norm of a weight tensor, W in the L2 term; a scalar of dtype float32.
 
-    Args:
-        optimizer: The optimizer.
-        module: The network.
-        which: ``"decayed"``: parameters in groups with weight decay, or all parameters if no group has any;
-            ``"parameters"``: all parameters of the optimizer; ``"all"``: every floating-point tensor of the module,
-            including BatchNorm's moving statistics, as in the scripts of the paper's authors.
-
-    Returns:
-        A scalar of dtype float32, on the tensors' device.
+    ``"decayed"``: of parameters in groups with weight decay, or of all parameters if no group has any;
+    ``"parameters"``: of all parameters of the optimizer; ``"all"``: of every floating-point tensor of the module,
+    including BatchNorm's moving statistics, as in the scripts of the paper's authors.
     """
     groups = optimizer.param_groups
     if which == "decayed":
@@ -158,11 +140,30 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     if which == "all":
         tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
     # The norm of a sharded tensor is combined over all ranks.
-    sharded: list[Any] = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
-    norms: list[Tensor] = [torch.linalg.vector_norm(tensor).full_tensor() for tensor in sharded]
-    whole = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
-    if whole:
+    norms = [whole(torch.linalg.vector_norm(tensor)) for tensor in tensors if hasattr(tensor, "full_tensor")]
+    local = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
+    if local:
         # torch computes no norm in a narrower type than the tensor's.
-        double = any(tensor.dtype == torch.float64 for tensor in whole)
-        norms += torch._foreach_norm(whole, dtype=torch.float64 if double else torch.float32)
+        double = any(tensor.dtype == torch.float64 for tensor in local)
+        norms += torch._foreach_norm(local, dtype=torch.float64 if double else torch.float32)
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
+
+
+def norm(values: Tensor) -> Tensor:
+    """Euclidean norm of a real tensor, whole or sharded, in single precision, or double for double tensors."""
+    return whole(torch.linalg.vector_norm(wide(values)))
+
+
+def wide(values: Tensor) -> Tensor:
+    """A tensor in single precision, or double for double tensors."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def whole(values: Any) -> Tensor:
+    """A tensor that may be sharded, combined over all ranks."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
+
+
+def as_real(values: Any) -> Any:
+    """A complex tensor as one of its real and imaginary parts, which optimizers step by; anything else as it is."""
+    return torch.view_as_real(values) if isinstance(values, Tensor) and values.is_complex() else values
