@@ -48,8 +48,8 @@ class HeadHook:
 class HeadHooks:
     """Hooks on every module that can be the head, until the first step shows which one is.
 
-    The head is named, or ``"auto"``, and its weight among the parameters ``owned``, if given; without a candidate a
-    ConfigurationError is raised. ``statistic`` makes a candidate's, ``stored`` is the state of a run that is resumed.
+    The head has a name, or is ``"auto"``; its weight must be among the parameters ``owned``, if given. ``statistic``
+    makes the statistic of a candidate, and ``stored`` is the state of a run that is resumed.
     """
 
     def __init__(
@@ -63,14 +63,11 @@ class HeadHooks:
     ) -> None:
         self._root, self._automatic = root, head == "auto"
         clock = torch.zeros((), dtype=torch.int64, device=device)
-        self._candidates = [
-            HeadHook(name, module, statistic(module), clock)
-            for name, module in head_candidates(root, head, owned).items()
-        ]
-        self._stored: dict[str, Any] | None = None
+        candidates = head_candidates(root, head, owned).items()
+        self._candidates = [HeadHook(name, module, statistic(module), clock) for name, module in candidates]
+        self._stored = stored
         self._restored: HeadHook | None = None
-        if stored is not None:
-            self.load_state_dict(stored)
+        self.load_state_dict(stored)
 
     @property
     def named_weight(self) -> Tensor | None:
@@ -97,11 +94,7 @@ class HeadHooks:
         return any(same_weight(hook.weight, weight) for hook in self._candidates)
 
     def select(self, weight: Tensor | None, width: int | None = None) -> HeadHook:
-        """Selects the module that owns a weight, or else the last candidate that ran, and removes the other hooks.
-
-        Without a weight, the module has ``width`` outputs. Refuses a weight of no candidate, and the state of another
-        head.
-        """
+        """Selects the module that owns a weight, or else the last that ran, of a width; removes the other hooks."""
         ran = [hook for hook in self._candidates if int(hook.last_call) > 0]
         if weight is None and width is not None and self._automatic:
             ran = [hook for hook in ran if head_size(hook.head)[1] == width]
@@ -147,11 +140,11 @@ class HeadHooks:
         hook = self._candidates[0]
         return {"head": hook.name, "statistic": hook.statistic.state_dict()} if hook.selected else self._stored
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Loads a statistic, before it is known whether its module is the head again."""
         self._stored = state
         for hook in self._candidates:
-            if hook.name == state["head"]:
+            if state is not None and hook.name == state["head"]:
                 with suppress(ValueError):
                     hook.statistic.load_state_dict(state["statistic"])
                     self._restored = hook

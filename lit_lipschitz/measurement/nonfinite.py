@@ -12,10 +12,7 @@ WINDOW = 64
 
 
 class NonfiniteLosses:
-    """Records on the device which optimizer step was the first with a loss that was not finite.
-
-    The ranks agree by a MAX all-reduce of :meth:`pack`, one number a rank.
-    """
+    """Records on the device which optimizer step was the first with a loss that was not finite, on which ranks."""
 
     def __init__(self, rank: int, world_size: int, step: int, device: torch.device | None = None) -> None:
         self._rank, self._world_size = rank, world_size
@@ -54,7 +51,7 @@ class NonfiniteLosses:
         self._window.zero_()
 
     def pack(self) -> Tensor:
-        """Minus the steps before this rank's first non-finite loss, and -inf for other ranks; shape (world_size,)."""
+        """For a MAX all-reduce, minus the steps before this rank's first non-finite loss, beside -inf for others."""
         self._evaluate()
         packed = torch.full((self._world_size,), -math.inf, device=self._latest.device)
         packed[self._rank] = self._latest
@@ -67,10 +64,7 @@ class NonfiniteLosses:
 
     def first_nonfinite(self) -> tuple[int, list[int]] | None:
         """The first step with a non-finite loss and the ranks that had it; waits for the device. None without one."""
-        if self._restored is not None:
-            entries = self._restored.tolist()  # earlier than all steps since
-        else:
-            entries = (self.pack() if self._reduced is None else self._reduced).tolist()
+        entries = self._known().tolist()
         latest = max(entries)
         if latest == -math.inf:
             return None
@@ -78,12 +72,13 @@ class NonfiniteLosses:
 
     def state_dict(self) -> dict[str, Any]:
         """Non-finite losses of all known ranks that are not reported yet; plain values and a tensor."""
-        packed = self.pack()
+        return {"first_step": self.first_step, "ranks": self._known(), "reported": self.reported}
+
+    def _known(self) -> Tensor:
+        """The entries of :meth:`pack` of all ranks that this one knows of."""
         if self._restored is not None:
-            packed = self._restored
-        elif self._reduced is not None:
-            packed = torch.maximum(self._reduced, packed)
-        return {"first_step": self.first_step, "ranks": packed, "reported": self.reported}
+            return self._restored  # earlier than all steps since
+        return self.pack() if self._reduced is None else torch.maximum(self._reduced, self.pack())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`; ranks are those of the run that saved it."""

@@ -20,23 +20,20 @@ def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
 
     With ``bias``, every row carries an extra 1, the input of the head's bias. Activations without rows are refused.
     """
-    rows = _check_rows(activations)
     norm = _norm(activations, 2)
-    return torch.sqrt(norm * norm + rows) if bias else norm
+    return torch.sqrt(norm * norm + activations.numel() // activations.shape[-1]) if bias else norm
 
 
 def sample(activations: Tensor, bias: bool = False) -> Tensor:
     """Largest Euclidean norm of a row; otherwise like :func:`frobenius`."""
-    _check_rows(activations)
     parts = _reduced_in_parts(activations)
-    rows = (torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32) for part in parts)
-    norm = _combined([norms.max() for norms in rows], math.inf)
+    largest = [torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32).max() for part in parts]
+    norm = _combined(largest, math.inf)
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
 def fourth_moment_norm(activations: Tensor) -> Tensor:
     """Frobenius norm of the matrix of squared activations; otherwise like :func:`frobenius`."""
-    _check_rows(activations)
     norm = _norm(activations, 4)
     return norm * norm
 
@@ -47,7 +44,6 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
     The value is a lower bound, since the number of iterations is fixed. The start vector, which is not 0, and the last
     unit vector, which is returned too, have shape (width + bias,) and dtype float32.
     """
-    _check_rows(activations)
     width = activations.shape[-1]
     scattered = activations.ndim > 2 and not activations.is_contiguous()
     parts = _parts(activations, copied=scattered or activations.dtype != torch.float32)
@@ -55,18 +51,19 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
     def image_of(matrix: Tensor, vector: Tensor) -> Tensor:
         return torch.addmv(vector[width], matrix, vector[:width]) if bias else matrix @ vector
 
+    def product_of(part: Tensor, vector: Tensor) -> Tensor:
+        matrix = part.float().flatten(0, -2)  # converted to fp32 once for both products
+        image = image_of(matrix, vector)
+        product = matrix.T @ image
+        return torch.cat([product, image.sum().reshape(1)]) if bias else product
+
     for _ in range(POWER_ITERATIONS):
-        total: Tensor | None = None
-        for part in parts:  # converted to fp32 once for both products
-            matrix = _matrix(part)
-            image = image_of(matrix, direction)
-            back = matrix.T @ image
-            if bias:
-                back = torch.cat([back, image.sum().reshape(1)])
-            total = back if total is None else total.add_(back)
-        assert total is not None
+        total = product_of(parts[0], direction)
+        for part in parts[1:]:
+            total.add_(product_of(part, direction))
         direction = _unit_vector(total)
-    return _combined([torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts], 2), direction
+    norms = [torch.linalg.vector_norm(image_of(part.float().flatten(0, -2), direction)) for part in parts]
+    return _combined(norms, 2), direction
 
 
 def _norm(activations: Tensor, order: float) -> Tensor:
@@ -89,31 +86,19 @@ def _reduced_in_parts(activations: Tensor) -> Sequence[Tensor]:
 
 def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
     """The activations as one part, or in parts of some rows if they are copied."""
-    if not copied:
-        return (activations,)
+    if activations.ndim < 2 or not activations.numel():
+        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
     limit = PART if activations.device.type == "cpu" else PART_OF_DEVICE
-    if activations.numel() <= limit:
+    if not copied or activations.numel() <= limit:
         return (activations,)
     if activations.is_contiguous():
         activations = activations.flatten(0, -2)
     return torch.split(activations, max(1, limit * len(activations) // activations.numel()))
 
 
-def _matrix(part: Tensor) -> Tensor:
-    """A part in fp32, shape (rows, width)."""
-    return part.float().flatten(0, -2)
-
-
 def _single(activations: Tensor) -> Tensor:
     """Activations in a type that torch reduces in fp32, which float64 is not."""
     return activations.float() if activations.dtype == torch.float64 else activations
-
-
-def _check_rows(activations: Tensor) -> int:
-    """The number of rows."""
-    if activations.ndim < 2 or not activations.numel():
-        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
-    return activations.numel() // activations.shape[-1]
 
 
 def _unit_vector(vector: Tensor) -> Tensor:

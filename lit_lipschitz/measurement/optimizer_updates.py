@@ -56,9 +56,8 @@ class OptimizerInfo:
 
     def rule_name(self, bound: str, settings: Mapping[str, Any]) -> str | None:
         """The name of its rule for a family of constants and the settings of a parameter group, or None."""
-        if settings.get("momentum", 0) and bound in self.momentum_rules:
-            return self.momentum_rules[bound]
-        return self.rules.get(bound)
+        rules = {**self.rules, **self.momentum_rules} if settings.get("momentum", 0) else self.rules
+        return rules.get(bound)
 
     def couples_weight_decay(self, group: Mapping[str, Any]) -> bool:
         """Whether the weight decay of a parameter group is added to the gradient, as an L2 term of the loss is."""
@@ -163,10 +162,8 @@ def register_optimizer(info: OptimizerInfo) -> None:
 def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
     """What is known of an optimizer, by its class and not by the name of the class.
 
-    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one.
-
-    Returns:
-        What is registered; for other classes a record without rules and update.
+    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one. Of other
+    classes, neither rules nor an update are known.
     """
     kind = type(optimizer)
     known = {cls: info for info in OPTIMIZERS if (cls := info.resolve()) is not None}
@@ -195,7 +192,7 @@ def update_norms(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios:
     squares: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios):
         squares += [step.ratio**2 * _square(step.grad), step.ratio**2 * _square(step.update)]
-    return _summed(squares).sqrt()
+    return _pairs(squares).sum(dim=0).sqrt()
 
 
 @torch.no_grad()
@@ -206,16 +203,13 @@ def mean_grad_to_update_ratio(
     invariance: ScaleInvariance | None = None,
     is_weight: Callable[[Tensor], bool] = is_matrix,
 ) -> Tensor:
-    r"""Mean over the weights of gradient norm over update norm at lr = 1; arguments as for :func:`update_norms`.
+    r"""Mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1, and 1; shape (2,).
 
-    A large weight counts no more than a small one, and a group's learning rate makes no difference, unless it is 0.
-    Other parameters, such as biases, are left out of the mean. The gradients of scale-invariant weights, which are the
-    shorter the longer the weights are, count as if the weights had the norm that they usually start with.
-
-    Returns:
-        The mean of :math:`\|g\| / \|u\|` over the weights that have a gradient and are about to move, with Euclidean
-        norms, and 1. Without such weights, as in an optimizer of biases or of a flat part of a sharded network, the two
-        norms over all parameters. Not finite where one of the gradients is not. Shape (2,), float32.
+    Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and a
+    large one counts no more than a small one. The gradients of scale-invariant weights, which are the shorter the
+    longer the weights are, count as if the weights had the norm that they usually start with. Without weights, as in an
+    optimizer of biases or of a flat part of a sharded network, these are the two norms over all parameters. Not finite
+    where one of the gradients is not. Otherwise like :func:`update_norms`.
     """
     weights: list[Tensor] = []
     squares: list[Tensor] = []
@@ -227,10 +221,8 @@ def mean_grad_to_update_ratio(
         squares += pair
         if is_weight(step.parameter):
             weights += pair
-    together = _summed(squares).sqrt()
-    if not weights:
-        return together
-    grad_norms, norms = torch.stack([square.to(together.device) for square in weights]).sqrt().reshape(-1, 2).T
+    together = _pairs(squares).sum(dim=0).sqrt()
+    grad_norms, norms = _pairs(weights, together.device).sqrt().T
     counted = (grad_norms > 0) & (norms > 0)
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
@@ -245,7 +237,7 @@ class _Step:
     index: int  # among all parameters of the optimizer
     ratio: float  # of its group's learning rate to the first one's
     raw_grad: Tensor  # as the backward has left it
-    grad: Tensor  # as the optimizer takes it
+    grad: Tensor  # as the optimizer takes it, with weight decay
     update: Tensor
 
 
@@ -260,22 +252,24 @@ def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[fl
     for index, (group, ratio, parameter) in enumerate(places):
         if parameter.grad is None:
             continue
-        state = {name: as_real(value) for name, value in optimizer.state.get(parameter, {}).items()}
-        state.update(counters.get(parameter, {}))
+        state = {
+            name: counters.get((parameter, name), as_real(value))
+            for name, value in optimizer.state.get(parameter, {}).items()
+        }
         grad = as_real(parameter.grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
         if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
             grad = grad + group["weight_decay"] * as_real(parameter.detach())
         yield _Step(parameter, index, ratio, parameter.grad, grad, info.update(grad, state, group))
 
 
-def _summed(squares: Sequence[Tensor]) -> Tensor:
-    """The sums of every other value, which may be on several devices; shape (2,)."""
+def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Values that may be on several devices, in rows of two."""
     if not squares:
-        return torch.zeros(2)
-    return torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2).sum(dim=0)
+        return torch.zeros(0, 2, device=device)
+    return torch.stack([square.to(device or squares[0].device) for square in squares]).reshape(-1, 2)
 
 
-def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
+def _counters(optimizer: Optimizer) -> dict[tuple[Tensor, str], float]:
     """The counters in each parameter's state, which fused optimizers keep on the device, read in one transfer."""
     found = {
         (parameter, name): value.reshape(()).float()
@@ -283,13 +277,10 @@ def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
         for name, value in state.items()
         if isinstance(value, Tensor) and value.numel() == 1 and name in ("step", "mu_product")
     }
-    counters: dict[Tensor, dict[str, float]] = {}
-    if found:
-        device = next(iter(found.values())).device
-        read = torch.stack([value.to(device) for value in found.values()]).tolist()
-        for (parameter, name), number in zip(found, read, strict=True):
-            counters.setdefault(parameter, {})[name] = number
-    return counters
+    if not found:
+        return {}
+    device = next(iter(found.values())).device
+    return dict(zip(found, torch.stack([value.to(device) for value in found.values()]).tolist(), strict=True))
 
 
 def _step(state: Mapping[str, Any]) -> float:

@@ -44,10 +44,9 @@ class LogitGradientNorms:
             edge.node.register_prehook(_norm_hook(norms, edge, to_rows))
 
     def pack(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """This rank's contribution to a MAX all-reduce, over the batches since the last call, which are forgotten.
+        """For a MAX all-reduce, the mean squared and the mean norm of the batches since the last call, a rank a column.
 
-        The mean squared norm and the mean norm of the examples' gradients, in this rank's column; -1 in the other
-        columns, and if no backward was captured. Shape (2, world_size), float32.
+        Other ranks' columns are -1, and all if no backward was captured; shape (2, world_size).
         """
         batches = self._batches[self._num_before :] or self._batches
         self._batches, self._num_before = [], 0

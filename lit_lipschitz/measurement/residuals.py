@@ -44,10 +44,7 @@ class Residuals:
 
 
 class RunningResiduals:
-    """Accumulates the sums of :class:`Residuals` on the device, without a host synchronisation.
-
-    A width of 0 ignores all batches, for losses that are not a squared error.
-    """
+    """Accumulates the sums of :class:`Residuals` on the device; a width of 0 ignores all batches, for other losses."""
 
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
         self.values = torch.zeros(6, dtype=torch.float32, device=device)  # the fields of Residuals
@@ -96,10 +93,7 @@ class RunningResiduals:
         self.mean.zero_()
 
     def pack(self, rank: int, world_size: int) -> Tensor:
-        """This rank's contribution to a MAX all-reduce; shape (6 * world_size + width,), (0,) if batches are ignored.
-
-        This rank's sums beside zeros for the other ranks, then the mean of rank 0 (-inf on other ranks).
-        """
+        """For a MAX all-reduce, the sums beside zeros for other ranks, then the mean of rank 0 (-inf elsewhere)."""
         if not self.width:
             return self.mean
         slots = self.values.new_zeros(world_size, len(self.values))
@@ -108,13 +102,10 @@ class RunningResiduals:
         return torch.cat([slots.flatten(), mean])
 
     def unpack(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same sums, the mean over the ranks, so that any rank's checkpoint has them.
-
-        Returns the fields of :class:`Residuals`, summed over the ranks. The distance between the ranks' means is
-        ignored: all ranks draw their examples from the same distribution.
-        """
+        """The sums over the ranks; gives all ranks their mean, so that any rank's checkpoint has them."""
         if not self.width:
             return self.values
+        # The distance between the ranks' means is ignored: all draw their examples from the same distribution.
         slots = reduced[: -self.width].reshape(-1, len(self.values))
         self.mean.copy_(reduced[-self.width :])
         self.values.copy_(slots.mean(dim=0))

@@ -74,14 +74,10 @@ class RunningMaximum:
         calls: int = 1,
         weight: float | Tensor = 1.0,
     ) -> None:
-        """Ends a batch; has no effect without a call.
+        """Ends a batch with the number of examples in the loss, or of rows; has no effect without a call.
 
-        Args:
-            count: Examples that the loss averages over; None for the number of rows.
-            outputs: The layer's outputs and the targets, each of shape (rows, outputs), for losses whose constant
-                depends on their norms.
-            calls: Calls of the layer whose outputs enter the loss together.
-            weight: Factor of the batch's norm.
+        Outputs and targets, each of shape (rows, outputs), are for losses whose constant depends on their norms;
+        ``calls`` is how many calls' outputs enter the loss together, and ``weight`` a factor of the batch's norm.
         """
         whole_batch = self.norm in ("frobenius", "spectral")
         if calls > 1 and whole_batch:
@@ -130,10 +126,7 @@ class RunningMaximum:
         self._batch.zero_()
 
     def pack(self, scale: float, rank: int) -> Tensor:
-        """This rank's contribution to a MAX all-reduce, with a factor of the norm; shape (5 + len(direction),).
-
-        The values, then the power iteration's vector of rank 0 (-inf on other ranks).
-        """
+        """The values for a MAX all-reduce, with a factor of the norm, then the direction of rank 0 (-inf elsewhere)."""
         values = self.values.clone()
         values[0] *= scale
         values[3] *= scale**2
@@ -141,12 +134,9 @@ class RunningMaximum:
         return torch.cat([values, direction])
 
     def unpack(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same values and vector; the number of dropped calls stays each rank's own.
-
-        Returns the reduced values, with the dropped calls of the rank that has most; shape (5,).
-        """
+        """Gives all ranks the same values and direction, and returns the values, with the most dropped calls."""
         values = reduced[: len(self.values)]
-        for i in (0, 1, 3, 4):
+        for i in (0, 1, 3, 4):  # the number of dropped calls stays each rank's own
             self.values[i].copy_(values[i])
         self.direction.copy_(reduced[len(self.values) :])
         return values

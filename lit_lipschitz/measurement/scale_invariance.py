@@ -49,10 +49,9 @@ class ScaleInvariance:
     def norm_growth(self, weight: Tensor, grad: Tensor, index: int) -> Tensor | float:
         """Adds a measurement of the gradient, times any number, of the parameter of an index in its optimizer.
 
-        Returns:
-            For a scale-invariant weight its norm over that at a usual initialisation, or over that in the first
-            measurement, where the former is not known or the cosine is above a tenth of the limit (in a first
-            measurement a hundredth), as may happen by chance. 1 for others. A scalar, on the gradient's device.
+        The result is 1, or for a scale-invariant weight its norm over that at a usual initialisation, or over that in
+        the first measurement, if the former is not known or the cosine is above a tenth of the limit (in a first
+        measurement a hundredth), as may happen by chance.
         """
         if weight.dim() < 2:
             return 1.0
@@ -95,10 +94,7 @@ def he_init_norms(module: nn.Module) -> dict[Tensor, float]:
     """Euclidean norm of the weights of linear maps and convolutions at He initialisation.
 
     An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
-    number of inputs.
-
-    References:
-        K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
+    number of inputs. From K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, 2.2.
     """
     norms: dict[Tensor, float] = {}
     for part in module.modules():

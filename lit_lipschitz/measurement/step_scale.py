@@ -26,10 +26,8 @@ class StepScale:
     """
 
     value: float = 0.0  # gradient norm over update norm
-    logit_grad_norm: float = (
-        0.0  # root mean square over the examples of the norm of their loss's gradient in the logits
-    )
-    mean_logit_grad_norm: float = 0.0  # mean of the same norms
+    logit_grad_norm: float = 0.0  # root mean square over the examples of the gradient norm in the logits
+    mean_logit_grad_norm: float = 0.0  # mean over the examples
 
     def update(self, ratio: float, logit_grad_norm: float = 0.0, mean_logit_grad_norm: float = 0.0) -> "StepScale":
         """The estimate after a measurement; numbers that are not positive and finite are left out."""
@@ -84,15 +82,10 @@ class StepScaleEstimator:
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
         self._optimizer = optimizer
         self._is_weight = None if kind == "total" else weight_filter(module)
-        self._invariance = ScaleInvariance(he_init_norms(module)) if needs_logit_grads else None
+        self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
         self._steps = 0  # of the run
         self._repeat = False
-
-    @property
-    def num_scale_invariant(self) -> int:
-        """Number of weights detected as scale-invariant; this waits for the device."""
-        return self._invariance.num_scale_invariant if self._invariance is not None else 0
 
     @property
     def due(self) -> bool:
@@ -109,13 +102,10 @@ class StepScaleEstimator:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def begin_step(self) -> bool:
-        """Counts a step that is about to be made; whether to measure it.
-
-        Discards the estimate if other parameters train now than before.
-        """
+        """Counts a step that is about to be made, and returns whether to measure it."""
         due, self._repeat = self.due, False
         self._steps += 1
-        # Now, since for other optimizers' losses parameters may be frozen for a while.
+        # An estimate of other parameters is discarded now: for other optimizers' losses some may be frozen for a while.
         num_trained = sum(parameter.requires_grad for parameter in self._parameters)
         self.restarted = num_trained != self._num_trained
         if self.restarted:
@@ -131,7 +121,8 @@ class StepScaleEstimator:
         if self._is_weight is None:
             packed = update_norms(self._optimizer, grad_scale, ratios)
         else:
-            packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, self._invariance, self._is_weight)
+            invariance = self.invariance if self.needs_logit_grads else None
+            packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, invariance, self._is_weight)
         if self.needs_logit_grads:
             packed = torch.cat([packed, self.logit_grads.pack(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
@@ -150,12 +141,11 @@ class StepScaleEstimator:
             "num_trained": self._num_trained,
             "steps": self._steps,
             "repeat": self._repeat,
-            "scale_invariance": self._invariance.state_dict(self._parameters) if self._invariance is not None else [],
+            "scale_invariance": self.invariance.state_dict(self._parameters) if self.needs_logit_grads else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state of :meth:`state_dict`."""
         self.scale = type(self.scale)(**state["scale"])
         self._num_trained, self._steps, self._repeat = state["num_trained"], state["steps"], state["repeat"]
-        if self._invariance is not None:
-            self._invariance.load_state_dict(state["scale_invariance"])
+        self.invariance.load_state_dict(state["scale_invariance"])
