@@ -13,6 +13,7 @@ from lit_lipschitz.recognition.autograd_nodes import (
     leaf_of,
     names_below,
     nodes_below,
+    signed,
     take_factors,
 )
 
@@ -21,35 +22,29 @@ _MASKS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBack
 # Derivatives of at most 1 that vary: no gradient is larger behind them, but a curvature may be.
 _ACTIVATIONS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
 _PERMUTATIONS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
-# Position of the weight among the inputs of each.
-AFFINE = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
+# Position of the weight among the inputs of each, and where the node saves the weight and the layer's input.
+AFFINE = {
+    "AddmmBackward0": (2, "_saved_mat2", "_saved_mat1"),
+    "MmBackward0": (1, "_saved_mat2", "_saved_self"),
+    "LinearBackward0": (1, "_saved_weight", "_saved_input"),
+    "ConvolutionBackward0": (1, "_saved_weight", "_saved_input"),
+}
 _POOLS = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0")
 _ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True)
 class AffineSource:
-    """The affine layer that produced the outputs.
+    """The affine layer that produced the outputs."""
 
-    Attributes:
-        weight: Its weight, or a view of it if it is frozen; None if the graph does not show it.
-        unrecognised: Names of the nodes between the outputs and any affine layer, if they are not understood.
-        pooled: Whether its outputs are averaged over positions, or upsampled.
-        calls: Calls of the layer whose outputs are concatenated.
-        num_outputs: How many of its outputs are used; None if the graph does not tell.
-        behind_activation: Names of the nodes between, if one is an activation with derivatives of at most 1.
-        node: The node of the call, if there is only one.
-        concatenated: Whether outputs are concatenated, of one call or several.
-    """
-
-    weight: Tensor | None = None
-    unrecognised: tuple[str, ...] = ()
-    pooled: bool = False
-    calls: int = 1
-    num_outputs: int | None = None
-    behind_activation: tuple[str, ...] = ()
-    node: Any = None
-    concatenated: bool = False
+    weight: Tensor | None = None  # a view of it if it is frozen; None if the graph does not show it
+    unrecognised: tuple[str, ...] = ()  # names of the nodes between the outputs and the layer, if not understood
+    pooled: bool = False  # whether its outputs are averaged over positions, or upsampled
+    calls: int = 1  # of the layer whose outputs are concatenated
+    num_outputs: int | None = None  # that are used; None if the graph does not tell
+    behind_activation: tuple[str, ...] = ()  # names of the nodes between, if one is an activation of _ACTIVATIONS
+    node: Any = None  # of the call, if there is only one
+    concatenated: bool = False  # whether outputs are concatenated, of one call or several
 
 
 @dataclass(frozen=True)
@@ -81,15 +76,10 @@ def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
-    """Traces outputs back to the affine layer that produced them.
+    """Traces the outputs that a node made back to the affine layer, or to nodes that are not understood.
 
-    Args:
-        node: The node that made the outputs.
-        through_activations: Whether activations with derivatives of at most 1 may stand between, which make no gradient
-            larger. Not with the cross-entropy, whose log-softmax they would be an input of.
-
-    Returns:
-        The layer, or the names of the nodes that are not understood.
+    Activations with derivatives of at most 1 may stand between, which make no gradient larger, but not with the
+    cross-entropy, whose log-softmax they would be an input of.
     """
     names, path = tuple(names_below(node)), _Path()
     while (below := _step(node, path, through_activations)) is not None:
@@ -136,7 +126,7 @@ def _called(node: Any, names: tuple[str, ...]) -> AffineSource:
     if weight is not None:
         num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
         return AffineSource(weight, num_outputs=num_outputs, node=node)
-    computed = node.next_functions[AFFINE[name]][0]
+    computed = node.next_functions[AFFINE[name][0]][0]
     # A weight computed from other parameters, as by weight_norm, whose gradients differ.
     return AffineSource() if computed is None else AffineSource(unrecognised=(*names, "weight", *names_below(computed)))
 
@@ -184,8 +174,8 @@ def _slice(node: Any) -> _Slice | None:
     if name == "GatherBackward0" and index[dim] != 1:
         return None  # may take one output several times
     if name == "SliceBackward0":
-        start, end = (end - 2**64 if end >= 2**63 else end for end in (node._saved_start, node._saved_end))
-        left = len(range(*slice(start, end, node._saved_step).indices(size)))
+        ends = slice(signed(node._saved_start), signed(node._saved_end), node._saved_step)
+        left = len(range(*ends.indices(size)))
     elif name == "SplitBackward0":
         left = min(size, node._saved_split_size)
     elif name == "SplitWithSizesBackward0":
@@ -238,8 +228,7 @@ def logit_scale_of(node: Any) -> Factors:
 
 def inputs_of(node: Any) -> Tensor | None:
     """The input of an affine layer, as its node saves it for the weight's gradient."""
-    names = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
-    inputs = None if node is None else getattr(node, names.get(node.name(), "_saved_input"), None)
+    inputs = None if node is None else getattr(node, AFFINE[node.name()][2], None)
     return None if inputs is None else inputs.detach()
 
 
@@ -248,9 +237,8 @@ def weight_of(node: Any) -> Tensor | None:
     for leaf in map(leaf_of, nodes_below(node)):
         if isinstance(leaf, nn.Parameter) and leaf.ndim > 1:
             return leaf
-    if node.next_functions[AFFINE[node.name()]][0] is not None:
-        return None
-    return getattr(node, "_saved_mat2", None) if "mm" in node.name() or "Mm" in node.name() else node._saved_weight
+    position, saved, _ = AFFINE[node.name()]
+    return getattr(node, saved, None) if node.next_functions[position][0] is None else None
 
 
 def bmm_parameter(node: Any) -> Tensor | None:

@@ -47,90 +47,52 @@ class LossTerm(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundLoss:
-    """A loss that was recognised in the graph.
-
-    Attributes:
-        loss: The loss.
-        scale: Factor of its mean or sum.
-        head_weight: Weight of the affine layer that made the logits, or a view of it if it is frozen; None if the graph
-            does not show it, as in a compiled network.
-        unrecognised: Names of the nodes between the loss and any affine layer, if they are not understood.
-        behind_activation: The same if an activation with derivatives of at most 1 stands between, which some losses
-            allow.
-        rows: Examples, tokens or pixels in the loss, including ignored ones.
-        head_rows: Rows of the affine layer's outputs in the loss; more than ``rows`` if its classes are positions.
-        num_outputs: Outputs of the layer that enter the loss, or classes; None if unknown.
-        rows_per_target: Rows of the layer's outputs among which one target of a cross-entropy is chosen.
-        pooled: Whether the layer's outputs are averaged over positions, or upsampled, before the loss.
-        calls: Calls of the layer whose outputs are concatenated.
-        concatenated: Whether outputs are concatenated, of one call or several.
-        inputs: Input of the layer, if it was called once and the graph saves it.
-    """
+    """A loss that was recognised in the graph, and the affine layer that made its logits."""
 
     loss: Loss
-    scale: float
-    head_weight: Tensor | None
-    unrecognised: tuple[str, ...]
-    behind_activation: tuple[str, ...]
-    rows: int
-    head_rows: int
-    num_outputs: int | None
-    rows_per_target: int
-    pooled: bool
-    calls: int
-    concatenated: bool
-    inputs: Tensor | None
+    scale: float  # factor of its mean or sum
+    head_weight: Tensor | None  # a view of it if it is frozen; None if the graph hides it, as in a compiled network
+    unrecognised: tuple[str, ...]  # names of the nodes between the loss and the layer, if they are not understood
+    behind_activation: tuple[str, ...]  # the same, if an activation with derivatives of at most 1 stands between
+    rows: int  # examples, tokens or pixels, including ignored ones
+    head_rows: int  # of the layer's outputs in the loss; more than `rows` if its classes are positions
+    num_outputs: int | None  # of the layer that enter the loss, or classes; None if unknown
+    rows_per_target: int  # of the layer's outputs, among which one target of a cross-entropy is chosen
+    pooled: bool  # whether the layer's outputs are averaged over positions, or upsampled, before the loss
+    calls: int  # of the layer whose outputs are concatenated
+    concatenated: bool  # whether outputs are concatenated, of one call or several
+    inputs: Tensor | None  # of the layer, if it was called once and the graph saves them
 
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """A loss in one batch; tensors stay on their device.
+    """A loss in one batch; tensors stay on their device."""
 
-    Attributes:
-        count: Examples, tokens or pixels that are reduced.
-        elements: The same times the outputs, if the mean is over these too.
-        scale: Factor of the mean or the sum.
-        rows: Examples, tokens or pixels, including ignored ones.
-        outputs: Outputs and targets of losses whose constant depends on their norms; else empty.
-        calls: Calls of the affine layer whose outputs are concatenated.
-        logit_scale: Factor of the layer's outputs, such as a temperature.
-        terms: Losses of the same logits that are added up.
-    """
-
-    count: int | Tensor
-    elements: int | Tensor
-    scale: float | Tensor
-    rows: int
-    outputs: tuple[Tensor, ...] = ()
-    calls: int = 1
-    logit_scale: float | Tensor = 1.0
-    terms: int = 1
+    count: int | Tensor  # examples, tokens or pixels that are reduced
+    elements: int | Tensor  # the same times the outputs, if the mean is over these too
+    scale: float | Tensor  # factor of the mean or the sum
+    rows: int  # examples, tokens or pixels, including ignored ones
+    outputs: tuple[Tensor, ...] = ()  # and targets, of losses whose constant depends on their norms
+    calls: int = 1  # of the affine layer whose outputs are concatenated
+    logit_scale: float | Tensor = 1.0  # factor of the layer's outputs, such as a temperature
+    terms: int = 1  # losses of the same logits that are added up
 
 
 @dataclass(frozen=True)
 class LogitEdge:
-    """Where the gradient with respect to the logits enters the graph below the loss.
+    """Where the gradient with respect to the logits enters the graph below the loss."""
 
-    Attributes:
-        node: The node that made the logits.
-        index: Which of its results they are.
-        dim: Dimension of the classes in the logits of a cross-entropy, counted from 0; None for other losses.
-        head_weight: Weight of the affine layer behind them; None if the graph does not show it.
-    """
-
-    node: Any
-    index: int
-    dim: int | None
-    head_weight: Tensor | None
+    node: Any  # the node that made the logits
+    index: int  # which of its results they are
+    dim: int | None  # of the classes of a cross-entropy, counted from 0; None for other losses
+    head_weight: Tensor | None  # of the affine layer behind them; None if the graph does not show it
 
 
 class LossGraph:
     """The autograd graph of a loss, walked once for all questions about one backward.
 
-    Args:
-        loss: The loss, a scalar: a recognised one, multiplied or divided by scalars; or a sum of several of one kind
-            with the same logits, as in mixup.
-        name: The loss's name if the user named it; only terms of that name in a sum are considered then.
+    The loss is a recognised one, multiplied or divided by scalars, or a sum of several of one kind with the same
+    logits, as in mixup. If the user named it, only terms of that name in a sum are considered.
     """
 
     def __init__(self, loss: Tensor, name: str | None = None) -> None:
@@ -144,14 +106,8 @@ class LossGraph:
     def found(self, head: Tensor | None = None) -> FoundLoss | None:
         """The loss, with the sum of the factors if several terms have the same logits.
 
-        Args:
-            head: Weight of the head that a named loss must belong to; None for any.
-
-        Returns:
-            The loss; None if the user named one and there is no such term.
-
-        Raises:
-            ConfigurationError: There is no graph, the loss is not recognised, or terms have different heads.
+        A named loss is that of a head's weight, if given, and None if there is no such term. Any other loss that is not
+        recognised is refused.
         """
         if self._name is not None:
             return self._found_named(head)
@@ -179,17 +135,10 @@ class LossGraph:
         return replace(first, scale=sum(abs(term.scale) for term in terms))
 
     def batch(self, name: str, num_outputs: int, head: Tensor | None = None, trace: bool = True) -> BatchLoss | None:
-        """The loss in this batch, without a host synchronisation.
+        """The recognised loss in this batch, without a host synchronisation; None if the graph shows another one.
 
-        Args:
-            name: The recognised loss.
-            num_outputs: Outputs of the head.
-            head: As for :meth:`found`.
-            trace: Whether to count the calls of the affine layer and to find the factor of its outputs, which takes as
-                long as everything else.
-
-        Returns:
-            The loss; None if the graph shows another one.
+        ``trace``: whether to count the calls of the affine layer and to find the factor of its outputs, which takes as
+        long as everything else.
         """
         terms = [term for term in self._terms if term.match.name == name]
         terms = self._of_head(terms, head) if len(terms) > 1 else terms

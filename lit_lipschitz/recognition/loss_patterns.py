@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
 from lit_lipschitz.bounds.loss_spec import LOSSES, find_spec
-from lit_lipschitz.recognition.autograd_nodes import VIEWS, dim_of, nodes_below, only_below
+from lit_lipschitz.recognition.autograd_nodes import below_views, dim_of, nodes_below, only_below, signed
 
 _REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}  # torch's numbers
 MANUAL_REDUCTIONS: dict[str, Reduction] = {
@@ -22,29 +22,16 @@ _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "Unsque
 
 @dataclass(frozen=True)
 class LossMatch:
-    """A recognised loss in the graph.
+    """A recognised loss in the graph."""
 
-    Attributes:
-        name: Its name in :data:`lit_lipschitz.bounds.LOSSES`.
-        node: The node whose saved tensors hold the loss's arguments; the product with the log-probabilities, if the
-            targets are probabilities.
-        below: The node that made the logits.
-        reduction: Reduction over the examples.
-        unreduced: Whether the loss was computed with ``reduction="none"`` and reduced afterwards, with ignored targets
-            as zeros.
-        label_smoothing: Label smoothing.
-        log_softmax: The log-softmax node of a cross-entropy.
-        divisor: Divisor of a sum that is made in several steps of which some are means.
-    """
-
-    name: str
-    node: Any
-    below: Any
+    name: str  # in LOSSES
+    node: Any  # whose saved tensors hold the arguments; of probabilities as targets, the product with the logarithms
+    below: Any  # the node that made the logits
     reduction: Reduction
-    unreduced: bool = False
+    unreduced: bool = False  # whether it was computed with reduction="none" and reduced later, ignored targets as zeros
     label_smoothing: float = 0.0
-    log_softmax: Any = None
-    divisor: int = 1
+    log_softmax: Any = None  # the node, of a cross-entropy
+    divisor: int = 1  # of a sum that is made in several steps of which some are means
 
     @property
     def probabilities(self) -> Tensor | None:
@@ -110,16 +97,15 @@ def _match_manual_reduction(node: Any) -> LossMatch | None:
         difference = only_below(below)
         outputs = only_below(difference) if difference is not None and difference.name() == "SubBackward0" else None
         return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, divisor=divisor)
-    if getattr(below, "_saved_reduction", None) != 0:
-        return None
-    match = _match_function(below, reduction, unreduced=True)
+    unreduced = getattr(below, "_saved_reduction", None) == 0
+    match = _match_function(below, reduction, unreduced=True) if unreduced else None
     return None if match is None else replace(match, divisor=divisor)
 
 
 def _num_reduced(node: Any) -> int:
     """How many numbers each result of a mean is the mean of."""
     sizes, dims = node._saved_self_sym_sizes, getattr(node, "_saved_dim", None)
-    return math.prod(sizes[dim if dim < 2**63 else dim - 2**64] for dim in dims) if dims else math.prod(sizes)
+    return math.prod(sizes[signed(dim)] for dim in dims) if dims else math.prod(sizes)
 
 
 def _match_function(
@@ -127,19 +113,17 @@ def _match_function(
 ) -> LossMatch | None:
     """A loss that torch computes in one node, possibly of a log-softmax or a sigmoid."""
     below = only_below(node)
+    if below is None:
+        return None
     if node.name().startswith("NllLoss"):
         # Clamped log-probabilities have the gradient of the cross-entropy, or none: the constants hold.
-        while below is not None and below.name() in (*VIEWS, "ClampBackward0", "ClampBackward1"):
-            below = nodes_below(below)[0]
-        if below is None or below.name() != "LogSoftmaxBackward0":
+        below = below_views(below, "ClampBackward0", "ClampBackward1")
+        if below.name() != "LogSoftmaxBackward0":
             return None
         logits = nodes_below(below)[0]
         return LossMatch("cross_entropy", node, logits, reduction, unreduced, label_smoothing, below)
-    if below is None:
-        return None
     if node.name() == "BinaryCrossEntropyBackward0":
-        while below.name() in VIEWS:
-            below = nodes_below(below)[0]
+        below = below_views(below)
         if below.name() != "SigmoidBackward0":
             return None
         return LossMatch("binary_cross_entropy", node, nodes_below(below)[0], reduction, unreduced)
