@@ -23,7 +23,7 @@ _MASKS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBack
 _ACTIVATIONS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
 _PERMUTATIONS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
 # Position of the weight among the inputs of each, and where the node saves the weight and the layer's input.
-AFFINE = {
+_AFFINE = {
     "AddmmBackward0": (2, "_saved_mat2", "_saved_mat1"),
     "MmBackward0": (1, "_saved_mat2", "_saved_self"),
     "LinearBackward0": (1, "_saved_weight", "_saved_input"),
@@ -45,6 +45,12 @@ class AffineSource:
     behind_activation: tuple[str, ...] = ()  # names of the nodes between, if one is an activation of _ACTIVATIONS
     node: Any = None  # of the call, if there is only one
     concatenated: bool = False  # whether outputs are concatenated, of one call or several
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The input of the layer, as its node saves it for the weight's gradient."""
+        inputs = None if self.node is None else getattr(self.node, _AFFINE[self.node.name()][2], None)
+        return None if inputs is None else inputs.detach()
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,15 @@ def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
     source = _concatenated(node, names, through_activations) or _called(node, names)
     if source.unrecognised:
         return source
-    num_outputs = _outputs_left(node, source, path)
-    if num_outputs is None and any(part.selects_one and part.size > 1 for part in path.slices):
-        return AffineSource(unrecognised=names)
+    num_outputs, channels_last = source.num_outputs, node.name() != "ConvolutionBackward0"
+    for part in reversed(path.slices):
+        of_outputs = path.permuted or part.dim == (part.ndim - 1 if channels_last else 1)
+        if num_outputs is not None and of_outputs and part.size == num_outputs:
+            num_outputs = part.size_left
+        elif part.selects_one and part.size > 1:  # one position
+            return AffineSource(unrecognised=names)
     behind_activation = names if path.behind_activation or source.behind_activation else ()
-    pooled = path.pooled or source.pooled
-    return replace(source, pooled=pooled, num_outputs=num_outputs, behind_activation=behind_activation)
+    return replace(source, pooled=path.pooled, num_outputs=num_outputs, behind_activation=behind_activation)
 
 
 def _step(node: Any, path: _Path, through_activations: bool) -> Any:
@@ -120,13 +129,13 @@ def _called(node: Any, names: tuple[str, ...]) -> AffineSource:
     name = node.name()
     if name.startswith("CompiledFunction"):
         return AffineSource()
-    if name not in AFFINE:
+    if name not in _AFFINE:
         return AffineSource(unrecognised=names)
     weight = weight_of(node)
     if weight is not None:
         num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
         return AffineSource(weight, num_outputs=num_outputs, node=node)
-    computed = node.next_functions[AFFINE[name][0]][0]
+    computed = node.next_functions[_AFFINE[name][0]][0]
     # A weight computed from other parameters, as by weight_norm, whose gradients differ.
     return AffineSource() if computed is None else AffineSource(unrecognised=(*names, "weight", *names_below(computed)))
 
@@ -147,17 +156,12 @@ def _concatenated(node: Any, names: tuple[str, ...], through_activations: bool) 
     sources = [trace_to_affine(part, through_activations) for part in nodes]
     first = sources[0]
     # Concatenated outputs come from one layer that was called several times, or from several layers.
-    if first.weight is None or not all(
-        same_weight(source.weight, first.weight) and not source.pooled for source in sources
-    ):
+    one_layer = all(same_weight(source.weight, first.weight) and not source.pooled for source in sources)
+    if first.weight is None or not one_layer:
         return AffineSource(unrecognised=names)
-    return AffineSource(
-        first.weight,
-        calls=sum(source.calls for source in sources),
-        num_outputs=first.num_outputs,
-        behind_activation=next((source.behind_activation for source in sources if source.behind_activation), ()),
-        concatenated=True,
-    )
+    calls = sum(source.calls for source in sources)
+    behind_activation = next((source.behind_activation for source in sources if source.behind_activation), ())
+    return replace(first, calls=calls, behind_activation=behind_activation, node=None, concatenated=True)
 
 
 def _slice(node: Any) -> _Slice | None:
@@ -183,19 +187,6 @@ def _slice(node: Any) -> _Slice | None:
     return _Slice(dim, len(sizes), size, left, name in ("SelectBackward0", "GatherBackward0"))
 
 
-def _outputs_left(node: Any, source: AffineSource, path: _Path) -> int | None:
-    """How many of a layer's outputs are used; None if the graph does not tell, or selects one position."""
-    num_outputs = source.num_outputs
-    last = node.name() != "ConvolutionBackward0"
-    for part in reversed(path.slices):
-        of_outputs = path.permuted or part.dim == (part.ndim - 1 if last else 1)
-        if num_outputs is not None and of_outputs and part.size == num_outputs:
-            num_outputs = part.size_left
-        elif part.selects_one and part.size > 1:
-            return None
-    return num_outputs
-
-
 def _is_upsampling(node: Any) -> bool:
     """Whether a node upsamples by whole factors, so that each position has the same weight in the result.
 
@@ -214,42 +205,31 @@ def _is_upsampling(node: Any) -> bool:
 
 def logit_scale_of(node: Any) -> Factors:
     """The scalar factors of a layer's outputs, such as a temperature; empty if the graph has more than that."""
-    scale: Factors = []
-    while node.name() not in AFFINE:
+    scale: Factors = ()
+    while node.name() not in _AFFINE:
         factors, below = take_factors(node)
         scale += factors
         if below is node:
             if not (node.name() in VIEWS or node.name() in _MASKS or _slice(node) is not None):
-                return []
+                return ()
             below = nodes_below(node)[0]
         node = below
     return scale
 
 
-def inputs_of(node: Any) -> Tensor | None:
-    """The input of an affine layer, as its node saves it for the weight's gradient."""
-    inputs = None if node is None else getattr(node, AFFINE[node.name()][2], None)
-    return None if inputs is None else inputs.detach()
-
-
 def weight_of(node: Any) -> Tensor | None:
-    """The weight of an affine layer; if it is frozen, the view that the graph saves."""
+    """The weight of an affine layer or a batched product; of a frozen layer the view that is saved; or None."""
+    position, saved, _ = _AFFINE.get(node.name(), (None, "", ""))
+    if position is None and node.name() != "BmmBackward0":  # of torch.einsum
+        return None
     for leaf in map(leaf_of, nodes_below(node)):
-        if isinstance(leaf, nn.Parameter) and leaf.ndim > 1:
+        if isinstance(leaf, nn.Parameter) and (leaf.ndim > 1 or position is None):
             return leaf
-    position, saved, _ = AFFINE[node.name()]
-    return getattr(node, saved, None) if node.next_functions[position][0] is None else None
-
-
-def bmm_parameter(node: Any) -> Tensor | None:
-    """The parameter that a batched matrix product or torch.einsum multiplies by; None for other nodes."""
-    leaves = map(leaf_of, nodes_below(node)) if node.name() == "BmmBackward0" else ()
-    return next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
+    return None if position is None or node.next_functions[position][0] is not None else getattr(node, saved, None)
 
 
 def _without_bias(node: Any) -> Any:
     """The summand beside a bias or a constant; None if there are several."""
-    others = [
-        part for part in nodes_below(node) if not (isinstance(leaf := leaf_of(part), nn.Parameter) and leaf.ndim == 1)
-    ]
+    summands = [(part, leaf_of(part)) for part in nodes_below(node)]
+    others = [part for part, leaf in summands if not (isinstance(leaf, nn.Parameter) and leaf.ndim == 1)]
     return others[0] if len(others) == 1 else None

@@ -12,15 +12,10 @@ from torch import Tensor
 IDENTITIES = frozenset(
     ("_DDPSinkBackward", "BackwardHookFunctionBackward", "RegisterPostBackwardFunctionBackward", "CloneBackward0")
 )
-VIEWS = IDENTITIES | frozenset(
-    f"{name}Backward{version}"
-    for name in (
-        *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias"),
-        *("Squeeze", "Unsqueeze", "ToCopy", "Clone"),
-    )
-    for version in (0, 1)
-)
-Factors = list[tuple[Tensor, bool]]
+_VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze")
+_COPIES = ("ToCopy", "Clone")
+VIEWS = IDENTITIES | {f"{name}Backward{version}" for name in (*_VIEWS, *_COPIES) for version in (0, 1)}
+Factors = tuple[tuple[Tensor, bool], ...]
 """Scalar factors, each with whether it divides rather than multiplies."""
 
 
@@ -70,10 +65,10 @@ def factor_of(node: Any) -> Tensor | None:
 
 def take_factors(node: Any) -> tuple[Factors, Any]:
     """The scalar factors at the top of a graph, and the node below them."""
-    factors: Factors = []
+    factors: Factors = ()
     while (factor := factor_of(node)) is not None or node.name() in IDENTITIES:
         if factor is not None:
-            factors.append((factor, node.name() == "DivBackward0"))
+            factors += ((factor, node.name() == "DivBackward0"),)
         node = nodes_below(node)[0]
     return factors, node
 
