@@ -144,7 +144,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "rate": decision.lr,
         "limit": decision.cap or None,
         "initial_lr": options.initial_lr if not decision.rule else None,
-        "num_scale_invariant": estimator.num_scale_invariant if estimator else None,
+        "num_scale_invariant": estimator.invariance.num_scale_invariant if estimator else None,
         "fraction_unexplained": controller.fraction_unexplained,
         "damping": controller.damping,
         "factor": rates[0] / decision.lr if decision.lr else 1.0,

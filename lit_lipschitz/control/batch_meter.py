@@ -44,7 +44,7 @@ class BatchMeter:
         """Has the backward that is about to begin capture the gradient norms with respect to the logits."""
         edges = self._own_edges(graph)
         if edges:
-            estimator.watch(batch, edges, self._found.loss.reduction, self._to_rows)
+            estimator.logit_grads.watch(batch, edges, self._found.loss.reduction, self._to_rows)
 
     def finish(self, batch: BatchLoss | None, loop: LoopFacts) -> None:
         """Ends the measurement of a batch; without a loss, every row counts as an example."""

@@ -196,7 +196,7 @@ class Controller:
         """Another optimizer is about to step."""
         self._finder.on_other_optimizer_step()
         if self.updater.estimator is not None:
-            self.updater.estimator.on_other_optimizer_step()
+            self.updater.estimator.logit_grads.on_other_optimizer_step()
 
     def on_step(self, loop: LoopFacts) -> bool:
         """Updates the rate if an update is due, and writes it before the optimizer steps.

@@ -17,25 +17,13 @@ Mode = Literal["off", "training", "inference", "watching"]
 
 
 class HeadHook:
-    """A forward pre-hook that measures a module's input, on the device and under torch.compile.
-
-    Args:
-        name: The module's name.
-        head: The module.
-        statistic: Accumulates the norms of the inputs.
-        clock: Counts the calls of all hooks, on the device.
-
-    Attributes:
-        last_call: Value of the clock at the last call; 0 before the first one.
-        mode: What the hook does.
-        selected: Whether the module was selected as the head; its calls are no longer timed then.
-    """
+    """A forward pre-hook that measures a module's input, on the device and under torch.compile."""
 
     def __init__(self, name: str, head: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
         self.name, self.head, self.statistic = name, head, statistic
-        self.last_call = torch.zeros_like(clock)
+        self.last_call = torch.zeros_like(clock)  # the count of all hooks' calls then; 0 before the first one
         self.mode: Mode = "off"
-        self.selected = False
+        self.selected = False  # whether the module is the head; its calls are no longer timed then
 
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # A deep copy of the network (weight averaging, a teacher) has a copy of the hook on another module.
@@ -48,7 +36,7 @@ class HeadHook:
             if torch.compiler.is_compiling() or not self.selected:
                 self.last_call.copy_(clock.add_(1))
 
-        self._handle = head.register_forward_pre_hook(measure, with_kwargs=True)
+        self.remove = head.register_forward_pre_hook(measure, with_kwargs=True).remove
 
     @property
     def weight(self) -> Tensor:
@@ -56,24 +44,12 @@ class HeadHook:
         weight: Any = self.head.weight
         return weight
 
-    def remove(self) -> None:
-        """Removes the hook."""
-        self._handle.remove()
-
 
 class HeadHooks:
     """Hooks on every module that can be the head, until the first step shows which one is.
 
-    Args:
-        root: The network.
-        head: Name of the head, or ``"auto"``.
-        statistic: Makes the statistic of a candidate.
-        device: Where the training runs.
-        stored: :meth:`state_dict` of the run that is resumed, or None.
-        owned: Parameters among which the head's weight must be; None for any.
-
-    Raises:
-        ConfigurationError: There is no candidate.
+    The head has a name, or is ``"auto"``; its weight must be among the parameters ``owned``, if given. ``statistic``
+    makes the statistic of a candidate, and ``stored`` is the state of a run that is resumed.
     """
 
     def __init__(
@@ -87,20 +63,11 @@ class HeadHooks:
     ) -> None:
         self._root, self._automatic = root, head == "auto"
         clock = torch.zeros((), dtype=torch.int64, device=device)
-        self._candidates = [
-            HeadHook(name, module, statistic(module), clock)
-            for name, module in head_candidates(root, head, owned).items()
-        ]
-        self._selected: HeadHook | None = None
-        self._stored: dict[str, Any] | None = None
+        candidates = head_candidates(root, head, owned).items()
+        self._candidates = [HeadHook(name, module, statistic(module), clock) for name, module in candidates]
+        self._stored = stored
         self._restored: HeadHook | None = None
-        if stored is not None:
-            self.load_state_dict(stored)
-
-    @property
-    def selected(self) -> HeadHook | None:
-        """The hook of the head, once it is known."""
-        return self._selected
+        self.load_state_dict(stored)
 
     @property
     def named_weight(self) -> Tensor | None:
@@ -127,19 +94,7 @@ class HeadHooks:
         return any(same_weight(hook.weight, weight) for hook in self._candidates)
 
     def select(self, weight: Tensor | None, width: int | None = None) -> HeadHook:
-        """Selects the module that owns a weight, or else the last candidate that ran, and removes the other hooks.
-
-        Args:
-            weight: The head's weight, if the loss's graph shows it.
-            width: Outputs of the head, if it does not.
-
-        Returns:
-            The hook of the head.
-
-        Raises:
-            ConfigurationError: No candidate has run, or the weight belongs to none of them.
-            LitLipschitzError: The state of a resumed run belongs to another head.
-        """
+        """Selects the module that owns a weight, or else the last that ran, of a width; removes the other hooks."""
         ran = [hook for hook in self._candidates if int(hook.last_call) > 0]
         if weight is None and width is not None and self._automatic:
             ran = [hook for hook in ran if head_size(hook.head)[1] == width]
@@ -167,7 +122,7 @@ class HeadHooks:
             if hook is not selected:
                 hook.remove()
         selected.selected = True
-        self._candidates, self._selected, self._stored = [selected], selected, None
+        self._candidates, self._stored = [selected], None
         return selected
 
     def _no_owner(self, weight: Tensor) -> str:
@@ -182,15 +137,14 @@ class HeadHooks:
 
     def state_dict(self) -> dict[str, Any] | None:
         """Name of the head and its statistic, in plain values and tensors; None before the first step."""
-        if self._selected is None:
-            return self._stored
-        return {"head": self._selected.name, "statistic": self._selected.statistic.state_dict()}
+        hook = self._candidates[0]
+        return {"head": hook.name, "statistic": hook.statistic.state_dict()} if hook.selected else self._stored
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Loads a statistic, before it is known whether its module is the head again."""
         self._stored = state
         for hook in self._candidates:
-            if hook.name == state["head"]:
+            if state is not None and hook.name == state["head"]:
                 with suppress(ValueError):
                     hook.statistic.load_state_dict(state["statistic"])
                     self._restored = hook

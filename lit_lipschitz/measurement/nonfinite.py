@@ -12,50 +12,27 @@ WINDOW = 64
 
 
 class NonfiniteLosses:
-    """Records on the device which optimizer step was the first with a loss that was not finite.
-
-    The ranks agree by a MAX all-reduce of :meth:`pack`, one number a rank.
-
-    Args:
-        rank: Index of this process.
-        world_size: Number of processes.
-        step: The next optimizer step, the same on all ranks.
-        device: Where the losses are.
-
-    Attributes:
-        reported: Whether a non-finite loss has been reported to the user.
-    """
+    """Records on the device which optimizer step was the first with a loss that was not finite, on which ranks."""
 
     def __init__(self, rank: int, world_size: int, step: int, device: torch.device | None = None) -> None:
         self._rank, self._world_size = rank, world_size
-        self.reported = False
+        self.reported = False  # whether a non-finite loss has been reported to the user
         self._window = torch.zeros(WINDOW, device=device)  # one entry a step: 0, or NaN if a loss was not finite
         self._entries = self._window.unbind()
         self._offsets = torch.arange(WINDOW, dtype=torch.float32, device=device)
         self._latest = torch.zeros((), device=device)  # minus the steps before the first non-finite loss, or -inf
-        self._reduced: Tensor | None = None
-        self._restored: Tensor | None = None  # of the run that is resumed
         self.reset(step)
 
     def reset(self, step: int) -> None:
         """Forgets all steps before ``step``; all ranks reset at the same step."""
-        self._first = self._window_start = step
+        self.first_step = self._window_start = step
         self._window.zero_()
         self._latest.fill_(-math.inf)
-        self._reduced = self._restored = None
-
-    @property
-    def first_step(self) -> int:
-        """First step that is monitored since the last :meth:`reset`."""
-        return self._first
+        self._reduced: Tensor | None = None
+        self._restored: Tensor | None = None  # of the run that is resumed
 
     def update(self, loss: Tensor, step: int) -> None:
-        """Records a loss, in one scalar operation.
-
-        Args:
-            loss: The loss, shape (). Of a sharded loss, each rank records its part.
-            step: Optimizer steps made before this one.
-        """
+        """Records a loss of an optimizer step, in one scalar operation; each rank its part of a sharded loss."""
         if not 0 <= step - self._window_start < WINDOW:
             self._evaluate()
             self._window_start = step
@@ -69,15 +46,12 @@ class NonfiniteLosses:
     def _evaluate(self) -> None:
         """Evaluates the window, on the device."""
         finite = self._window == 0
-        before = torch.where(finite, -math.inf, float(self._first - self._window_start) - self._offsets)
+        before = torch.where(finite, -math.inf, float(self.first_step - self._window_start) - self._offsets)
         torch.maximum(self._latest, before.max(), out=self._latest)
         self._window.zero_()
 
     def pack(self) -> Tensor:
-        """Minus the number of steps before each rank's first non-finite loss, -inf for none; shape (world_size,).
-
-        A rank knows its own entry only; the others are -inf.
-        """
+        """For a MAX all-reduce, minus the steps before this rank's first non-finite loss, beside -inf for others."""
         self._evaluate()
         packed = torch.full((self._world_size,), -math.inf, device=self._latest.device)
         packed[self._rank] = self._latest
@@ -89,27 +63,22 @@ class NonfiniteLosses:
         return reduced[:0]
 
     def first_nonfinite(self) -> tuple[int, list[int]] | None:
-        """The first step with a non-finite loss and the ranks that had one in it; None if all were finite.
-
-        This waits for the device.
-        """
-        if self._restored is not None:
-            entries = self._restored.tolist()  # earlier than all steps since
-        else:
-            entries = (self.pack() if self._reduced is None else self._reduced).tolist()
+        """The first step with a non-finite loss and the ranks that had it; waits for the device. None without one."""
+        entries = self._known().tolist()
         latest = max(entries)
         if latest == -math.inf:
             return None
-        return self._first - int(latest), [rank for rank, entry in enumerate(entries) if entry == latest]
+        return self.first_step - int(latest), [rank for rank, entry in enumerate(entries) if entry == latest]
 
     def state_dict(self) -> dict[str, Any]:
         """Non-finite losses of all known ranks that are not reported yet; plain values and a tensor."""
-        packed = self.pack()
+        return {"first_step": self.first_step, "ranks": self._known(), "reported": self.reported}
+
+    def _known(self) -> Tensor:
+        """The entries of :meth:`pack` of all ranks that this one knows of."""
         if self._restored is not None:
-            packed = self._restored
-        elif self._reduced is not None:
-            packed = torch.maximum(self._reduced, packed)
-        return {"first_step": self._first, "ranks": packed, "reported": self.reported}
+            return self._restored  # earlier than all steps since
+        return self.pack() if self._reduced is None else torch.maximum(self._reduced, self.pack())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`; ranks are those of the run that saved it."""

@@ -1,5 +1,6 @@
 """Norms of the output layer's inputs and of the weights, in fp32 and on the device."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,54 +16,34 @@ POWER_ITERATIONS = 3
 
 
 def frobenius(activations: Tensor, bias: bool = False) -> Tensor:
-    """Frobenius norm of a batch of activations, in fp32.
+    """Frobenius norm of activations of shape (rows, width) or (..., width), a scalar of dtype float32.
 
-    Args:
-        activations: Shape (rows, width), or (..., width); any floating type and layout.
-        bias: Whether every row carries an extra 1, the input of the head's bias.
-
-    Returns:
-        A scalar of dtype float32.
-
-    Raises:
-        ValueError: There are no rows.
+    With ``bias``, every row carries an extra 1, the input of the head's bias. Activations without rows are refused.
     """
-    rows = _check_rows(activations)
     norm = _norm(activations, 2)
-    return torch.sqrt(norm * norm + rows) if bias else norm
+    return torch.sqrt(norm * norm + activations.numel() // activations.shape[-1]) if bias else norm
 
 
 def sample(activations: Tensor, bias: bool = False) -> Tensor:
-    """Largest Euclidean norm of a row; arguments, result and errors as for :func:`frobenius`."""
-    _check_rows(activations)
+    """Largest Euclidean norm of a row; otherwise like :func:`frobenius`."""
     parts = _reduced_in_parts(activations)
     largest = [torch.linalg.vector_norm(_single(part), dim=-1, dtype=torch.float32).max() for part in parts]
-    norm = largest[0] if len(largest) == 1 else torch.stack(largest).max()
+    norm = _combined(largest, math.inf)
     return torch.sqrt(norm * norm + 1) if bias else norm
 
 
 def fourth_moment_norm(activations: Tensor) -> Tensor:
-    """Frobenius norm of the matrix of squared activations; arguments, result and errors as for :func:`frobenius`."""
-    _check_rows(activations)
+    """Frobenius norm of the matrix of squared activations; otherwise like :func:`frobenius`."""
     norm = _norm(activations, 4)
     return norm * norm
 
 
 def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
-    """Largest singular value of a batch of activations, by power iteration from a start vector.
+    """Largest singular value of activations, by power iteration from a start vector; otherwise like :func:`frobenius`.
 
-    Args:
-        activations: As for :func:`frobenius`.
-        direction: Start vector, shape (width + bias,), float32, not 0.
-        bias: Whether every row carries an extra 1.
-
-    Returns:
-        The singular value (a scalar, from below, since the number of iterations is fixed) and the last unit vector.
-
-    Raises:
-        ValueError: There are no rows.
+    The value is a lower bound, since the number of iterations is fixed. The start vector, which is not 0, and the last
+    unit vector, which is returned too, have shape (width + bias,) and dtype float32.
     """
-    _check_rows(activations)
     width = activations.shape[-1]
     scattered = activations.ndim > 2 and not activations.is_contiguous()
     parts = _parts(activations, copied=scattered or activations.dtype != torch.float32)
@@ -70,25 +51,29 @@ def spectral(activations: Tensor, direction: Tensor, bias: bool = False) -> tupl
     def image_of(matrix: Tensor, vector: Tensor) -> Tensor:
         return torch.addmv(vector[width], matrix, vector[:width]) if bias else matrix @ vector
 
+    def product_of(part: Tensor, vector: Tensor) -> Tensor:
+        matrix = part.float().flatten(0, -2)  # converted to fp32 once for both products
+        image = image_of(matrix, vector)
+        product = matrix.T @ image
+        return torch.cat([product, image.sum().reshape(1)]) if bias else product
+
     for _ in range(POWER_ITERATIONS):
-        total: Tensor | None = None
-        for part in parts:  # converted to fp32 once for both products
-            matrix = _matrix(part)
-            image = image_of(matrix, direction)
-            back = matrix.T @ image
-            if bias:
-                back = torch.cat([back, image.sum().reshape(1)])
-            total = back if total is None else total.add_(back)
-        assert total is not None
+        total = product_of(parts[0], direction)
+        for part in parts[1:]:
+            total.add_(product_of(part, direction))
         direction = _unit_vector(total)
-    lengths = [torch.linalg.vector_norm(image_of(_matrix(part), direction)) for part in parts]
-    return lengths[0] if len(lengths) == 1 else torch.linalg.vector_norm(torch.stack(lengths)), direction
+    norms = [torch.linalg.vector_norm(image_of(part.float().flatten(0, -2), direction)) for part in parts]
+    return _combined(norms, 2), direction
 
 
 def _norm(activations: Tensor, order: float) -> Tensor:
     """Norm of all entries as one vector, in fp32."""
     parts = _reduced_in_parts(activations)
-    norms = [torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts]
+    return _combined([torch.linalg.vector_norm(_single(part), order, dtype=torch.float32) for part in parts], order)
+
+
+def _combined(norms: list[Tensor], order: float) -> Tensor:
+    """The norm of a vector, from the norms of its parts."""
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
 
@@ -101,31 +86,19 @@ def _reduced_in_parts(activations: Tensor) -> Sequence[Tensor]:
 
 def _parts(activations: Tensor, copied: bool) -> Sequence[Tensor]:
     """The activations as one part, or in parts of some rows if they are copied."""
-    if not copied:
-        return (activations,)
+    if activations.ndim < 2 or not activations.numel():
+        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
     limit = PART if activations.device.type == "cpu" else PART_OF_DEVICE
-    if activations.numel() <= limit:
+    if not copied or activations.numel() <= limit:
         return (activations,)
     if activations.is_contiguous():
         activations = activations.flatten(0, -2)
     return torch.split(activations, max(1, limit * len(activations) // activations.numel()))
 
 
-def _matrix(part: Tensor) -> Tensor:
-    """A part in fp32, shape (rows, width)."""
-    return part.float().flatten(0, -2)
-
-
 def _single(activations: Tensor) -> Tensor:
     """Activations in a type that torch reduces in fp32, which float64 is not."""
     return activations.float() if activations.dtype == torch.float64 else activations
-
-
-def _check_rows(activations: Tensor) -> int:
-    """The number of rows."""
-    if activations.ndim < 2 or not activations.numel():
-        raise ValueError(f"activations of shape {tuple(activations.shape)}: expected (rows, width) with at least 1 row")
-    return activations.numel() // activations.shape[-1]
 
 
 def _unit_vector(vector: Tensor) -> Tensor:
@@ -139,17 +112,11 @@ Weights = Literal["decayed", "parameters", "all"]
 
 
 def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weights = "decayed") -> Tensor:
-    """Largest Euclidean norm of a weight tensor, W in the L2 term.
+    """Largest Euclidean norm of a weight tensor, W in the L2 term; a scalar of dtype float32.
 
-    Args:
-        optimizer: The optimizer.
-        module: The network.
-        which: ``"decayed"``: parameters in groups with weight decay, or all parameters if no group has any;
-            ``"parameters"``: all parameters of the optimizer; ``"all"``: every floating-point tensor of the module,
-            including BatchNorm's moving statistics, as in the scripts of the paper's authors.
-
-    Returns:
-        A scalar of dtype float32, on the tensors' device.
+    ``"decayed"``: of parameters in groups with weight decay, or of all parameters if no group has any;
+    ``"parameters"``: of all parameters of the optimizer; ``"all"``: of every floating-point tensor of the module,
+    including BatchNorm's moving statistics, as in the scripts of the paper's authors.
     """
     groups = optimizer.param_groups
     if which == "decayed":
@@ -158,11 +125,30 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     if which == "all":
         tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
     # The norm of a sharded tensor is combined over all ranks.
-    sharded: list[Any] = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
-    norms: list[Tensor] = [torch.linalg.vector_norm(tensor).full_tensor() for tensor in sharded]
-    whole = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
-    if whole:
+    norms = [whole(torch.linalg.vector_norm(tensor)) for tensor in tensors if hasattr(tensor, "full_tensor")]
+    local = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
+    if local:
         # torch computes no norm in a narrower type than the tensor's.
-        double = any(tensor.dtype == torch.float64 for tensor in whole)
-        norms += torch._foreach_norm(whole, dtype=torch.float64 if double else torch.float32)
+        double = any(tensor.dtype == torch.float64 for tensor in local)
+        norms += torch._foreach_norm(local, dtype=torch.float64 if double else torch.float32)
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
+
+
+def norm(values: Tensor) -> Tensor:
+    """Euclidean norm of a real tensor, whole or sharded, in single precision, or double for double tensors."""
+    return whole(torch.linalg.vector_norm(wide(values)))
+
+
+def wide(values: Tensor) -> Tensor:
+    """A tensor in single precision, or double for double tensors."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def whole(values: Any) -> Tensor:
+    """A tensor that may be sharded, combined over all ranks."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
+
+
+def as_real(values: Any) -> Any:
+    """A complex tensor as one of its real and imaginary parts, which optimizers step by; anything else as it is."""
+    return torch.view_as_real(values) if isinstance(values, Tensor) and values.is_complex() else values

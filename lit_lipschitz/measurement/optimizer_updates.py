@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, norm
+from lit_lipschitz.measurement.norms import as_real, norm
+from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -54,15 +55,9 @@ class OptimizerInfo:
         return getattr(sys.modules.get(module), name, None)
 
     def rule_name(self, bound: str, settings: Mapping[str, Any]) -> str | None:
-        """The name of its rule for a family of constants; None where there is none.
-
-        Args:
-            bound: The family.
-            settings: Those of a parameter group.
-        """
-        if settings.get("momentum", 0) and bound in self.momentum_rules:
-            return self.momentum_rules[bound]
-        return self.rules.get(bound)
+        """The name of its rule for a family of constants and the settings of a parameter group, or None."""
+        rules = {**self.rules, **self.momentum_rules} if settings.get("momentum", 0) else self.rules
+        return rules.get(bound)
 
     def couples_weight_decay(self, group: Mapping[str, Any]) -> bool:
         """Whether the weight decay of a parameter group is added to the gradient, as an L2 term of the loss is."""
@@ -71,10 +66,10 @@ class OptimizerInfo:
 
 def _adam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     first, second, step = _moments(grad, state, group)
-    square = second / (1 - group["betas"][1] ** step)
+    beta1, beta2 = group["betas"]
     if group.get("amsgrad", False) and "max_exp_avg_sq" in state:
-        square = torch.maximum(state["max_exp_avg_sq"], second) / (1 - group["betas"][1] ** step)
-    return first / (1 - group["betas"][0] ** step) / (square.sqrt() + group["eps"])
+        second = torch.maximum(state["max_exp_avg_sq"], second)
+    return first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + group["eps"])
 
 
 def _nadam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -100,10 +95,9 @@ def _radam(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> 
 
 def _adamax(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     beta1, beta2 = group["betas"]
-    first = grad * (1 - beta1)
+    first = _average((1 - beta1) * grad, beta1, state.get("exp_avg"))
     largest = grad.abs() + group["eps"]
     if state:
-        first = first + beta1 * state["exp_avg"]
         largest = torch.maximum(beta2 * state["exp_inf"], largest)
     return first / ((1 - beta1 ** _step(state)) * largest)
 
@@ -111,9 +105,9 @@ def _adamax(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) ->
 def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """Without the momentum, which makes the step longer by the same factor as that of SGD."""
     alpha = group["alpha"]
-    square = (1 - alpha) * grad * grad + (alpha * state["square_avg"] if state else 0.0)
+    square = _average((1 - alpha) * grad * grad, alpha, state.get("square_avg"))
     if group.get("centered", False):
-        mean = (1 - alpha) * grad + (alpha * state["grad_avg"] if state else 0.0)
+        mean = _average((1 - alpha) * grad, alpha, state.get("grad_avg"))
         square = square - mean * mean
     return grad / (square.sqrt() + group["eps"])
 
@@ -121,7 +115,7 @@ def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -
 def _schedule_free(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """Of the sequence z that is averaged; the weights move by 1 - beta of it at once."""
     beta = group["betas"][1]
-    second = (1 - beta) * grad * grad + (beta * state["exp_avg_sq"] if "exp_avg_sq" in state else 0.0)
+    second = _average((1 - beta) * grad * grad, beta, state.get("exp_avg_sq"))
     return grad / ((second / (1 - beta ** (group["k"] + 1))).sqrt() + group["eps"])
 
 
@@ -168,10 +162,8 @@ def register_optimizer(info: OptimizerInfo) -> None:
 def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
     """What is known of an optimizer, by its class and not by the name of the class.
 
-    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one.
-
-    Returns:
-        What is registered; for other classes a record without rules and update.
+    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one. Of other
+    classes, neither rules nor an update are known.
     """
     kind = type(optimizer)
     known = {cls: info for info in OPTIMIZERS if (cls := info.resolve()) is not None}
@@ -191,26 +183,16 @@ def is_matrix(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def update_norms(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
-    """Norm of the gradient, and of the optimizer's update at lr = 1, over all parameters.
+    """Euclidean norms of the gradient and of the update at lr = 1 of an optimizer that is about to step; shape (2,).
 
-    Weight decay that is added to the gradient counts in both, decoupled weight decay in neither.
-
-    Args:
-        optimizer: One with a registered update, about to step.
-        grad_scale: Factor of the gradients by which the optimizer will divide.
-        ratios: Learning rate of each parameter group over that of the first one; groups beyond the list have 1.
-
-    Returns:
-        The two Euclidean norms over all parameters that have a gradient, each group times its ratio; shape (2,),
-        float32, on the gradients' device.
-
-    Raises:
-        ValueError: No update is registered for the optimizer.
+    Over all parameters that have a gradient, each group times its learning rate over that of the first one. Weight
+    decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are divided by
+    ``grad_scale``. Without a registered update a ValueError is raised.
     """
     squares: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios):
         squares += [step.ratio**2 * _square(step.grad), step.ratio**2 * _square(step.update)]
-    return _summed(squares).sqrt()
+    return _pairs(squares).sum(dim=0).sqrt()
 
 
 @torch.no_grad()
@@ -221,27 +203,13 @@ def mean_grad_to_update_ratio(
     invariance: ScaleInvariance | None = None,
     is_weight: Callable[[Tensor], bool] = is_matrix,
 ) -> Tensor:
-    r"""Mean over the weights of gradient norm over update norm at lr = 1.
+    r"""Mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1, and 1; shape (2,).
 
-    A large weight counts no more than a small one, and a group's learning rate makes no difference. Other parameters,
-    such as biases, are left out of the mean.
-
-    Args:
-        optimizer: One with a registered update, about to step.
-        grad_scale: Factor of the gradients by which the optimizer will divide.
-        ratios: Learning rate of each parameter group over that of the first one; groups of 0 do not count.
-        invariance: Detects scale-invariant weights. Their gradients, which are the shorter the longer the weights are,
-            count as if the weights had the norm that they usually start with.
-        is_weight: Whether a parameter is a weight.
-
-    Returns:
-        The mean of :math:`\|g\| / \|u\|` over the weights that have a gradient and are about to move, with Euclidean
-        norms, and 1. Without such weights, as in an optimizer of biases or of a flat part of a sharded network, the two
-        norms over all parameters. Not finite where one of the gradients is not. Shape (2,), float32, on the gradients'
-        device.
-
-    Raises:
-        ValueError: No update is registered for the optimizer.
+    Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and a
+    large one counts no more than a small one. The gradients of scale-invariant weights, which are the shorter the
+    longer the weights are, count as if the weights had the norm that they usually start with. Without weights, as in an
+    optimizer of biases or of a flat part of a sharded network, these are the two norms over all parameters. Not finite
+    where one of the gradients is not. Otherwise like :func:`update_norms`.
     """
     weights: list[Tensor] = []
     squares: list[Tensor] = []
@@ -253,10 +221,8 @@ def mean_grad_to_update_ratio(
         squares += pair
         if is_weight(step.parameter):
             weights += pair
-    together = _summed(squares).sqrt()
-    if not weights:
-        return together
-    grad_norms, norms = torch.stack([square.to(together.device) for square in weights]).sqrt().reshape(-1, 2).T
+    together = _pairs(squares).sum(dim=0).sqrt()
+    grad_norms, norms = _pairs(weights, together.device).sqrt().T
     counted = (grad_norms > 0) & (norms > 0)
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
@@ -271,7 +237,7 @@ class _Step:
     index: int  # among all parameters of the optimizer
     ratio: float  # of its group's learning rate to the first one's
     raw_grad: Tensor  # as the backward has left it
-    grad: Tensor  # as the optimizer takes it
+    grad: Tensor  # as the optimizer takes it, with weight decay
     update: Tensor
 
 
@@ -281,51 +247,40 @@ def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[fl
     if info.update is None:
         raise ValueError(f"no update is registered for the optimizer {info.name}; see register_optimizer")
     counters = _counters(optimizer)
-    index = -1
-    for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
-        for parameter in group["params"]:
-            index += 1
-            raw_grad = parameter.grad
-            if raw_grad is None:
-                continue
-            # The moments of a complex parameter are those of its parts.
-            grad, weight = (
-                torch.view_as_real(t) if t.is_complex() else t for t in (raw_grad.detach(), parameter.detach())
-            )
-            state = {name: _real(value) for name, value in optimizer.state.get(parameter, {}).items()}
-            state.update(counters.get(parameter, {}))
-            grad = grad / (-grad_scale if group.get("maximize", False) else grad_scale)
-            if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
-                grad = grad + group["weight_decay"] * weight
-            yield _Step(parameter, index, ratio, raw_grad, grad, info.update(grad, state, group))
+    groups = zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False)
+    places = ((group, ratio, parameter) for group, ratio in groups for parameter in group["params"])
+    for index, (group, ratio, parameter) in enumerate(places):
+        if parameter.grad is None:
+            continue
+        state = {
+            name: counters.get((parameter, name), as_real(value))
+            for name, value in optimizer.state.get(parameter, {}).items()
+        }
+        grad = as_real(parameter.grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
+        if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
+            grad = grad + group["weight_decay"] * as_real(parameter.detach())
+        yield _Step(parameter, index, ratio, parameter.grad, grad, info.update(grad, state, group))
 
 
-def _summed(squares: Sequence[Tensor]) -> Tensor:
-    """The sums of every other value, which may be on several devices; shape (2,)."""
+def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Values that may be on several devices, in rows of two."""
     if not squares:
-        return torch.zeros(2)
-    return torch.stack([square.to(squares[0].device) for square in squares]).reshape(-1, 2).sum(dim=0)
+        return torch.zeros(0, 2, device=device)
+    return torch.stack([square.to(device or squares[0].device) for square in squares]).reshape(-1, 2)
 
 
-def _counters(optimizer: Optimizer) -> dict[Tensor, dict[str, float]]:
+def _counters(optimizer: Optimizer) -> dict[tuple[Tensor, str], float]:
     """The counters in each parameter's state, which fused optimizers keep on the device, read in one transfer."""
-    found = [
-        (parameter, name, value)
+    found = {
+        (parameter, name): value.reshape(()).float()
         for parameter, state in optimizer.state.items()
         for name, value in state.items()
         if isinstance(value, Tensor) and value.numel() == 1 and name in ("step", "mu_product")
-    ]
-    counters: dict[Tensor, dict[str, float]] = {}
-    if found:
-        device = found[0][2].device
-        read = torch.stack([value.reshape(()).float().to(device) for *_, value in found]).tolist()
-        for (parameter, name, _), number in zip(found, read, strict=True):
-            counters.setdefault(parameter, {})[name] = number
-    return counters
-
-
-def _real(value: Any) -> Any:
-    return torch.view_as_real(value) if isinstance(value, Tensor) and value.is_complex() else value
+    }
+    if not found:
+        return {}
+    device = next(iter(found.values())).device
+    return dict(zip(found, torch.stack([value.to(device) for value in found.values()]).tolist(), strict=True))
 
 
 def _step(state: Mapping[str, Any]) -> float:
@@ -335,10 +290,14 @@ def _step(state: Mapping[str, Any]) -> float:
 def _moments(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
     """First and second moment after this step, and the number of the step."""
     beta1, beta2 = group["betas"]
-    first, second = (1 - beta1) * grad, (1 - beta2) * grad * grad
-    if state:
-        first, second = first + beta1 * state["exp_avg"], second + beta2 * state["exp_avg_sq"]
+    first = _average((1 - beta1) * grad, beta1, state.get("exp_avg"))
+    second = _average((1 - beta2) * grad * grad, beta2, state.get("exp_avg_sq"))
     return first, second, _step(state)
+
+
+def _average(new: Tensor, beta: float, before: Tensor | None) -> Tensor:
+    """A moving average after this step, from 1 - beta times its newest value."""
+    return new if before is None else new + beta * before
 
 
 def _square(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
+from lit_lipschitz.measurement.norms import whole
 from lit_lipschitz.recognition.loss_graph import BatchLoss, LogitEdge
 
 ToRows = Callable[[Tensor, int | None], Tensor]
@@ -34,14 +35,7 @@ class LogitGradientNorms:
         self._num_before = len(self._batches)
 
     def watch(self, batch: BatchLoss, edges: Sequence[LogitEdge], reduction: Reduction, to_rows: ToRows) -> None:
-        """Registers hooks on the graph of a loss whose backward is about to begin.
-
-        Args:
-            batch: The loss of the batch.
-            edges: Where the gradients with respect to the logits enter the graph below.
-            reduction: Whether the loss is a mean or a sum over the examples.
-            to_rows: Reshapes the gradient to (examples, outputs).
-        """
+        """Registers hooks where the gradients in the logits enter the graph of a loss, before its backward."""
         norms: list[Tensor] = []
         num_summed: Any = batch.elements if reduction == "sum" else 1
         factor: Any = abs(batch.scale) * num_summed
@@ -50,16 +44,9 @@ class LogitGradientNorms:
             edge.node.register_prehook(_norm_hook(norms, edge, to_rows))
 
     def pack(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """This rank's contribution to a MAX all-reduce, over the batches since the last call, which are forgotten.
+        """For a MAX all-reduce, the mean squared and the mean norm of the batches since the last call, a rank a column.
 
-        Args:
-            rank: Index of this process.
-            world_size: Number of processes.
-            device: Device of the result.
-
-        Returns:
-            The mean squared norm and the mean norm of the examples' gradients, in this rank's column; -1 in the other
-            columns, and if no backward was captured. Shape (2, world_size), float32.
+        Other ranks' columns are -1, and all if no backward was captured; shape (2, world_size).
         """
         batches = self._batches[self._num_before :] or self._batches
         self._batches, self._num_before = [], 0
@@ -76,11 +63,7 @@ class LogitGradientNorms:
 
 
 def grad_norms_of_ranks(reduced: Sequence[float]) -> tuple[float, float]:
-    """Root mean square and mean of the gradient norms of all ranks; zeros if no rank captured any.
-
-    Args:
-        reduced: The MAX over the ranks of :meth:`LogitGradientNorms.pack`, flattened.
-    """
+    """Root mean square and mean of the gradient norms, from the MAX over the ranks; zeros if no rank captured any."""
     count = len(reduced) // 2
     known = [pair for pair in zip(reduced[:count], reduced[count:], strict=True) if pair[0] >= 0]
     if not known:
@@ -99,9 +82,7 @@ def _norm_hook(norms: list[Tensor], edge: LogitEdge, to_rows: ToRows) -> Callabl
         if grad is None or seen:  # a retained graph may have more backwards
             return
         seen = True
-        grad = grad.detach()
-        if hasattr(grad, "full_tensor"):  # of sharded outputs, combined over all ranks
-            grad = grad.full_tensor()
+        grad = whole(grad.detach())
         grad = grad.float() if grad.dtype == torch.float64 else grad
         row_norms: Tensor = torch.linalg.vector_norm(to_rows(grad, dim), dim=1, dtype=torch.float32)
         norms.append(torch.stack([torch.linalg.vector_norm(row_norms), row_norms.sum()]))

@@ -13,34 +13,21 @@ MIN_COUNT = 32
 
 @dataclass(frozen=True)
 class Residuals:
-    """Sums of squares of a squared error's residuals and targets, read to the host.
+    """Sums of squares of a squared error's residuals and targets, since the epoch and since the interval began."""
 
-    Attributes:
-        count: Numbers (examples times outputs) since the epoch began.
-        total_ss: Total sum of squares since then: squared deviations of the targets from the mean of their output.
-        residual_ss: Residual sum of squares since then: squared differences of outputs and targets.
-        interval_count: Numbers since the interval began.
-        interval_residual_ss: Residual sum of squares since then.
-        interval_factor: Sum, over these numbers, of the factor in front of the mean.
-    """
-
-    count: float = 0.0
-    total_ss: float = 0.0
-    residual_ss: float = 0.0
+    count: float = 0.0  # numbers, examples times outputs
+    total_ss: float = 0.0  # of squared deviations of the targets from the mean of their output
+    residual_ss: float = 0.0  # of squared differences of outputs and targets
     interval_count: float = 0.0
     interval_residual_ss: float = 0.0
-    interval_factor: float = 0.0
+    interval_factor: float = 0.0  # sum over the numbers of the factor in front of the mean
 
     @property
     def root_mean_square(self) -> float:
-        """Root mean square residual of the interval, or of the epoch if the interval has fewer than MIN_COUNT numbers.
-
-        0 if there are none, or if they are not finite.
-        """
-        whole_epoch = self.interval_count < MIN_COUNT
-        total, count = (
-            (self.residual_ss, self.count) if whole_epoch else (self.interval_residual_ss, self.interval_count)
-        )
+        """Root mean square residual of the interval, or with few numbers of the epoch; 0 if there is no finite one."""
+        total, count = self.interval_residual_ss, self.interval_count
+        if count < MIN_COUNT:
+            total, count = self.residual_ss, self.count
         mean = total / count if count else 0.0
         return math.sqrt(mean) if math.isfinite(mean) else 0.0
 
@@ -57,20 +44,11 @@ class Residuals:
 
 
 class RunningResiduals:
-    """Accumulates the sums of :class:`Residuals` on the device, without a host synchronisation.
-
-    Args:
-        width: Outputs of an example; 0 ignores all batches, for losses that are not a squared error.
-        device: Where the sums live.
-
-    Attributes:
-        values: The fields of :class:`Residuals`; shape (6,), float32.
-        mean: Mean of the epoch's targets, one an output; shape (width,), float32.
-    """
+    """Accumulates the sums of :class:`Residuals` on the device; a width of 0 ignores all batches, for other losses."""
 
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
-        self.values = torch.zeros(6, dtype=torch.float32, device=device)
-        self.mean = torch.zeros(width, dtype=torch.float32, device=device)
+        self.values = torch.zeros(6, dtype=torch.float32, device=device)  # the fields of Residuals
+        self.mean = torch.zeros(width, dtype=torch.float32, device=device)  # of the epoch's targets, one an output
 
     @property
     def width(self) -> int:
@@ -79,15 +57,11 @@ class RunningResiduals:
 
     @torch.no_grad()
     def add(self, outputs: Tensor, targets: Tensor, factor: float | Tensor = 1.0) -> None:
-        """Adds a batch; one with values that are not finite is ignored.
+        """Adds a batch of shape (rows, width), with the factor in front of its mean.
 
-        The sums are updated pairwise, by T. F. Chan, G. H. Golub, R. J. LeVeque: Updating Formulae and a Pairwise
-        Algorithm for Computing Sample Variances, 1979.
-
-        Args:
-            outputs: Shape (rows, width); a batch of another width is ignored.
-            targets: Shape (rows, width).
-            factor: Factor in front of the mean over the batch.
+        A batch of another width, or with values that are not finite, is ignored. The sums are updated pairwise, by
+        T. F. Chan, G. H. Golub, R. J. LeVeque: Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances, 1979.
         """
         rows, width = targets.shape
         # No rank has all of a sharded tensor.
@@ -119,12 +93,7 @@ class RunningResiduals:
         self.mean.zero_()
 
     def pack(self, rank: int, world_size: int) -> Tensor:
-        """This rank's contribution to a MAX all-reduce.
-
-        Returns:
-            This rank's sums beside zeros for the other ranks, then the mean of rank 0 (-inf on other ranks); shape
-            (6 * world_size + width,), float32; shape (0,) if batches are ignored.
-        """
+        """For a MAX all-reduce, the sums beside zeros for other ranks, then the mean of rank 0 (-inf elsewhere)."""
         if not self.width:
             return self.mean
         slots = self.values.new_zeros(world_size, len(self.values))
@@ -133,18 +102,10 @@ class RunningResiduals:
         return torch.cat([slots.flatten(), mean])
 
     def unpack(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same sums, the mean over the ranks, so that any rank's checkpoint has them.
-
-        The distance between the ranks' means is ignored: all ranks draw their examples from the same distribution.
-
-        Args:
-            reduced: MAX over the ranks of :meth:`pack`.
-
-        Returns:
-            The fields of :class:`Residuals`, summed over the ranks; shape (6,).
-        """
+        """The sums over the ranks; gives all ranks their mean, so that any rank's checkpoint has them."""
         if not self.width:
             return self.values
+        # The distance between the ranks' means is ignored: all draw their examples from the same distribution.
         slots = reduced[: -self.width].reshape(-1, len(self.values))
         self.mean.copy_(reduced[-self.width :])
         self.values.copy_(slots.mean(dim=0))

@@ -1,6 +1,7 @@
 """Running maximum over batches of a norm of the output layer's inputs, kept on the device."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,9 @@ class RunningMaximum:
     A batch may come in several calls of the output layer: :meth:`add` takes in a call, :meth:`finish` ends the batch,
     whose norm is that of the largest call. A call whose norm is not finite is dropped and counted.
 
-    Args:
-        norm: The norm of each batch.
-        width: Features of one activation, d.
-        bias: Whether the layer has a bias, whose input is a 1 appended to every row.
-        mean: Divide the norm of a batch by the square root of the number of examples in the loss, so that batches of
-            different sizes can be compared (for ``frobenius`` this is the root mean square norm of a row).
-        fourth_moment: Whether to keep the largest :func:`~lit_lipschitz.measurement.norms.fourth_moment_norm` as well.
-        device: Where the tensors live.
-
-    Attributes:
-        values: Largest norm of a batch, largest number of examples, dropped calls, largest fourth-moment norm, and
-            largest norm of the outputs plus that of the targets; shape (5,), float32.
-        direction: Start vector of the next power iteration, for ``spectral``.
+    With ``bias``, a 1 is appended to every row, the input of the layer's bias. With ``mean``, the norm of a batch is
+    divided by the square root of the number of examples in the loss, so that batches of different sizes can be compared
+    (for ``frobenius`` this is the root mean square norm of a row).
     """
 
     def __init__(
@@ -42,27 +33,20 @@ class RunningMaximum:
         fourth_moment: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self.norm = norm
-        self.bias = bias
-        self.mean = mean
-        self.fourth_moment = fourth_moment
+        self.norm, self.bias, self.mean, self.fourth_moment = norm, bias, mean, fourth_moment
+        # Largest norm of a batch, largest number of examples, dropped calls, largest fourth-moment norm, and largest
+        # norm of the outputs plus that of the targets.
         self.values = torch.zeros(5, dtype=torch.float32, device=device)
+        self._max_size, self._max_count, self._dropped, self._max_fourth, self._max_outputs = self.values.unbind()
+        # Start vector of the next power iteration.
         self.direction = torch.ones(width + bias if norm == "spectral" else 0, dtype=torch.float32, device=device)
         # The largest call of the batch so far: norm, rows, fourth-moment norm.
         self._batch = torch.zeros(3, dtype=torch.float32, device=device)
-        self._size, self._rows, self._fourth = self._batch.unbind()
-        self._max_size, self._max_count, self._dropped, self._max_fourth, self._max_outputs = self.values.unbind()
+        self.size, self.rows, self._fourth = self._batch.unbind()
 
     @torch.no_grad()
     def add(self, activations: Tensor) -> None:
-        """Takes in a call of the layer.
-
-        Args:
-            activations: Shape (rows, width) or (..., width).
-
-        Raises:
-            ValueError: There are no rows.
-        """
+        """Takes in a call of the layer; activations of shape (rows, width) or (..., width)."""
         if self.norm == "spectral":
             with torch.autocast(activations.device.type, enabled=False):
                 value, direction = spectral(activations, self.direction, self.bias)
@@ -70,8 +54,8 @@ class RunningMaximum:
             self.direction.copy_(torch.where(usable, direction, self.direction))
         else:
             value = _NORMS[self.norm](activations, self.bias)
-        torch.maximum(self._size, self._count_dropped(value), out=self._size)
-        self._rows.clamp_(min=activations.numel() // activations.shape[-1])
+        torch.maximum(self.size, self._count_dropped(value), out=self.size)
+        self.rows.clamp_(min=activations.numel() // activations.shape[-1])
         if self.fourth_moment:
             _raise_to(self._fourth, fourth_moment_norm(activations))
 
@@ -90,25 +74,21 @@ class RunningMaximum:
         calls: int = 1,
         weight: float | Tensor = 1.0,
     ) -> None:
-        """Ends a batch; has no effect without a call.
+        """Ends a batch with the number of examples in the loss, or of rows; has no effect without a call.
 
-        Args:
-            count: Examples that the loss averages over; None for the number of rows.
-            outputs: The layer's outputs and the targets, each of shape (rows, outputs), for losses whose constant
-                depends on their norms.
-            calls: Calls of the layer whose outputs enter the loss together. The norm of the matrix of all of them is at
-                most sqrt(calls) times that of the largest call.
-            weight: Factor of the batch's norm.
+        Outputs and targets, each of shape (rows, outputs), are for losses whose constant depends on their norms;
+        ``calls`` is how many calls' outputs enter the loss together, and ``weight`` a factor of the batch's norm.
         """
         whole_batch = self.norm in ("frobenius", "spectral")
         if calls > 1 and whole_batch:
+            # The norm of the matrix of all calls is at most sqrt(calls) times that of the largest one.
             weight = weight * calls**0.5
-        on_device = isinstance(count, Tensor)
+        may_be_zero = isinstance(count, Tensor)
         if count is None:
-            count = self._rows
+            count = self.rows
         elif isinstance(count, Tensor):
             count = count.float()
-        self._finish_size(count, on_device, weight)
+        self._finish_size(count, may_be_zero, weight)
         if isinstance(count, Tensor):
             torch.maximum(self._max_count, count, out=self._max_count)
         else:
@@ -123,22 +103,21 @@ class RunningMaximum:
             _raise_to(self._max_outputs, total)
         self._batch.zero_()
 
-    def _finish_size(self, count: int | Tensor, on_device: bool, weight: float | Tensor) -> None:
-        """Raises the maximum to the batch's norm; ``on_device``: the count is a tensor that may be 0."""
-        value = self._size / count**0.5 if self.mean else self._size
-        if on_device and self.mean:  # not finite for a count of 0
+    def _finish_size(self, count: Any, may_be_zero: bool, weight: float | Tensor) -> None:
+        """Raises the maximum to the batch's norm."""
+        value = self.size / count**0.5 if self.mean else self.size
+        if may_be_zero and self.mean:  # not finite for a count of 0
             value = self._count_dropped(value)
-        elif on_device:
-            assert isinstance(count, Tensor)
+        elif may_be_zero:
             self._dropped.add_(count == 0)
         plain = isinstance(weight, float) and weight == 1.0
-        if plain and on_device and self.mean:  # finite, or -1
+        if plain and may_be_zero and self.mean:  # finite, or -1
             torch.maximum(self._max_size, value, out=self._max_size)
         else:
             _raise_to(self._max_size, value if plain else value * weight)
 
     def update(self, activations: Tensor) -> None:
-        """Takes in a batch of one call; arguments and errors as for :meth:`add`."""
+        """Takes in a batch of one call."""
         self.add(activations)
         self.finish()
 
@@ -146,27 +125,8 @@ class RunningMaximum:
         """Discards the batch so far."""
         self._batch.zero_()
 
-    @property
-    def rows(self) -> Tensor:
-        """Rows of the largest call of the batch so far, on the device."""
-        return self._rows
-
-    @property
-    def size(self) -> Tensor:
-        """Norm of the largest call of the batch so far, on the device."""
-        return self._size
-
     def pack(self, scale: float, rank: int) -> Tensor:
-        """This rank's contribution to a MAX all-reduce.
-
-        Args:
-            scale: Factor of the norm; the fourth-moment norm has its square.
-            rank: Index of this process.
-
-        Returns:
-            :attr:`values`, then the power iteration's vector of rank 0 (-inf on other ranks); shape
-            (5 + len(direction),), float32.
-        """
+        """The values for a MAX all-reduce, with a factor of the norm, then the direction of rank 0 (-inf elsewhere)."""
         values = self.values.clone()
         values[0] *= scale
         values[3] *= scale**2
@@ -174,16 +134,9 @@ class RunningMaximum:
         return torch.cat([values, direction])
 
     def unpack(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same values and vector; the number of dropped calls stays each rank's own.
-
-        Args:
-            reduced: MAX over the ranks of :meth:`pack`.
-
-        Returns:
-            The reduced values, with the dropped calls of the rank that has most; shape (5,).
-        """
+        """Gives all ranks the same values and direction, and returns the values, with the most dropped calls."""
         values = reduced[: len(self.values)]
-        for i in (0, 1, 3, 4):
+        for i in (0, 1, 3, 4):  # the number of dropped calls stays each rank's own
             self.values[i].copy_(values[i])
         self.direction.copy_(reduced[len(self.values) :])
         return values
@@ -198,11 +151,7 @@ class RunningMaximum:
         return {"values": self.values.cpu().clone(), "direction": self.direction.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copies the tensors of :meth:`state_dict` in.
-
-        Raises:
-            ValueError: They belong to another layer or another norm.
-        """
+        """Copies the tensors of :meth:`state_dict` in; those of another layer or another norm are a ValueError."""
         for name, own in (("values", self.values), ("direction", self.direction)):
             if state[name].shape != own.shape:
                 raise ValueError(f"{name}: expected shape {tuple(own.shape)}, found {tuple(state[name].shape)}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_lipschitz.measurement.norms import as_real, norm, whole, wide
+
 MAX_COSINE = 0.3
 """Largest cosine of weight and gradient that counts as 0, over that of two random vectors, 1 / sqrt(size).
 
@@ -29,17 +31,14 @@ class ScaleInvariance:
 
     A matrix or a kernel is one if it has been orthogonal to its gradient in all measurements, up to rounding. That of a
     layer with a ReLU between itself and the normalisation is one as long as its bias is small.
-
-    Args:
-        init_norms: Norms of the weights at a usual initialisation, where known.
     """
 
     def __init__(self, init_norms: Mapping[Tensor, float] | None = None) -> None:
-        self._init_norms = init_norms or {}
+        self._init_norms = init_norms or {}  # at a usual initialisation, where known
         # Parameters that were never measured are in neither; all values stay on the parameters' devices.
         self._max_cosine: dict[Tensor, Tensor] = {}  # over that of random vectors; -1 before the first measurement
         self._first_norm: dict[Tensor, Tensor] = {}
-        self._restored: Sequence[Sequence[float]] = ()
+        self._restored: Sequence[Sequence[float]] = ()  # both, by the parameter's index in its optimizer
 
     @property
     def num_scale_invariant(self) -> int:
@@ -48,30 +47,24 @@ class ScaleInvariance:
 
     @torch.no_grad()
     def norm_growth(self, weight: Tensor, grad: Tensor, index: int) -> Tensor | float:
-        """Adds a measurement.
+        """Adds a measurement of the gradient, times any number, of the parameter of an index in its optimizer.
 
-        Args:
-            weight: The parameter.
-            grad: Its gradient, times any number, without weight decay.
-            index: The parameter's index among all of its optimizer, for restored values.
-
-        Returns:
-            For a scale-invariant weight its norm over that at a usual initialisation, or over that in the first
-            measurement, where the former is not known or the cosine is above a tenth of the limit (in a first
-            measurement a hundredth), as may happen by chance. 1 for others. A scalar, on the gradient's device.
+        The result is 1, or for a scale-invariant weight its norm over that at a usual initialisation, or over that in
+        the first measurement, if the former is not known or the cosine is above a tenth of the limit (in a first
+        measurement a hundredth), as may happen by chance.
         """
         if weight.dim() < 2:
             return 1.0
-        values, grads = (_real(part.detach()) for part in (weight, grad))
+        values, grads = (wide(as_real(part.detach())) for part in (weight, grad))
         weight_norm = norm(values)
         new = weight not in self._max_cosine
         if new:
-            cosine, first = self._restored[index] if index < len(self._restored) else (-1.0, -1.0)
+            cosine, first = self._last(weight, index)
             self._max_cosine[weight] = torch.full_like(weight_norm, cosine)
             self._first_norm[weight] = weight_norm if first < 0 else torch.full_like(weight_norm, first)
         # Rows without a gradient, as an embedding's, are not orthogonal to it.
         touched, grad_norm = norm(values * (grads != 0)), norm(grads)
-        cosine_now = _whole((values * grads).sum()).abs() / touched / grad_norm * values.numel() ** 0.5
+        cosine_now = whole((values * grads).sum()).abs() / touched / grad_norm * values.numel() ** 0.5
         usable = (touched > 0) & (grad_norm > 0) & torch.isfinite(grad_norm)  # no underflow and no overflow
         cosine_now = torch.where(usable, cosine_now, math.nan)
         max_cosine = self._max_cosine[weight] = torch.fmax(self._max_cosine[weight], cosine_now)
@@ -84,50 +77,24 @@ class ScaleInvariance:
         return torch.where(invariant, weight_norm / start, 1.0)
 
     def state_dict(self, parameters: Iterable[Tensor]) -> list[list[float]]:
-        """Largest cosine and first norm of an optimizer's parameters in their order, -1 if not measured.
+        """Largest cosine and first norm of each parameter, -1 if not measured; waits for the device."""
+        return [[float(value) for value in self._last(weight, index)] for index, weight in enumerate(parameters)]
 
-        This waits for the device.
-        """
-        state = []
-        for index, parameter in enumerate(parameters):
-            if parameter in self._max_cosine:
-                state.append([float(self._max_cosine[parameter]), float(self._first_norm[parameter])])
-            else:
-                state.append(list(self._restored[index]) if index < len(self._restored) else [-1.0, -1.0])
-        return state
+    def _last(self, weight: Tensor, index: int) -> Sequence[Any]:
+        if weight in self._max_cosine:
+            return self._max_cosine[weight], self._first_norm[weight]
+        return self._restored[index] if index < len(self._restored) else (-1.0, -1.0)
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """Restores the state of :meth:`state_dict`."""
         self._max_cosine, self._first_norm, self._restored = {}, {}, state
 
 
-def norm(values: Tensor) -> Tensor:
-    """Euclidean norm of a real tensor, whole or sharded, in single precision, or double for double tensors."""
-    return _whole(torch.linalg.vector_norm(_wide(values)))
-
-
-def _real(values: Tensor) -> Tensor:
-    return _wide(torch.view_as_real(values) if values.is_complex() else values)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _whole(value: Any) -> Tensor:
-    """A scalar of a sharded tensor, put together by all ranks."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole
-
-
 def he_init_norms(module: nn.Module) -> dict[Tensor, float]:
     """Euclidean norm of the weights of linear maps and convolutions at He initialisation.
 
     An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
-    number of inputs.
-
-    References:
-        K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
+    number of inputs. From K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, 2.2.
     """
     norms: dict[Tensor, float] = {}
     for part in module.modules():

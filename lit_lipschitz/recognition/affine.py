@@ -13,6 +13,7 @@ from lit_lipschitz.recognition.autograd_nodes import (
     leaf_of,
     names_below,
     nodes_below,
+    signed,
     take_factors,
 )
 
@@ -21,35 +22,35 @@ _MASKS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBack
 # Derivatives of at most 1 that vary: no gradient is larger behind them, but a curvature may be.
 _ACTIVATIONS = ("SigmoidBackward0", "TanhBackward0", "ReluBackward0")
 _PERMUTATIONS = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
-# Position of the weight among the inputs of each.
-AFFINE = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
+# Position of the weight among the inputs of each, and where the node saves the weight and the layer's input.
+_AFFINE = {
+    "AddmmBackward0": (2, "_saved_mat2", "_saved_mat1"),
+    "MmBackward0": (1, "_saved_mat2", "_saved_self"),
+    "LinearBackward0": (1, "_saved_weight", "_saved_input"),
+    "ConvolutionBackward0": (1, "_saved_weight", "_saved_input"),
+}
 _POOLS = ("MeanBackward1", "AdaptiveAvgPool2DBackward0", "AvgPool2DBackward0")
 _ASSIGNMENT = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True)
 class AffineSource:
-    """The affine layer that produced the outputs.
+    """The affine layer that produced the outputs."""
 
-    Attributes:
-        weight: Its weight, or a view of it if it is frozen; None if the graph does not show it.
-        unrecognised: Names of the nodes between the outputs and any affine layer, if they are not understood.
-        pooled: Whether its outputs are averaged over positions, or upsampled.
-        calls: Calls of the layer whose outputs are concatenated.
-        num_outputs: How many of its outputs are used; None if the graph does not tell.
-        behind_activation: Names of the nodes between, if one is an activation with derivatives of at most 1.
-        node: The node of the call, if there is only one.
-        concatenated: Whether outputs are concatenated, of one call or several.
-    """
+    weight: Tensor | None = None  # a view of it if it is frozen; None if the graph does not show it
+    unrecognised: tuple[str, ...] = ()  # names of the nodes between the outputs and the layer, if not understood
+    pooled: bool = False  # whether its outputs are averaged over positions, or upsampled
+    calls: int = 1  # of the layer whose outputs are concatenated
+    num_outputs: int | None = None  # that are used; None if the graph does not tell
+    behind_activation: tuple[str, ...] = ()  # names of the nodes between, if one is an activation of _ACTIVATIONS
+    node: Any = None  # of the call, if there is only one
+    concatenated: bool = False  # whether outputs are concatenated, of one call or several
 
-    weight: Tensor | None = None
-    unrecognised: tuple[str, ...] = ()
-    pooled: bool = False
-    calls: int = 1
-    num_outputs: int | None = None
-    behind_activation: tuple[str, ...] = ()
-    node: Any = None
-    concatenated: bool = False
+    @property
+    def inputs(self) -> Tensor | None:
+        """The input of the layer, as its node saves it for the weight's gradient."""
+        inputs = None if self.node is None else getattr(self.node, _AFFINE[self.node.name()][2], None)
+        return None if inputs is None else inputs.detach()
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,10 @@ def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
-    """Traces outputs back to the affine layer that produced them.
+    """Traces the outputs that a node made back to the affine layer, or to nodes that are not understood.
 
-    Args:
-        node: The node that made the outputs.
-        through_activations: Whether activations with derivatives of at most 1 may stand between, which make no gradient
-            larger. Not with the cross-entropy, whose log-softmax they would be an input of.
-
-    Returns:
-        The layer, or the names of the nodes that are not understood.
+    Activations with derivatives of at most 1 may stand between, which make no gradient larger, but not with the
+    cross-entropy, whose log-softmax they would be an input of.
     """
     names, path = tuple(names_below(node)), _Path()
     while (below := _step(node, path, through_activations)) is not None:
@@ -97,12 +93,15 @@ def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
     source = _concatenated(node, names, through_activations) or _called(node, names)
     if source.unrecognised:
         return source
-    num_outputs = _outputs_left(node, source, path)
-    if num_outputs is None and any(part.selects_one and part.size > 1 for part in path.slices):
-        return AffineSource(unrecognised=names)
+    num_outputs, channels_last = source.num_outputs, node.name() != "ConvolutionBackward0"
+    for part in reversed(path.slices):
+        of_outputs = path.permuted or part.dim == (part.ndim - 1 if channels_last else 1)
+        if num_outputs is not None and of_outputs and part.size == num_outputs:
+            num_outputs = part.size_left
+        elif part.selects_one and part.size > 1:  # one position
+            return AffineSource(unrecognised=names)
     behind_activation = names if path.behind_activation or source.behind_activation else ()
-    pooled = path.pooled or source.pooled
-    return replace(source, pooled=pooled, num_outputs=num_outputs, behind_activation=behind_activation)
+    return replace(source, pooled=path.pooled, num_outputs=num_outputs, behind_activation=behind_activation)
 
 
 def _step(node: Any, path: _Path, through_activations: bool) -> Any:
@@ -130,13 +129,13 @@ def _called(node: Any, names: tuple[str, ...]) -> AffineSource:
     name = node.name()
     if name.startswith("CompiledFunction"):
         return AffineSource()
-    if name not in AFFINE:
+    if name not in _AFFINE:
         return AffineSource(unrecognised=names)
     weight = weight_of(node)
     if weight is not None:
         num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
         return AffineSource(weight, num_outputs=num_outputs, node=node)
-    computed = node.next_functions[AFFINE[name]][0]
+    computed = node.next_functions[_AFFINE[name][0]][0]
     # A weight computed from other parameters, as by weight_norm, whose gradients differ.
     return AffineSource() if computed is None else AffineSource(unrecognised=(*names, "weight", *names_below(computed)))
 
@@ -157,17 +156,12 @@ def _concatenated(node: Any, names: tuple[str, ...], through_activations: bool) 
     sources = [trace_to_affine(part, through_activations) for part in nodes]
     first = sources[0]
     # Concatenated outputs come from one layer that was called several times, or from several layers.
-    if first.weight is None or not all(
-        same_weight(source.weight, first.weight) and not source.pooled for source in sources
-    ):
+    one_layer = all(same_weight(source.weight, first.weight) and not source.pooled for source in sources)
+    if first.weight is None or not one_layer:
         return AffineSource(unrecognised=names)
-    return AffineSource(
-        first.weight,
-        calls=sum(source.calls for source in sources),
-        num_outputs=first.num_outputs,
-        behind_activation=next((source.behind_activation for source in sources if source.behind_activation), ()),
-        concatenated=True,
-    )
+    calls = sum(source.calls for source in sources)
+    behind_activation = next((source.behind_activation for source in sources if source.behind_activation), ())
+    return replace(first, calls=calls, behind_activation=behind_activation, node=None, concatenated=True)
 
 
 def _slice(node: Any) -> _Slice | None:
@@ -184,26 +178,13 @@ def _slice(node: Any) -> _Slice | None:
     if name == "GatherBackward0" and index[dim] != 1:
         return None  # may take one output several times
     if name == "SliceBackward0":
-        start, end = (end - 2**64 if end >= 2**63 else end for end in (node._saved_start, node._saved_end))
-        left = len(range(*slice(start, end, node._saved_step).indices(size)))
+        ends = slice(signed(node._saved_start), signed(node._saved_end), node._saved_step)
+        left = len(range(*ends.indices(size)))
     elif name == "SplitBackward0":
         left = min(size, node._saved_split_size)
     elif name == "SplitWithSizesBackward0":
         left = max(node._saved_split_sizes)
     return _Slice(dim, len(sizes), size, left, name in ("SelectBackward0", "GatherBackward0"))
-
-
-def _outputs_left(node: Any, source: AffineSource, path: _Path) -> int | None:
-    """How many of a layer's outputs are used; None if the graph does not tell, or selects one position."""
-    num_outputs = source.num_outputs
-    last = node.name() != "ConvolutionBackward0"
-    for part in reversed(path.slices):
-        of_outputs = path.permuted or part.dim == (part.ndim - 1 if last else 1)
-        if num_outputs is not None and of_outputs and part.size == num_outputs:
-            num_outputs = part.size_left
-        elif part.selects_one and part.size > 1:
-            return None
-    return num_outputs
 
 
 def _is_upsampling(node: Any) -> bool:
@@ -224,44 +205,31 @@ def _is_upsampling(node: Any) -> bool:
 
 def logit_scale_of(node: Any) -> Factors:
     """The scalar factors of a layer's outputs, such as a temperature; empty if the graph has more than that."""
-    scale: Factors = []
-    while node.name() not in AFFINE:
+    scale: Factors = ()
+    while node.name() not in _AFFINE:
         factors, below = take_factors(node)
         scale += factors
         if below is node:
             if not (node.name() in VIEWS or node.name() in _MASKS or _slice(node) is not None):
-                return []
+                return ()
             below = nodes_below(node)[0]
         node = below
     return scale
 
 
-def inputs_of(node: Any) -> Tensor | None:
-    """The input of an affine layer, as its node saves it for the weight's gradient."""
-    names = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
-    inputs = None if node is None else getattr(node, names.get(node.name(), "_saved_input"), None)
-    return None if inputs is None else inputs.detach()
-
-
 def weight_of(node: Any) -> Tensor | None:
-    """The weight of an affine layer; if it is frozen, the view that the graph saves."""
-    for leaf in map(leaf_of, nodes_below(node)):
-        if isinstance(leaf, nn.Parameter) and leaf.ndim > 1:
-            return leaf
-    if node.next_functions[AFFINE[node.name()]][0] is not None:
+    """The weight of an affine layer or a batched product; of a frozen layer the view that is saved; or None."""
+    position, saved, _ = _AFFINE.get(node.name(), (None, "", ""))
+    if position is None and node.name() != "BmmBackward0":  # of torch.einsum
         return None
-    return getattr(node, "_saved_mat2", None) if "mm" in node.name() or "Mm" in node.name() else node._saved_weight
-
-
-def bmm_parameter(node: Any) -> Tensor | None:
-    """The parameter that a batched matrix product or torch.einsum multiplies by; None for other nodes."""
-    leaves = map(leaf_of, nodes_below(node)) if node.name() == "BmmBackward0" else ()
-    return next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
+    for leaf in map(leaf_of, nodes_below(node)):
+        if isinstance(leaf, nn.Parameter) and (leaf.ndim > 1 or position is None):
+            return leaf
+    return None if position is None or node.next_functions[position][0] is not None else getattr(node, saved, None)
 
 
 def _without_bias(node: Any) -> Any:
     """The summand beside a bias or a constant; None if there are several."""
-    others = [
-        part for part in nodes_below(node) if not (isinstance(leaf := leaf_of(part), nn.Parameter) and leaf.ndim == 1)
-    ]
+    summands = [(part, leaf_of(part)) for part in nodes_below(node)]
+    others = [part for part, leaf in summands if not (isinstance(leaf, nn.Parameter) and leaf.ndim == 1)]
     return others[0] if len(others) == 1 else None

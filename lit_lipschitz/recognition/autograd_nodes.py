@@ -12,15 +12,10 @@ from torch import Tensor
 IDENTITIES = frozenset(
     ("_DDPSinkBackward", "BackwardHookFunctionBackward", "RegisterPostBackwardFunctionBackward", "CloneBackward0")
 )
-VIEWS = IDENTITIES | frozenset(
-    f"{name}Backward{version}"
-    for name in (
-        *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias"),
-        *("Squeeze", "Unsqueeze", "ToCopy", "Clone"),
-    )
-    for version in (0, 1)
-)
-Factors = list[tuple[Tensor, bool]]
+_VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze")
+_COPIES = ("ToCopy", "Clone")
+VIEWS = IDENTITIES | {f"{name}Backward{version}" for name in (*_VIEWS, *_COPIES) for version in (0, 1)}
+Factors = tuple[tuple[Tensor, bool], ...]
 """Scalar factors, each with whether it divides rather than multiplies."""
 
 
@@ -35,18 +30,26 @@ def only_below(node: Any) -> Any:
     return below[0] if len(below) == 1 else None
 
 
+def below_views(node: Any, *others: str) -> Any:
+    """The first node from a node on that is neither a view nor one of the others."""
+    while node.name() in VIEWS or node.name() in others:
+        node = nodes_below(node)[0]
+    return node
+
+
 def leaf_of(node: Any) -> Tensor | None:
     """The parameter that a node accumulates the gradient of, possibly behind views; None for other nodes."""
-    while node.name() in VIEWS:
-        node = nodes_below(node)[0]
-    return getattr(node, "variable", None)
+    return getattr(below_views(node), "variable", None)
+
+
+def signed(number: int) -> int:
+    """A number that a node saves; torch saves a negative one as an unsigned number."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def dim_of(node: Any, ndim: int) -> int:
-    """The saved dimension of a node, counted from 0; torch saves a negative one as an unsigned number."""
-    dim = int(node._saved_dim)
-    dim = dim - 2**64 if dim >= 2**63 else dim
-    return dim % ndim
+    """The saved dimension of a node, counted from 0."""
+    return signed(node._saved_dim) % ndim
 
 
 def factor_of(node: Any) -> Tensor | None:
@@ -62,10 +65,10 @@ def factor_of(node: Any) -> Tensor | None:
 
 def take_factors(node: Any) -> tuple[Factors, Any]:
     """The scalar factors at the top of a graph, and the node below them."""
-    factors: Factors = []
+    factors: Factors = ()
     while (factor := factor_of(node)) is not None or node.name() in IDENTITIES:
         if factor is not None:
-            factors.append((factor, node.name() == "DivBackward0"))
+            factors += ((factor, node.name() == "DivBackward0"),)
         node = nodes_below(node)[0]
     return factors, node
 

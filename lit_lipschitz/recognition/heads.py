@@ -50,11 +50,7 @@ def head_rows(head: nn.Module, activations: Tensor) -> Tensor:
 def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> Tensor:
     """A head's outputs, or their targets, as a matrix, shape (rows, outputs).
 
-    Args:
-        head: The head.
-        outputs: The outputs, or some of them.
-        width: How many outputs of each row they are; None for all. If that does not divide their number, each output is
-            a row.
+    Of each row there are ``width`` outputs, None for all. If that does not divide their number, each output is a row.
     """
     width = width or head_size(head)[1]
     if isinstance(head, _CONVOLUTIONS) and outputs.ndim >= -_channels(head):
@@ -65,18 +61,9 @@ def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> T
 def head_candidates(
     module: nn.Module, name: str = "auto", owned: Container[Tensor] | None = None
 ) -> dict[str, nn.Module]:
-    """The modules that can be the head, by name.
+    """The modules that can be the head, by name, at least one: every Linear and 1x1 convolution, or the named one.
 
-    Args:
-        module: The network.
-        name: The head's name as in ``module.named_modules()``, or ``"auto"`` for every Linear and 1x1 convolution.
-        owned: Parameters among which the head's weight must be; None for any.
-
-    Returns:
-        At least one module.
-
-    Raises:
-        ConfigurationError: There is none, or the named module does not exist or is not an affine layer.
+    The head's weight must be among the parameters ``owned``, if given. A ConfigurationError says why there is none.
     """
     # torch.compile adds _orig_mod to names; users write them without.
     modules = {_COMPILED.sub("", key).removeprefix("."): part for key, part in module.named_modules()}

@@ -1,32 +1,18 @@
-"""Recognises a loss, and the output layer behind it, in the autograd graph of the loss's value.
-
-Names and saved attributes of the nodes are those of torch 2.8 to 2.14. A graph that is not recognised is refused with
-the names of its nodes, never guessed.
-"""
+"""Recognises a loss, and the output layer behind it, in its autograd graph; a graph of other nodes is refused."""
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.recognition.affine import (
-    AFFINE,
-    AffineSource,
-    bmm_parameter,
-    inputs_of,
-    logit_scale_of,
-    same_weight,
-    trace_to_affine,
-    weight_of,
-)
+from lit_lipschitz.recognition.affine import AffineSource, logit_scale_of, same_weight, trace_to_affine, weight_of
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
-    Factors,
     dim_of,
     names_below,
     nodes_below,
@@ -38,99 +24,54 @@ from lit_lipschitz.recognition.autograd_nodes import (
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
 
 
-class LossTerm(NamedTuple):
-    """A recognised loss and the factors in front of it."""
-
-    factors: Factors
-    match: LossMatch
-
-
 @dataclass(frozen=True)
 class FoundLoss:
-    """A loss that was recognised in the graph.
-
-    Attributes:
-        loss: The loss.
-        scale: Factor of its mean or sum.
-        head_weight: Weight of the affine layer that made the logits, or a view of it if it is frozen; None if the graph
-            does not show it, as in a compiled network.
-        unrecognised: Names of the nodes between the loss and any affine layer, if they are not understood.
-        behind_activation: The same if an activation with derivatives of at most 1 stands between, which some losses
-            allow.
-        rows: Examples, tokens or pixels in the loss, including ignored ones.
-        head_rows: Rows of the affine layer's outputs in the loss; more than ``rows`` if its classes are positions.
-        num_outputs: Outputs of the layer that enter the loss, or classes; None if unknown.
-        rows_per_target: Rows of the layer's outputs among which one target of a cross-entropy is chosen.
-        pooled: Whether the layer's outputs are averaged over positions, or upsampled, before the loss.
-        calls: Calls of the layer whose outputs are concatenated.
-        concatenated: Whether outputs are concatenated, of one call or several.
-        inputs: Input of the layer, if it was called once and the graph saves it.
-    """
+    """A loss that was recognised in the graph, and the affine layer that made its logits."""
 
     loss: Loss
-    scale: float
-    head_weight: Tensor | None
-    unrecognised: tuple[str, ...]
-    behind_activation: tuple[str, ...]
-    rows: int
-    head_rows: int
-    num_outputs: int | None
-    rows_per_target: int
-    pooled: bool
-    calls: int
-    concatenated: bool
-    inputs: Tensor | None
+    scale: float  # factor of its mean or sum
+    head_weight: Tensor | None  # a view of it if it is frozen; None if the graph hides it, as in a compiled network
+    unrecognised: tuple[str, ...]  # names of the nodes between the loss and the layer, if they are not understood
+    behind_activation: tuple[str, ...]  # the same, if an activation with derivatives of at most 1 stands between
+    rows: int  # examples, tokens or pixels, including ignored ones
+    head_rows: int  # of the layer's outputs in the loss; more than `rows` if its classes are positions
+    num_outputs: int | None  # of the layer that enter the loss, or classes; None if unknown
+    rows_per_target: int  # of the layer's outputs, among which one target of a cross-entropy is chosen
+    pooled: bool  # whether the layer's outputs are averaged over positions, or upsampled, before the loss
+    calls: int  # of the layer whose outputs are concatenated
+    concatenated: bool  # whether outputs are concatenated, of one call or several
+    inputs: Tensor | None  # of the layer, if it was called once and the graph saves them
 
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """A loss in one batch; tensors stay on their device.
+    """A loss in one batch; tensors stay on their device."""
 
-    Attributes:
-        count: Examples, tokens or pixels that are reduced.
-        elements: The same times the outputs, if the mean is over these too.
-        scale: Factor of the mean or the sum.
-        rows: Examples, tokens or pixels, including ignored ones.
-        outputs: Outputs and targets of losses whose constant depends on their norms; else empty.
-        calls: Calls of the affine layer whose outputs are concatenated.
-        logit_scale: Factor of the layer's outputs, such as a temperature.
-        terms: Losses of the same logits that are added up.
-    """
-
-    count: int | Tensor
-    elements: int | Tensor
-    scale: float | Tensor
-    rows: int
-    outputs: tuple[Tensor, ...] = ()
-    calls: int = 1
-    logit_scale: float | Tensor = 1.0
-    terms: int = 1
+    count: int | Tensor  # examples, tokens or pixels that are reduced
+    elements: int | Tensor  # the same times the outputs, if the mean is over these too
+    scale: float | Tensor  # factor of the mean or the sum
+    rows: int  # examples, tokens or pixels, including ignored ones
+    outputs: tuple[Tensor, ...] = ()  # and targets, of losses whose constant depends on their norms
+    calls: int = 1  # of the affine layer whose outputs are concatenated
+    logit_scale: float | Tensor = 1.0  # factor of the layer's outputs, such as a temperature
+    terms: int = 1  # losses of the same logits that are added up
 
 
 @dataclass(frozen=True)
 class LogitEdge:
-    """Where the gradient with respect to the logits enters the graph below the loss.
+    """Where the gradient with respect to the logits enters the graph below the loss."""
 
-    Attributes:
-        node: The node that made the logits.
-        index: Which of its results they are.
-        dim: Dimension of the classes in the logits of a cross-entropy, counted from 0; None for other losses.
-        head_weight: Weight of the affine layer behind them; None if the graph does not show it.
-    """
-
-    node: Any
-    index: int
-    dim: int | None
-    head_weight: Tensor | None
+    node: Any  # the node that made the logits
+    index: int  # which of its results they are
+    dim: int | None  # of the classes of a cross-entropy, counted from 0; None for other losses
+    head_weight: Tensor | None  # of the affine layer behind them; None if the graph does not show it
 
 
 class LossGraph:
     """The autograd graph of a loss, walked once for all questions about one backward.
 
-    Args:
-        loss: The loss, a scalar: a recognised one, multiplied or divided by scalars; or a sum of several of one kind
-            with the same logits, as in mixup.
-        name: The loss's name if the user named it; only terms of that name in a sum are considered then.
+    The loss is a recognised one, multiplied or divided by scalars, or a sum of several of one kind with the same
+    logits, as in mixup. If the user named it, only terms of that name in a sum are considered.
     """
 
     def __init__(self, loss: Tensor, name: str | None = None) -> None:
@@ -138,21 +79,11 @@ class LossGraph:
         self._traced: dict[Any, AffineSource] = {}
 
     @cached_property
-    def _terms(self) -> list[LossTerm]:
+    def _terms(self) -> list[LossMatch]:
         return [] if self._root is None else self._terms_below(self._root)
 
     def found(self, head: Tensor | None = None) -> FoundLoss | None:
-        """The loss, with the sum of the factors if several terms have the same logits.
-
-        Args:
-            head: Weight of the head that a named loss must belong to; None for any.
-
-        Returns:
-            The loss; None if the user named one and there is no such term.
-
-        Raises:
-            ConfigurationError: There is no graph, the loss is not recognised, or terms have different heads.
-        """
+        """The loss, with the sum of the factors of its terms; a named one of a head's weight, if given, or None."""
         if self._name is not None:
             return self._found_named(head)
         if self._root is None:
@@ -179,26 +110,16 @@ class LossGraph:
         return replace(first, scale=sum(abs(term.scale) for term in terms))
 
     def batch(self, name: str, num_outputs: int, head: Tensor | None = None, trace: bool = True) -> BatchLoss | None:
-        """The loss in this batch, without a host synchronisation.
-
-        Args:
-            name: The recognised loss.
-            num_outputs: Outputs of the head.
-            head: As for :meth:`found`.
-            trace: Whether to count the calls of the affine layer and to find the factor of its outputs, which takes as
-                long as everything else.
-
-        Returns:
-            The loss; None if the graph shows another one.
-        """
-        terms = [term for term in self._terms if term.match.name == name]
+        """The recognised loss in this batch, without a host synchronisation; None if the graph shows another one."""
+        # Tracing counts the affine layer's calls and finds the factor of its outputs, and takes as long as all the rest.
+        terms = [term for term in self._terms if term.name == name]
         terms = self._of_head(terms, head) if len(terms) > 1 else terms
         losses = [self._read(term, num_outputs, trace) for term in terms]
         return _combine(losses) if len(losses) > 1 else next(iter(losses), None)
 
     def edges(self, name: str) -> list[LogitEdge]:
         """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
-        edges = [self._edge(term.match) for term in self._terms if term.match.name == name]
+        edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
 
     @cached_property
@@ -210,31 +131,28 @@ class LossGraph:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            weight = weight_of(node) if node.name() in AFFINE else bmm_parameter(node)
+            weight = weight_of(node)
             if weight is None:
                 stack.extend(nodes_below(node))
             elif not any(same_weight(weight, other) for other in weights):
                 weights.append(weight)
         return weights
 
-    def _terms_below(self, node: Any) -> list[LossTerm]:
+    def _terms_below(self, node: Any) -> list[LossMatch]:
         """The loss that a graph begins with, or several with the same logits; of a named loss, its terms in a sum."""
         factors, node = take_factors(node)
         match = match_loss(node)
         if match is not None and self._name in (None, match.name):
-            if match.divisor != 1:
-                factors = [*factors, (torch.tensor(float(match.divisor)), True)]
-            return [LossTerm(factors, match)]
-        below = _same_gradient(node)
-        if below is not None:
-            return [LossTerm([*factors, *more], found) for more, found in self._terms_below(below)]
-        if node.name() not in ("AddBackward0", "SubBackward0") or node._saved_alpha != 1:
+            parts = [[match]]
+        elif (below := _same_gradient(node)) is not None:
+            parts = [self._terms_below(below)]
+        elif node.name() in ("AddBackward0", "SubBackward0") and node._saved_alpha == 1:
+            parts = [self._terms_below(part) for part in nodes_below(node)]
+        else:
             return []
-        parts = [self._terms_below(part) for part in nodes_below(node)]
-        terms = [LossTerm([*factors, *more], found) for part in parts for more, found in part]
-        if self._name is None and not (all(parts) and all(self._alike(terms[0].match, t.match) for t in terms[1:])):
-            return []
-        return terms
+        terms = [replace(term, factors=factors + term.factors) for part in parts for term in part]
+        usable = self._name is not None or (all(parts) and all(self._alike(terms[0], term) for term in terms[1:]))
+        return terms if usable else []
 
     def _alike(self, one: LossMatch, other: LossMatch) -> bool:
         """Whether two losses are of one kind and of the outputs of one call, so that their gradients have one bound."""
@@ -244,35 +162,32 @@ class LossGraph:
 
     def _source(self, match: LossMatch) -> AffineSource:
         """The affine layer behind a loss, traced once."""
-        source = self._traced.get(match.below)
-        if source is None:
-            source = trace_to_affine(match.below, through_activations=match.log_softmax is None)
-            self._traced[match.below] = source
-        return source
+        if match.below not in self._traced:
+            self._traced[match.below] = trace_to_affine(match.below, through_activations=match.log_softmax is None)
+        return self._traced[match.below]
 
-    def _of_head(self, terms: list[LossTerm], head: Tensor | None) -> list[LossTerm]:
+    def _of_head(self, terms: list[LossMatch], head: Tensor | None) -> list[LossMatch]:
         """The terms with a head; if there are none, those whose head the graph does not show."""
         if head is None:
             return terms
-        weights = [self._source(term.match).weight for term in terms]
-        own = [term for term, weight in zip(terms, weights, strict=True) if same_weight(weight, head)]
-        return own or [term for term, weight in zip(terms, weights, strict=True) if weight is None]
+        own = [term for term in terms if same_weight(self._source(term).weight, head)]
+        return own or [term for term in terms if self._source(term).weight is None]
 
-    def _describe(self, term: LossTerm) -> FoundLoss:
-        match, source = term.match, self._source(term.match)
+    def _describe(self, match: LossMatch) -> FoundLoss:
+        source = self._source(match)
         num_outputs = match.num_classes or source.num_outputs
-        top = "LogSoftmax" if match.log_softmax is not None else short_name(match.node)
+        top = short_name(match.log_softmax or match.node)
         unrecognised, behind_activation = (
             (top, *names) if names else () for names in (source.unrecognised, source.behind_activation)
         )
         rows = match.rows(num_outputs or 1)
         head_rows, rows_per_target = rows, 1
         if match.num_classes and source.num_outputs and match.num_classes % source.num_outputs == 0:
-            head_rows = match.num_logits // source.num_outputs
+            head_rows = match.log_softmax._saved_result.numel() // source.num_outputs
             rows_per_target = match.num_classes // source.num_outputs
         return FoundLoss(
             loss=_loss_of(match, named=self._name is not None),
-            scale=float(product_of(term.factors)),
+            scale=float(product_of(match.factors)),
             head_weight=source.weight,
             unrecognised=unrecognised,
             behind_activation=behind_activation,
@@ -283,7 +198,7 @@ class LossGraph:
             pooled=source.pooled,
             calls=source.calls,
             concatenated=source.concatenated,
-            inputs=inputs_of(source.node),
+            inputs=source.inputs,
         )
 
     def _edge(self, match: LossMatch) -> LogitEdge:
@@ -295,8 +210,8 @@ class LossGraph:
                     return LogitEdge(below, index, dim, weight)
             node = nodes_below(node)[0]
 
-    def _read(self, term: LossTerm, num_outputs: int, trace: bool) -> BatchLoss:
-        match, scale = term.match, product_of(term.factors)
+    def _read(self, match: LossMatch, num_outputs: int, trace: bool) -> BatchLoss:
+        scale = product_of(match.factors)
         source = self._source(match) if trace else AffineSource()
         logit_scale: Any = abs(product_of(logit_scale_of(match.below))) if source.unrecognised else 1.0
         rows = match.rows(num_outputs)
@@ -319,15 +234,14 @@ def _outputs_and_targets(match: LossMatch) -> tuple[Tensor, ...]:
 
 def _combine(losses: list[BatchLoss]) -> BatchLoss:
     """Several losses of the same logits as one, an upper bound: the smallest count, the largest outputs."""
-    first = losses[0]
-    scale: Any = sum(abs(loss.scale) for loss in losses)
-    count, elements, outputs = first.count, first.elements, first.outputs
+    count, elements, outputs = losses[0].count, losses[0].elements, losses[0].outputs
     for loss in losses[1:]:
         count, elements = _minimum(count, loss.count), _minimum(elements, loss.elements)
         if [part.shape for part in loss.outputs] == [part.shape for part in outputs]:
             pairs = zip(outputs, loss.outputs, strict=True)
             outputs = tuple(torch.maximum(one.abs(), other.abs()) for one, other in pairs)
-    return replace(first, count=count, elements=elements, scale=scale, outputs=outputs, terms=len(losses))
+    scale: Any = sum(abs(loss.scale) for loss in losses)
+    return replace(losses[0], count=count, elements=elements, scale=scale, outputs=outputs, terms=len(losses))
 
 
 def _minimum(one: int | Tensor, other: int | Tensor) -> int | Tensor:
@@ -351,11 +265,8 @@ def _loss_of(match: LossMatch, named: bool) -> Loss:
             )
         values = None if weights is None else tuple(float(weight) for weight in weights.tolist())
         return spec.loss(reduction, label_smoothing=match.label_smoothing, class_weights=values)
-    if (
-        getattr(node, "_saved_weight", None) is not None
-        and "_saved_weight" not in spec.arguments.values()
-        and not named
-    ):
+    known = named or "_saved_weight" in spec.arguments.values()
+    if not known and getattr(node, "_saved_weight", None) is not None:
         raise ConfigurationError(
             f"LipschitzLR found a {match.name} with weight=, for which it has no constant; remove it, or pass "
             f"loss={match.name!r} to ignore the weights"

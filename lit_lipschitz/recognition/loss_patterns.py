@@ -4,47 +4,31 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
 from lit_lipschitz.bounds.loss_spec import LOSSES, find_spec
-from lit_lipschitz.recognition.autograd_nodes import VIEWS, dim_of, nodes_below, only_below
+from lit_lipschitz.recognition.autograd_nodes import Factors, below_views, dim_of, nodes_below, only_below, signed
 
-_REDUCTIONS: dict[int, Reduction] = {1: "mean", 2: "sum"}  # torch's numbers
-MANUAL_REDUCTIONS: dict[str, Reduction] = {
-    "MeanBackward0": "mean",
-    "MeanBackward1": "mean",
-    "SumBackward0": "sum",
-    "SumBackward1": "sum",
-}
+_REDUCTIONS: dict[Any, Reduction] = {1: "mean", 2: "sum"}  # torch's numbers
+_MEANS, _SUMS = ("MeanBackward0", "MeanBackward1"), ("SumBackward0", "SumBackward1")
+MANUAL_REDUCTIONS = (*_MEANS, *_SUMS)
 _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "UnsqueezeBackward0")
 
 
 @dataclass(frozen=True)
 class LossMatch:
-    """A recognised loss in the graph.
+    """A recognised loss in the graph."""
 
-    Attributes:
-        name: Its name in :data:`lit_lipschitz.bounds.LOSSES`.
-        node: The node whose saved tensors hold the loss's arguments; the product with the log-probabilities, if the
-            targets are probabilities.
-        below: The node that made the logits.
-        reduction: Reduction over the examples.
-        unreduced: Whether the loss was computed with ``reduction="none"`` and reduced afterwards, with ignored targets
-            as zeros.
-        label_smoothing: Label smoothing.
-        log_softmax: The log-softmax node of a cross-entropy.
-        divisor: Divisor of a sum that is made in several steps of which some are means.
-    """
-
-    name: str
-    node: Any
-    below: Any
+    name: str  # in LOSSES
+    node: Any  # whose saved tensors hold the arguments; of probabilities as targets, the product with the logarithms
+    below: Any  # the node that made the logits
     reduction: Reduction
-    unreduced: bool = False
+    unreduced: bool = False  # whether it was computed with reduction="none" and reduced later, ignored targets as zeros
     label_smoothing: float = 0.0
-    log_softmax: Any = None
-    divisor: int = 1
+    log_softmax: Any = None  # the node, of a cross-entropy
+    factors: Factors = ()  # in front of the mean or the sum
 
     @property
     def probabilities(self) -> Tensor | None:
@@ -56,8 +40,7 @@ class LossMatch:
     @property
     def elements(self) -> int:
         """Number of losses that are reduced: targets of a cross-entropy, outputs of other losses."""
-        probabilities = self.probabilities
-        if probabilities is not None:
+        if (probabilities := self.probabilities) is not None:
             return probabilities.numel() // probabilities.shape[dim_of(self.log_softmax, probabilities.ndim)]
         if self.name == "mean_absolute_error":
             return self.node._saved_self.numel()
@@ -75,11 +58,6 @@ class LossMatch:
         result = self.log_softmax._saved_result
         return result.shape[dim_of(self.log_softmax, result.ndim)]
 
-    @property
-    def num_logits(self) -> int:
-        """Number of logits."""
-        return self.elements if self.log_softmax is None else self.log_softmax._saved_result.numel()
-
 
 def match_loss(node: Any) -> LossMatch | None:
     """The loss whose graph begins with a node, or None."""
@@ -89,62 +67,56 @@ def match_loss(node: Any) -> LossMatch | None:
         return _match_label_smoothing(node)
     if node.name().startswith("DivBackward"):
         return _match_probabilities(node)
-    reduction = _REDUCTIONS.get(getattr(node, "_saved_reduction", None) or 0)
+    reduction = _REDUCTIONS.get(getattr(node, "_saved_reduction", None))
     return None if reduction is None else _match_function(node, reduction)
 
 
 def _match_manual_reduction(node: Any) -> LossMatch | None:
     """The mean or the sum, in one or several steps, of losses that were not reduced."""
-    below, divisor, means, sums = node, 1, 0, 0
-    while below is not None and (below.name() in MANUAL_REDUCTIONS or below.name() in _RESHAPES):
-        if below.name() in MANUAL_REDUCTIONS:
-            mean = MANUAL_REDUCTIONS[below.name()] == "mean"
-            means, sums = means + mean, sums + (not mean)
-            divisor *= _num_reduced(below) if mean else 1
+    below, divisor = node, 1
+    reduction: Reduction = "mean"
+    while below is not None and below.name() in (*MANUAL_REDUCTIONS, *_RESHAPES):
+        if below.name() in _MEANS:
+            divisor *= _num_reduced(below)
+        elif below.name() in _SUMS:
+            reduction = "sum"
         below = only_below(below)
     if below is None:
         return None
-    reduction: Reduction = "sum" if sums else "mean"
-    divisor = divisor if sums else 1
+    factors: Factors = ((torch.tensor(float(divisor)), True),) if reduction == "sum" and divisor != 1 else ()
     if below.name() == "AbsBackward0":
         difference = only_below(below)
         outputs = only_below(difference) if difference is not None and difference.name() == "SubBackward0" else None
-        return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, divisor=divisor)
-    if getattr(below, "_saved_reduction", None) != 0:
-        return None
-    match = _match_function(below, reduction, unreduced=True)
-    return None if match is None else replace(match, divisor=divisor)
+        return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, factors=factors)
+    unreduced = getattr(below, "_saved_reduction", None) == 0
+    match = _match_function(below, reduction) if unreduced else None
+    return None if match is None else replace(match, unreduced=True, factors=factors)
 
 
 def _num_reduced(node: Any) -> int:
     """How many numbers each result of a mean is the mean of."""
     sizes, dims = node._saved_self_sym_sizes, getattr(node, "_saved_dim", None)
-    return math.prod(sizes[dim if dim < 2**63 else dim - 2**64] for dim in dims) if dims else math.prod(sizes)
+    return math.prod(sizes[signed(dim)] for dim in dims) if dims else math.prod(sizes)
 
 
-def _match_function(
-    node: Any, reduction: Reduction, unreduced: bool = False, label_smoothing: float = 0.0
-) -> LossMatch | None:
+def _match_function(node: Any, reduction: Reduction) -> LossMatch | None:
     """A loss that torch computes in one node, possibly of a log-softmax or a sigmoid."""
     below = only_below(node)
-    if node.name().startswith("NllLoss"):
-        # Clamped log-probabilities have the gradient of the cross-entropy, or none: the constants hold.
-        while below is not None and below.name() in (*VIEWS, "ClampBackward0", "ClampBackward1"):
-            below = nodes_below(below)[0]
-        if below is None or below.name() != "LogSoftmaxBackward0":
-            return None
-        logits = nodes_below(below)[0]
-        return LossMatch("cross_entropy", node, logits, reduction, unreduced, label_smoothing, below)
     if below is None:
         return None
+    if node.name().startswith("NllLoss"):
+        # Clamped log-probabilities have the gradient of the cross-entropy, or none: the constants hold.
+        below = below_views(below, "ClampBackward0", "ClampBackward1")
+        if below.name() != "LogSoftmaxBackward0":
+            return None
+        return LossMatch("cross_entropy", node, nodes_below(below)[0], reduction, log_softmax=below)
     if node.name() == "BinaryCrossEntropyBackward0":
-        while below.name() in VIEWS:
-            below = nodes_below(below)[0]
+        below = below_views(below)
         if below.name() != "SigmoidBackward0":
             return None
-        return LossMatch("binary_cross_entropy", node, nodes_below(below)[0], reduction, unreduced)
+        return LossMatch("binary_cross_entropy", node, nodes_below(below)[0], reduction)
     spec = find_spec(node.name())
-    return None if spec is None else LossMatch(spec.name, node, below, reduction, unreduced)
+    return None if spec is None else LossMatch(spec.name, node, below, reduction)
 
 
 def _match_label_smoothing(node: Any) -> LossMatch | None:
@@ -153,10 +125,11 @@ def _match_label_smoothing(node: Any) -> LossMatch | None:
     if len(terms) != 2 or any(term.name() != "MulBackward1" for term in terms):
         return None
     nll, rest = (nodes_below(term)[0] for term in terms)
-    reduction = _REDUCTIONS.get(getattr(nll, "_saved_reduction", None) or 0)
+    reduction = _REDUCTIONS.get(getattr(nll, "_saved_reduction", None))
     if reduction is None or not nll.name().startswith("NllLoss") or rest.name() not in ("DivBackward0", "SumBackward0"):
         return None
-    return _match_function(nll, reduction, label_smoothing=1 - float(terms[0]._saved_other))
+    match = _match_function(nll, reduction)
+    return None if match is None else replace(match, label_smoothing=1 - float(terms[0]._saved_other))
 
 
 def _match_probabilities(node: Any) -> LossMatch | None:
