@@ -32,7 +32,7 @@ class RuleInput:
     batch_size: float = 1.0  #: m, examples that the loss of one optimizer step averages over, positive
     observed_constant: float = 0.0  #: O; 0 if not measured
     effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
-    curvature: float = 0.0  #: of a squared error: bound of the Hessian's largest eigenvalue; 0 if not needed
+    curvature: float = 0.0  #: bound of the Hessian's largest eigenvalue, of a squared error; 0 if not needed
 
     def __post_init__(self) -> None:
         for name in ("constant", "second_moment", "activation_norm", "step_scale", "batch_size"):
