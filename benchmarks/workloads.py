@@ -169,8 +169,7 @@ def plain_loop(
 ) -> Iterator[None]:
     """A minimal PyTorch loop with the same batches, augmentation, loss, optimizer and schedule."""
     data.setup("fit")
-    assert data._train is not None
-    images, labels = (part.to(device) for part in data._train)
+    images, labels = (part.to(device) for part in data.splits["train"])
     transform = data._transform(augment=True, device=device)
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     network = network.to(device, memory_format=layout)  # type: ignore[call-overload]

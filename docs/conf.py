@@ -11,7 +11,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True  # an unresolved name in a docstring is a warning, and `make docs` treats warnings as errors
 nitpick_ignore_regex = [
     # Names of other projects, types as napoleon splits them, and internal classes.
-    (r"py:.*", r"(torch|lightning|collections|argparse|pathlib|typing|nn|L|Tensor|Optimizer|Path|Iterable|dict)\b.*"),
+    (
+        r"py:.*",
+        r"(torch|lightning|collections|argparse|pathlib|typing|nn|L|Tensor|Optimizer|Path|Iterable|dict|array)\b.*",
+    ),
     (r"py:class", r"lit_lipschitz\.recognition\.loss_patterns\..*"),
 ]
 myst_heading_anchors = 3  # as GitHub has them, so that links hold in both places

@@ -10,28 +10,20 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class GradientSnapshot:
-    """The size of each parameter's gradient in one optimizer step, kept on the device until :meth:`by_layer`.
+    """The size of each parameter's gradient in one optimizer step, kept on the device until :meth:`by_layer`."""
 
-    Attributes:
-        step: Number of the step, for loggers.
-        layers: Name of the layer of each parameter; P names.
-        sizes: Euclidean norm of each parameter's gradient, then largest absolute entry of each, shape (2 P,).
-        constant: L in effect when the gradients were read; None without one.
-    """
-
-    step: int
-    layers: list[str]
-    sizes: Tensor
-    constant: float | None
+    step: int  # its number, for loggers
+    layers: list[str]  # of each of P parameters
+    sizes: Tensor  # Euclidean norms of the parameters' gradients, and their largest absolute entries, shape (2, P)
+    constant: float | None  # L in effect when the gradients were read
 
     def by_layer(self) -> dict[str, tuple[float, float]]:
         """Euclidean norm and largest absolute entry of each layer's gradient; synchronises with the device."""
-        values = self.sizes.tolist()
         norms: dict[str, list[float]] = {}
         entries: dict[str, list[float]] = {}
-        for i, name in enumerate(self.layers):
-            norms.setdefault(name, []).append(values[i])
-            entries.setdefault(name, []).append(values[len(self.layers) + i])
+        for name, norm, entry in zip(self.layers, *self.sizes.tolist(), strict=True):
+            norms.setdefault(name, []).append(norm)
+            entries.setdefault(name, []).append(entry)
         # max() may drop a NaN entry, but then the norm is NaN as well.
         return {name: (math.hypot(*norms[name]), max(entries[name])) for name in norms}
 
@@ -55,16 +47,9 @@ def layers_with_parameters(root: nn.Module) -> dict[str, nn.Module]:
 def read_gradients(
     root: nn.Module, optimizer: Optimizer, step: int, constant: float | None = None
 ) -> GradientSnapshot | None:
-    """Measures the gradients that an optimizer is about to use, without synchronising with the device.
+    """Measures the gradients that an optimizer is about to use, if any, without synchronising with the device.
 
-    Args:
-        root: The network.
-        optimizer: Its parameters are the ones measured: others accumulate gradients that nothing resets.
-        step: Number of the step.
-        constant: L in effect now.
-
-    Returns:
-        The snapshot; None if no parameter has a gradient.
+    Other parameters of the network are left out: they accumulate gradients that nothing resets.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False))
@@ -85,7 +70,8 @@ def read_gradients(
         return None
     dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     sizes = [size for order in (2, math.inf) for size in torch._foreach_norm(gradients, order, dtype=dtype)]
-    return GradientSnapshot(step, names, torch.stack([size.to(sizes[0].device) for size in sizes]), constant)
+    stacked = torch.stack([size.to(sizes[0].device) for size in sizes])
+    return GradientSnapshot(step, names, stacked.reshape(2, -1), constant)
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import statistics
 from array import array
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from lit_lipschitz.bounds.families import Bound
@@ -11,63 +12,57 @@ from lit_lipschitz.bounds.families import Bound
 _ROUNDING = 1e-5  # relative float32 error of the norm of a gradient that attains the bound
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerSummary:
-    """Statistics of one layer's gradient over the audited steps. Norms are Euclidean.
+    """Statistics of one layer's gradient over the audited steps."""
 
-    Attributes:
-        name: The layer's name as in ``named_modules()``.
-        steps: Audited steps in which it had a gradient.
-        nonfinite: Steps in which its gradient was not finite; they count nowhere else.
-        median_norm: Median norm of its gradient; NaN without a step.
-        largest_norm: Largest norm.
-        largest_entry: Largest absolute entry.
-        largest_by_norm: Steps in which no layer's norm was larger.
-        largest_by_entry: Steps in which no layer's largest entry was larger.
-        compared: Steps in which there was a constant L that bounds gradients.
-        largest_ratio: Largest norm / L; None if nothing was compared.
-        exceeded: Steps in which the norm was above L by more than float32 rounding.
-    """
+    name: str  #: its name as in ``named_modules()``
+    norms: "array[float]" = field(default_factory=lambda: array("d"), repr=False)  #: Euclidean, of finite gradients
+    nonfinite: int = 0  #: steps in which its gradient was not finite; they count nowhere else
+    largest_entry: float = 0.0  #: largest absolute entry
+    largest_by_norm: int = 0  #: steps in which no layer's norm was larger
+    largest_by_entry: int = 0  #: steps in which no layer's largest entry was larger
+    compared: int = 0  #: steps in which there was a constant L that bounds gradients
+    largest_ratio: float | None = None  #: largest norm / L; None if nothing was compared
+    exceeded: int = 0  #: steps in which the norm was above L by more than float32 rounding
 
-    name: str
-    steps: int
-    nonfinite: int
-    median_norm: float
-    largest_norm: float
-    largest_entry: float
-    largest_by_norm: int
-    largest_by_entry: int
-    compared: int
-    largest_ratio: float | None
-    exceeded: int
+    @property
+    def steps(self) -> int:
+        """Audited steps in which it had a gradient."""
+        return len(self.norms)
+
+    @property
+    def median_norm(self) -> float:
+        """Median norm of its gradient; NaN without a step."""
+        return statistics.median(self.norms) if self.norms else math.nan
+
+    @property
+    def largest_norm(self) -> float:
+        """Largest norm of its gradient; 0 without a step."""
+        return max(self.norms, default=0.0)
+
+    def compare(self, norm: float, constant: float) -> None:
+        """Counts a step that has a constant."""
+        self.compared += 1
+        self.largest_ratio = max(self.largest_ratio or 0.0, norm / constant)
+        self.exceeded += _exceeds(norm, constant)
 
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """Statistics of all layers' gradients over the audited steps.
+    """Statistics of all layers' gradients over the audited steps."""
 
-    Attributes:
-        bound: Family of L.
-        steps: Audited steps with finite gradients; all numbers refer to these.
-        nonfinite: Audited steps in which some gradient was not finite.
-        head: Name of the head, or None before it is known.
-        layers: The layers that had a gradient, in network order.
-        largest_over_head: Largest norm of another layer's gradient over the head's in the same step; above 1 the
-            premise is violated. None without a step in which both had one.
-        largest_other: Name of that layer.
-        compared: Steps in which there was a constant L that bounds gradients.
-        bounded: Steps among these in which no layer's norm was above L.
-    """
-
-    bound: Bound
-    steps: int
-    nonfinite: int
-    head: str | None
-    layers: tuple[LayerSummary, ...]
+    bound: Bound  #: family of L
+    steps: int  #: audited steps with finite gradients; all numbers refer to these
+    nonfinite: int  #: audited steps in which some gradient was not finite
+    head: str | None  #: name of the head, or None before it is known
+    layers: tuple[LayerSummary, ...]  #: the layers that had a gradient, in network order
+    #: largest norm of another layer's gradient over the head's in the same step; above 1 the premise is violated; None
+    #: without a step in which both had one
     largest_over_head: float | None
-    largest_other: str
-    compared: int
-    bounded: int
+    largest_other: str  #: name of that layer
+    compared: int  #: steps in which there was a constant L that bounds gradients
+    bounded: int  #: steps among these in which no layer's norm was above L
 
     @property
     def head_layer(self) -> LayerSummary | None:
@@ -91,9 +86,8 @@ class AuditSummary:
         )
         if self.largest_over_head is None:
             return f"{sentence}."
-        return (
-            f"{sentence}; another layer's was up to {self.largest_over_head:.3g} times its norm ({self.largest_other})."
-        )
+        factor = f"{self.largest_over_head:.3g}"
+        return f"{sentence}; another layer's was up to {factor} times its norm ({self.largest_other})."
 
     def _comparison(self) -> list[str]:
         if self.bound == "smooth":
@@ -115,45 +109,8 @@ class AuditSummary:
         return sentences
 
 
-@dataclass
-class _LayerTally:
-    """Running statistics of one layer."""
-
-    norms: "array[float]" = field(default_factory=lambda: array("d"))
-    largest_entry: float = 0.0
-    largest_by_norm: int = 0
-    largest_by_entry: int = 0
-    compared: int = 0
-    largest_ratio: float = 0.0
-    exceeded: int = 0
-    nonfinite: int = 0
-
-    def compare(self, norm: float, constant: float) -> None:
-        self.compared += 1
-        self.largest_ratio = max(self.largest_ratio, norm / constant)
-        self.exceeded += _exceeds(norm, constant)
-
-    def summary(self, name: str) -> LayerSummary:
-        return LayerSummary(
-            name=name,
-            steps=len(self.norms),
-            nonfinite=self.nonfinite,
-            median_norm=statistics.median(self.norms) if self.norms else math.nan,
-            largest_norm=max(self.norms, default=0.0),
-            largest_entry=self.largest_entry,
-            largest_by_norm=self.largest_by_norm,
-            largest_by_entry=self.largest_by_entry,
-            compared=self.compared,
-            largest_ratio=self.largest_ratio if self.compared else None,
-            exceeded=self.exceeded,
-        )
-
-
 class AuditTally:
-    """Accumulates the statistics of an audit step by step.
-
-    Args:
-        bound: Family of L.
+    """Accumulates the statistics of an audit step by step; ``bound`` is the family of L.
 
     Example:
         >>> tally = AuditTally()
@@ -167,22 +124,16 @@ class AuditTally:
         self.bound: Bound = bound
         self.steps = self.nonfinite = self.compared = self.bounded = 0
         self._largest_over_head: tuple[float, str] | None = None
-        self._layers: dict[str, _LayerTally] = {}
+        self._layers: dict[str, LayerSummary] = {}
 
     def add(self, gradients: Mapping[str, tuple[float, float]], constant: float | None, head: str | None) -> bool:
-        """Adds a step.
+        """Adds a step with the norm and the largest absolute entry of each layer's gradient, and L if it bounds them.
 
-        Args:
-            gradients: Norm and largest absolute entry of each layer's gradient.
-            constant: L of the step, if it bounds gradients.
-            head: Name of the head, if it is known.
-
-        Returns:
-            Whether all gradients were finite; a step that is not counts as non-finite and nowhere else.
+        Returns whether all gradients were finite; a step that is not counts as non-finite and nowhere else.
         """
         lost = [name for name, sizes in gradients.items() if not all(map(math.isfinite, sizes))]
         for name in gradients:
-            self._layers.setdefault(name, _LayerTally()).nonfinite += name in lost
+            self._layers.setdefault(name, LayerSummary(name)).nonfinite += name in lost
         if lost:
             self.nonfinite += 1
             return False
@@ -205,17 +156,13 @@ class AuditTally:
 
     def _compare_with_head(self, gradients: Mapping[str, tuple[float, float]], head: str) -> None:
         other = max((name for name in gradients if name != head), key=lambda name: gradients[name][0])
-        factor = _ratio(gradients[other][0], gradients[head][0])
+        largest, own = gradients[other][0], gradients[head][0]
+        factor = largest / own if own else math.inf if largest else 0.0
         if self._largest_over_head is None or factor > self._largest_over_head[0]:
             self._largest_over_head = factor, other
 
     def summary(self, head: str | None, order: list[str]) -> AuditSummary:
-        """The statistics so far.
-
-        Args:
-            head: Name of the head, if it is known.
-            order: Names of the network's layers; others, which were removed during training, come last.
-        """
+        """The statistics so far; layers that are not in ``order``, as they were removed during training, come last."""
         factor, other = self._largest_over_head or (None, "")
         names = dict.fromkeys([*order, *self._layers])
         return AuditSummary(
@@ -223,7 +170,7 @@ class AuditTally:
             steps=self.steps,
             nonfinite=self.nonfinite,
             head=head,
-            layers=tuple(self._layers[name].summary(name) for name in names if name in self._layers),
+            layers=tuple(deepcopy(self._layers[name]) for name in names if name in self._layers),
             largest_over_head=factor,
             largest_other=other,
             compared=self.compared,
@@ -240,10 +187,8 @@ def step_metrics(
         >>> step_metrics({"body": (2.0, 1.0), "head": (1.0, 0.5)}, constant=4.0, head="head")
         {'audit/body/ratio': 0.5, 'audit/head/ratio': 0.25, 'audit/largest_layer': 0.0, 'audit/largest_is_head': 0.0}
     """
-    if constant:
-        metrics = {f"audit/{name}/ratio": norm / constant for name, (norm, _) in gradients.items()}
-    else:
-        metrics = {f"audit/{name}/gradient": norm for name, (norm, _) in gradients.items()}
+    metric, unit = ("ratio", constant) if constant else ("gradient", 1.0)
+    metrics = {f"audit/{name}/{metric}": norm / unit for name, (norm, _) in gradients.items()}
     norms = [norm for norm, _ in gradients.values()]
     metrics["audit/largest_layer"] = float(norms.index(max(norms)))
     if head is not None and head in gradients:
@@ -253,9 +198,3 @@ def step_metrics(
 
 def _exceeds(norm: float, constant: float) -> bool:
     return norm > constant * (1 + _ROUNDING)
-
-
-def _ratio(norm: float, other: float) -> float:
-    if other:
-        return norm / other
-    return math.inf if norm else 0.0

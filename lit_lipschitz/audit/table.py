@@ -14,12 +14,7 @@ _MAX_ROWS = 40
 
 
 def print_summary(summary: AuditSummary, every: int) -> None:
-    """Prints a summary on stderr.
-
-    Args:
-        summary: Statistics of the audit.
-        every: Optimizer steps from one audited step to the next.
-    """
+    """Prints the summary of an audit of every ``every``-th step on stderr."""
     text = io.StringIO()
     # Lines are only wrapped in a terminal.
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None

@@ -35,8 +35,7 @@ The losses share these arguments, return the constant, and raise ValueError if a
 References:
     R. Yedida, S. Saha: A novel adaptive learning rate scheduler for deep neural networks, arXiv 1902.07399, 2019, for
     the papers' estimates of cross-entropy, binary cross-entropy and least squares; S. Saha et al.: LALR, arXiv
-    2006.13307, 2020, for mean absolute error. The strict and smooth constants follow from the inequality that each
-    function names.
+    2006.13307, 2020, for mean absolute error. The other constants follow from the inequality that each function names.
 """
 
 import math
@@ -59,8 +58,8 @@ NORMS_OF_BOUND: dict[Bound, tuple[Norm, ...]] = {
 class LossBounds(NamedTuple):
     """What a loss contributes to a constant, for one example or one output.
 
-    ``estimate`` is the papers' estimate of the gradient norm in the outputs, ``gradient_norm`` its supremum over all
-    outputs, and ``curvature`` that of the Hessian's largest eigenvalue, not used without a smooth constant.
+    ``estimate`` is the papers' estimate of the gradient norm in the outputs, ``gradient_norm`` the norm's supremum over
+    all outputs, and ``curvature`` that of the Hessian's largest eigenvalue, not used without a smooth constant.
     """
 
     estimate: float

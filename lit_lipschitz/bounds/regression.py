@@ -83,7 +83,7 @@ def mean_absolute_error(
 ) -> float:
     """Constant of the mean absolute error (torch's ``l1_loss``), whose derivative is a sign.
 
-    Estimate and gradient norm are 1. The derivative jumps, so ``bound="smooth"`` is not defined.
+    Estimate and gradient norm are 1. The derivative is discontinuous, so ``bound="smooth"`` is not defined.
     """
     check_not_smooth("the mean absolute error", bound)
     per_output = LossBounds(estimate=1.0, gradient_norm=1.0, curvature=0.0)
@@ -105,7 +105,7 @@ def quantile(
     """Constant of the quantile (pinball) loss, max(level r, (level - 1) r) of r = target - output.
 
     Estimate and gradient norm are max(level, 1 - level) for a quantile ``level`` in (0, 1). At 0.5 the loss is half the
-    absolute error. The derivative jumps, so ``bound="smooth"`` is not defined.
+    absolute error. The derivative is discontinuous, so ``bound="smooth"`` is not defined.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level!r}: expected a quantile in (0, 1), without its ends")

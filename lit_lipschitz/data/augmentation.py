@@ -9,15 +9,9 @@ from torch.nn import functional as F
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
-    """Pads each image with 0 and crops it to its original size at a random offset.
+    """Pads images of shape (batch, channels, height, width) with 0 and crops each to its size at a random offset.
 
-    Args:
-        images: Shape (batch, channels, height, width), any dtype.
-        padding: Pixels added at each side; the shift is uniform in [-padding, padding].
-        generator: Source of randomness, on the images' device.
-
-    Returns:
-        Images of the same shape and dtype.
+    The shift is uniform in [-padding, padding] pixels. The generator is on the images' device.
 
     Example:
         >>> random_crop(torch.ones(2, 3, 8, 8), padding=2).shape
@@ -33,7 +27,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator | None 
 
 
 def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Flips each image horizontally with probability 1/2; arguments and result as for :func:`random_crop`."""
+    """Flips each image horizontally with probability 1/2; see :func:`random_crop`."""
     flips = torch.rand(images.shape[0], 1, 1, 1, generator=generator, device=images.device) < 0.5
     return torch.where(flips, images.flip(-1), images)
 
@@ -46,18 +40,11 @@ def random_affine(
     generator: torch.Generator | None = None,
     outside: Literal["zeros", "border"] = "zeros",
 ) -> Tensor:
-    """Rotates, zooms and shifts each image at random, with bilinear interpolation.
+    """Rotates, zooms and shifts each floating-point image at random, with bilinear interpolation.
 
-    Args:
-        images: Shape (batch, channels, height, width), floating point.
-        degrees: The angle is uniform in [-degrees, degrees].
-        zoom: Each axis is scaled by its own factor, uniform in [1 - zoom, 1 + zoom].
-        shift: The shift along each axis is uniform in [-shift, shift], as a fraction of the width or height.
-        generator: Source of randomness, on the images' device.
-        outside: Value of pixels outside the image: 0, or that of the nearest pixel.
-
-    Returns:
-        Images of the same shape and dtype.
+    The angle is uniform in [-degrees, degrees], the factor of each axis in [1 - zoom, 1 + zoom], and the shift along
+    each axis in [-shift, shift], as a fraction of the width or height. Pixels from outside the image are 0 or, for
+    ``"border"``, the nearest pixel.
     """
     count, _, height, width = images.shape
     draw = torch.rand(5, count, generator=generator, device=images.device) * 2 - 1

@@ -2,7 +2,6 @@
 
 import abc
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.data.augmentation import random_affine, random_crop, random_flip
-from lit_lipschitz.data.loader import DeviceLoader
+from lit_lipschitz.data.loader import DeviceLoader, Transform
 from lit_lipschitz.data.sources import SOURCES
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
@@ -74,12 +73,10 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         self.batch_size, self.val_split, self.seed, self.augment = batch_size, val_split, seed, augment
         self.preprocessing, self.train_subset = preprocessing, train_subset
         self.download, self.verify, self.num_workers = download, verify, num_workers
-        self._train: Pixels | None = None
-        self._val: Pixels | None = None
-        self._test: Pixels | None = None
+        self.splits: dict[str, Pixels] = {}  # "train", "val" and "test", as far as they are set up
         self._center: Tensor | None = None  # the mean training image, in [0, 1]
         self._training: DeviceLoader | None = None
-        self._position: dict[str, int] | None = None  # of a loaded checkpoint, for the next training loader
+        self._position: dict[str, int] = {}  # of a loaded checkpoint, for the next training loader
 
     @abc.abstractmethod
     def load(self, train: bool) -> Pixels:
@@ -98,32 +95,27 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         if self.preprocessing == "papers" and self.centered and self._center is None:
             images, _ = self.load(train=True)
             self._center = (images.sum(dim=0, dtype=torch.int64) / (255 * len(images))).float()
-        if stage in ("fit", "validate") and self._train is None:
+        if stage in ("fit", "validate") and "train" not in self.splits:
             images, labels = self.load(train=True)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
             order = order[: self.train_subset]
             held_out = round(len(order) * self.val_split)
             val, train = order[:held_out], order[held_out:]
+            none_left = f"val_split={self.val_split} leaves none of {len(order)} examples"
             if not len(train):
-                raise ConfigurationError(
-                    f"val_split={self.val_split} leaves none of {len(order)} examples to train on: choose a smaller one"
-                )
+                raise ConfigurationError(f"{none_left} to train on: choose a smaller one")
             if stage == "validate" and not len(val):
-                raise ConfigurationError(
-                    f"val_split={self.val_split} leaves none of {len(order)} examples to validate on: choose a larger "
-                    "one"
-                )
-            self._train, self._val = (images[train], labels[train]), (images[val], labels[val])
-        if stage in ("test", "predict") and self._test is None:
-            self._test = self.load(train=False)
+                raise ConfigurationError(f"{none_left} to validate on: choose a larger one")
+            self.splits |= {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
+        if stage in ("test", "predict") and "test" not in self.splits:
+            self.splits["test"] = self.load(train=False)
 
     def train_dataloader(self) -> DeviceLoader:
         """Shuffled, augmented batches of the training set."""
-        assert self._train is not None
-        self._training = self._loader(self._train, shuffle=True)
-        if self._position is not None:
+        self._training = self._loader("train", shuffle=True)
+        if self._position:
             self._training.load_state_dict(self._position)
-            self._position = None
+            self._position = {}
         return self._training
 
     def state_dict(self) -> dict[str, int]:
@@ -136,32 +128,29 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Resumes the next training loader at the state's position."""
-        self._position = dict(state_dict) or None
+        self._position = dict(state_dict)
 
     def lipschitz_dataloader(self) -> DeviceLoader:
         """Batches of the training set in order, without augmentation, for ``LipschitzLR(measure="pass")``."""
-        assert self._train is not None
-        return self._loader(self._train)
+        return self._loader("train")
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
         """Batches of the validation set; an empty list if ``val_split`` is 0."""
-        assert self._val is not None
-        return self._loader(self._val) if len(self._val[0]) else []
+        return self._loader("val") if len(self.splits["val"][0]) else []
 
     def test_dataloader(self) -> DeviceLoader:
         """Batches of the official test set."""
-        assert self._test is not None
-        return self._loader(self._test)
+        return self._loader("test")
 
     def predict_dataloader(self) -> DeviceLoader:
         """Batches of the official test set, in order."""
         return self.test_dataloader()
 
-    def _loader(self, pixels: Pixels, shuffle: bool = False) -> DeviceLoader:
+    def _loader(self, split: str, shuffle: bool = False) -> DeviceLoader:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         num_workers = self.num_workers if shuffle else 0
-        images, labels = pixels if num_workers else (part.to(device) for part in pixels)
+        images, labels = (part if num_workers else part.to(device) for part in self.splits[split])
         return DeviceLoader(
             images,
             labels,
@@ -175,30 +164,21 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
             num_workers=num_workers,
         )
 
-    def _transform(self, augment: bool, device: torch.device) -> Callable[[Tensor, torch.Generator], Tensor]:
-        if self.preprocessing == "papers":
-            return self._transform_like_the_papers(augment, device)
-        mean = 255 * torch.tensor(self.mean, device=device).reshape(-1, 1, 1)
-        std = 255 * torch.tensor(self.std, device=device).reshape(-1, 1, 1)
+    def _transform(self, augment: bool, device: torch.device) -> Transform:
+        center = torch.zeros((), device=device) if self._center is None else self._center.to(device)
+        mean, std = (255 * torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (self.mean, self.std))
 
-        def transform(images: Tensor, generator: torch.Generator) -> Tensor:
+        def standard(images: Tensor, generator: torch.Generator) -> Tensor:
             images = images.float()
             if augment:
                 images = self.augment_pixels(images, generator)
             return images.sub_(mean).div_(std)
 
-        return transform
-
-    def _transform_like_the_papers(
-        self, augment: bool, device: torch.device
-    ) -> Callable[[Tensor, torch.Generator], Tensor]:
-        center = torch.zeros((), device=device) if self._center is None else self._center.to(device)
-
-        def transform(images: Tensor, generator: torch.Generator) -> Tensor:
+        def like_the_papers(images: Tensor, generator: torch.Generator) -> Tensor:
             images = images.float().div_(255).sub_(center)
             return self.augment_like_the_papers(images, generator) if augment else images
 
-        return transform
+        return like_the_papers if self.preprocessing == "papers" else standard
 
 
 class FileDataModule(ImageDataModule):

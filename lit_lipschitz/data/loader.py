@@ -1,6 +1,8 @@
 """A loader of seeded, sharded and resumable batches from tensors that stay on the training device."""
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,8 +68,7 @@ class DeviceLoader:
         self.images, self.labels = images, labels
         self.batch_size, self.transform, self.shuffle, self.seed = batch_size, transform, shuffle, seed
         self.epoch, self.rank, self.world_size, self.num_workers = epoch, rank, world_size, num_workers
-        self._current = (0, 0)  # epoch under way, batches handed out
-        self._resume: tuple[int, int] | None = None
+        self._current = self._resume = (0, 0)  # epoch, batches of it that were returned
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -78,16 +79,14 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates over the epoch that :attr:`epoch` returns, from the batch at which a loaded checkpoint stopped."""
-        epoch, start = self.epoch(), 0
-        if self._resume is not None:
-            begun, position = self._resume
-            start = position if begun == epoch and position < len(self) else 0
-            self._resume = None
-        # Worker i of n prepares every n-th batch, and DataLoader asks them in turn, so the order is the same.
+        epoch, (begun, position) = self.epoch(), self._resume
+        self._resume = (0, 0)
+        start = position if begun == epoch and position < len(self) else 0
         batches: Any = self._batches(epoch, start)
         if self.num_workers:
-            source = _WorkerBatches(self, epoch, start)
-            batches = DataLoader(source, batch_size=None, num_workers=self.num_workers)
+            loader = copy.copy(self)
+            loader.epoch = partial(int, epoch)  # can be pickled, unlike one that refers to the trainer
+            batches = DataLoader(_WorkerBatches(loader, start), batch_size=None, num_workers=self.num_workers)
         for position, batch in enumerate(batches, start=start):
             self._current = (epoch, position + 1)
             yield batch
@@ -113,21 +112,15 @@ class DeviceLoader:
 
 
 class _WorkerBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """The batches of one epoch, distributed over worker processes."""
+    """The batches of one epoch: worker i of n prepares every n-th, and DataLoader asks them in turn."""
 
-    def __init__(self, loader: DeviceLoader, epoch: int, start: int) -> None:
-        self.loader, self.current, self.start = loader, epoch, start
+    def __init__(self, loader: DeviceLoader, start: int) -> None:
+        self.loader, self.start = loader, start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = torch.utils.data.get_worker_info()
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.loader._batches(self.current, self.start + offset, step)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without :attr:`DeviceLoader.epoch`, which refers to the trainer."""
-        loader = object.__new__(DeviceLoader)
-        loader.__dict__.update(self.loader.__dict__, epoch=None)
-        return {**self.__dict__, "loader": loader}
+        return self.loader._batches(self.loader.epoch(), self.start + offset, step)
 
 
 def fold(*numbers: int) -> int:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +25,19 @@ HOW_TO_POINT = "point to a folder that has them with --data.data_dir or the envi
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in files that torchvision can download.
-
-    Attributes:
-        title: Name of the data set.
-        download: Called with a folder, downloads the files into it in torchvision's layout.
-        train: Files of the training set, relative to the data folder.
-        test: Files of the test set, likewise.
-        checksums: MD5 by file, where torchvision has one.
-        read: Reads images and labels from such files.
-    """
+    """A data set in files that torchvision can download."""
 
     title: str
-    download: Callable[[str], Any]
-    train: tuple[str, ...]
+    download: Callable[[str], Any]  # downloads the files into a folder, in torchvision's layout
+    train: tuple[str, ...]  # files of the training set, relative to the data folder
     test: tuple[str, ...]
-    checksums: dict[str, str]
-    read: Callable[[tuple[Path, ...]], tuple[Tensor, Tensor]]
+    checksums: dict[str, str]  # MD5 by file, where torchvision has one
+    read: Callable[[tuple[Path, ...]], tuple[Tensor, Tensor]]  # from the files of a set to images and labels
 
     def fetch(self, folder: Path, download: bool) -> None:
-        """Downloads missing files.
+        """Downloads missing files, or raises a DataError if it is not to or if that fails.
 
         Files are downloaded to a temporary folder and moved at the end, so that a failure leaves nothing behind.
-
-        Args:
-            folder: The data folder.
-            download: Whether to download; if false, missing files are an error.
-
-        Raises:
-            DataError: Files are missing and can't be downloaded, or the folder can't be written.
         """
         missing = [name for name in (*self.train, *self.test) if not (folder / name).is_file()]
         if not missing:
@@ -81,18 +66,10 @@ class Source:
                     path.rmdir()
 
     def load(self, folder: Path, train: bool, verify: bool) -> tuple[Tensor, Tensor]:
-        """Reads the training or the test set.
-
-        Args:
-            folder: The data folder.
-            train: Whether to read the training set.
-            verify: Whether to compare the files with their checksums.
-
-        Returns:
-            Images of shape (examples, channels, height, width) and dtype uint8, labels of dtype int64.
+        """Reads the training or the test set: uint8 images (examples, channels, height, width) and int64 labels.
 
         Raises:
-            DataError: A file is missing, has another checksum or can't be read.
+            DataError: A file is missing, can't be read or, with ``verify``, has another checksum.
         """
         names = self.train if train else self.test
         missing = [name for name in names if not (folder / name).is_file()]
@@ -147,24 +124,21 @@ def _read_idx(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
     return images.unsqueeze(1), labels.long()
 
 
-def _cifar_reader(label_key: str) -> Callable[[tuple[Path, ...]], tuple[Tensor, Tensor]]:
-    def read(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
-        images, labels = [], []
-        for path in paths:
-            try:
-                with path.open("rb") as file:
-                    batch = PlainUnpickler(file, encoding="latin1").load()
-                pixels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-                targets = np.asarray(batch[label_key], dtype=np.int64)
-            except Exception as error:  # a broken pickle can raise anything
-                raise _unreadable(path, f" ({_first_line(error)})") from None
-            if len(pixels) != len(targets):
-                raise DataError(f"{path} has {len(pixels)} images and {len(targets)} labels; expected as many")
-            images.append(torch.from_numpy(pixels.copy()))
-            labels.append(torch.from_numpy(targets.copy()))
-        return torch.cat(images), torch.cat(labels)
-
-    return read
+def _read_cifar(label_key: str, paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                batch = PlainUnpickler(file, encoding="latin1").load()
+            pixels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+            targets = np.asarray(batch[label_key], dtype=np.int64)
+        except Exception as error:  # a broken pickle can raise anything
+            raise _unreadable(path, f" ({_first_line(error)})") from None
+        if len(pixels) != len(targets):
+            raise DataError(f"{path} has {len(pixels)} images and {len(targets)} labels; expected as many")
+        images.append(torch.from_numpy(pixels.copy()))
+        labels.append(torch.from_numpy(targets.copy()))
+    return torch.cat(images), torch.cat(labels)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -174,55 +148,39 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _plain_globals() -> dict[tuple[str, str], Any]:
-    admitted: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode,
-    }
-    reconstruct = np.zeros(1).__reduce__()[0]
-    frombuffer = np.zeros(1).__reduce_ex__(5)[0]
-    for package in ("numpy.core", "numpy._core"):
-        admitted[f"{package}.multiarray", "_reconstruct"] = reconstruct
-        admitted[f"{package}.numeric", "_frombuffer"] = frombuffer
-    return admitted
+_RECONSTRUCT, _FROMBUFFER = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0]
+_NUMPY_GLOBALS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+    **{(f"{package}.multiarray", "_reconstruct"): _RECONSTRUCT for package in ("numpy.core", "numpy._core")},
+    **{(f"{package}.numeric", "_frombuffer"): _FROMBUFFER for package in ("numpy.core", "numpy._core")},
+}
 
 
 class PlainUnpickler(pickle.Unpickler):
     """An unpickler of numpy arrays and plain containers that refuses all other classes and functions."""
 
-    _admitted = _plain_globals()
-
     def find_class(self, module: str, name: str) -> Any:
-        """Resolves the names that an array's pickle needs.
-
-        Raises:
-            pickle.UnpicklingError: Any other name.
-        """
-        if (module, name) not in self._admitted:
+        """Resolves the names that an array's pickle needs; UnpicklingError for any other name."""
+        if (module, name) not in _NUMPY_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted in a data file")
-        return self._admitted[module, name]
+        return _NUMPY_GLOBALS[module, name]
 
 
-def _idx_source(title: str, dataset: type[datasets.MNIST]) -> Source:
-    def download(folder: str) -> None:
-        dataset(folder, download=True)
-
-    names = [
+def _idx_source(title: str, dataset: Any) -> Source:
+    train, test = (
         (f"{title}/raw/{part}-images-idx3-ubyte", f"{title}/raw/{part}-labels-idx1-ubyte") for part in ("train", "t10k")
-    ]
-    return Source(title, download, names[0], names[1], {}, _read_idx)
+    )
+    return Source(title, partial(dataset, download=True), train, test, {}, _read_idx)
 
 
-def _cifar_source(title: str, dataset: type[datasets.CIFAR10], label_key: str) -> Source:
-    def download(folder: str) -> None:
-        dataset(folder, download=True)
-
+def _cifar_source(title: str, dataset: Any, label_key: str) -> Source:
     base = dataset.base_folder
     checksums = {f"{base}/{name}": md5 for name, md5 in (*dataset.train_list, *dataset.test_list)}
     train = tuple(f"{base}/{name}" for name, _ in dataset.train_list)
     test = tuple(f"{base}/{name}" for name, _ in dataset.test_list)
-    return Source(title, download, train, test, checksums, _cifar_reader(label_key))
+    return Source(title, partial(dataset, download=True), train, test, checksums, partial(_read_cifar, label_key))
 
 
 SOURCES = {

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_lipschitz.models.papers.keras_style import KerasBasicBlock, conv_norm_relu, init_convolutions_, init_he_head_
+from lit_lipschitz.models.papers.keras_style import KerasBasicBlock, conv_norm_relu, he_normal_, init_keras_
 
 Variant = Literal["he", "keras"]
 
@@ -65,8 +65,7 @@ class ResNetV1(nn.Module):
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         if variant == "keras":
-            init_convolutions_(self)
-            init_he_head_(self.head)
+            init_keras_(self, dense=he_normal_)
         else:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -78,13 +77,7 @@ class ResNetV1(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, added to a shortcut.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution.
-    """
+    """Two 3x3 convolutions with BatchNorm, added to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()

@@ -23,13 +23,7 @@ class ResNet9(nn.Module):
         D. Page: How to train your ResNet, parts 4 and 8, myrtle.ai, 2018-2019.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: int = 64,
-        scale: float = 0.125,
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 64, scale: float = 0.125) -> None:
         super().__init__()
         self.scale = scale
         self.stem = _conv_norm_relu(in_channels, width)
@@ -53,11 +47,7 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and ReLU, added to the input.
-
-    Args:
-        channels: Channels of the input and the output.
-    """
+    """Two 3x3 convolutions with BatchNorm and ReLU, added to the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

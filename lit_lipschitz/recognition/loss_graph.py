@@ -111,7 +111,7 @@ class LossGraph:
 
     def batch(self, name: str, num_outputs: int, head: Tensor | None = None, trace: bool = True) -> BatchLoss | None:
         """The recognised loss in this batch, without a host synchronisation; None if the graph shows another one."""
-        # Tracing counts the affine layer's calls and finds the factor of its outputs, and takes as long as all the rest.
+        # Tracing counts the layer's calls and finds the factor of its outputs; it takes as long as all the rest.
         terms = [term for term in self._terms if term.name == name]
         terms = self._of_head(terms, head) if len(terms) > 1 else terms
         losses = [self._read(term, num_outputs, trace) for term in terms]

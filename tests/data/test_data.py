@@ -179,7 +179,7 @@ def test_validation_is_cut_from_the_training_set_by_the_seed():
     reference = datasets.MNIST(write_idx(Path(".")).parent.parent, train=True).data.float()
     module = mnist(val_split=0.2, augment=False)
     val, _ = everything(module.val_dataloader())
-    train = module._train[0]
+    train = module.splits["train"][0]
     assert (len(val), len(train)) == (6, 24)
     pixels = torch.cat([val * 255 * 0.3081 + 255 * 0.1307, train.float()]).squeeze(1)
     assert sorted(pixels.round().sum(dim=(1, 2)).tolist()) == sorted(reference.sum(dim=(1, 2)).tolist())
@@ -202,7 +202,7 @@ def test_no_validation_set_when_none_is_wanted():
 
 def test_a_subset_is_drawn_by_the_seed():
     module = mnist(train_subset=10, val_split=0.2)
-    assert (len(module._train[0]), len(module._val[0])) == (8, 2)
+    assert (len(module.splits["train"][0]), len(module.splits["val"][0])) == (8, 2)
 
 
 def test_only_training_images_are_augmented_and_differently_every_epoch():
@@ -227,10 +227,10 @@ def test_digits_are_scikit_learns_and_a_fifth_is_for_test():
     module.setup("test")
     other = lit_lipschitz.DigitsDataModule(seed=5)
     other.setup("test")
-    assert (len(module._train[0]), len(module._test[0])) == (1437, 360)
-    assert torch.equal(module._test[0], other._test[0])
-    assert torch.bincount(module._test[1]).min() >= 34
-    assert module._train[0].unique().numel() == 17
+    assert (len(module.splits["train"][0]), len(module.splits["test"][0])) == (1437, 360)
+    assert torch.equal(module.splits["test"][0], other.splits["test"][0])
+    assert torch.bincount(module.splits["test"][1]).min() >= 34
+    assert module.splits["train"][0].unique().numel() == 17
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
@@ -269,9 +269,9 @@ def test_real_data_are_whole_and_normalised(real_data, kind, counts):
     module.prepare_data()
     module.setup("fit")
     module.setup("test")
-    assert (len(module._train[0]), len(module._test[0])) == counts
-    assert torch.bincount(module._test[1]).numel() == 10
-    images = module._transform(augment=False, device=torch.device("cpu"))(module._train[0], None)
+    assert (len(module.splits["train"][0]), len(module.splits["test"][0])) == counts
+    assert torch.bincount(module.splits["test"][1]).numel() == 10
+    images = module._transform(augment=False, device=torch.device("cpu"))(module.splits["train"][0], None)
     assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-2
     assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-2
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, init_convolutions_, init_glorot_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, init_keras_
 
 _EPS = 1.1e-5
 
@@ -53,8 +53,7 @@ class DenseNet(nn.Module):
         self.features = nn.Sequential(features)
         self.pool = nn.Sequential(KerasBatchNorm2d(channels, _EPS), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
-        init_convolutions_(self)
-        init_glorot_(self.head)
+        init_keras_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""
@@ -62,12 +61,7 @@ class DenseNet(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, whose output is appended to the input's channels.
-
-    Args:
-        in_channels: Channels of the input.
-        growth_rate: Channels added to them.
-    """
+    """BatchNorm, ReLU and a 3x3 convolution, whose output is appended to the input's channels."""
 
     def __init__(self, in_channels: int, growth_rate: int) -> None:
         super().__init__()

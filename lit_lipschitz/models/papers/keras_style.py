@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,8 @@ _TRUNCATED_STD = 0.87962566103423978
 def he_normal_(weight: Tensor) -> Tensor:
     """Fills a weight with Keras's `he_normal`, a normal distribution truncated at two of its standard deviations.
 
-    The normal is widened before it is truncated, so that the variance of the samples is 2 / fan_in.
-
-    Args:
-        weight: Shape (outputs, inputs, ...), filled in place; fan_in is the size of weight[0].
-
-    Returns:
-        The weight.
+    The normal is widened before it is truncated, so that the variance of the samples is 2 / fan_in, where fan_in is the
+    size of weight[0].
 
     References:
         K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, equation 10.
@@ -29,25 +25,14 @@ def he_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def init_convolutions_(network: nn.Module) -> None:
-    """Initialises the convolutions of a network: kernels by `he_normal_`, biases to zero."""
+def init_keras_(network: nn.Module, dense: Callable[[Tensor], Tensor] = nn.init.xavier_uniform_) -> None:
+    """Initialises convolutions by `he_normal_`, dense layers by ``dense`` (in Keras Glorot-uniform), biases to zero."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            he_normal_(module.weight)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            init = he_normal_ if isinstance(module, nn.Conv2d) else dense
+            init(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def init_he_head_(head: nn.Linear) -> None:
-    """Initialises an output layer: kernel by `he_normal_`, bias to zero."""
-    he_normal_(head.weight)
-    nn.init.zeros_(head.bias)
-
-
-def init_glorot_(layer: nn.Linear) -> None:
-    """Initialises a dense layer with Keras's defaults: a Glorot-uniform kernel, bias to zero."""
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
 
 
 class _KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,13 +41,14 @@ class _KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
     The moving averages are divided by 1 - 0.99^t after t batches, as Adam's are, so that the first batch replaces the
     initial mean 0 and variance 1. In torch these keep a weight of 0.99^t: a tenth after an epoch of MNIST.
 
-    Args:
-        channels: Channels of the input.
-        eps: Added to the variance.
-
     References:
         Keras 2.2, `moving_average_update` with `zero_debias`; D. Kingma, J. Ba: Adam, arXiv 1412.6980, section 3.
     """
+
+    running_mean: Tensor  # never None here
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, channels: int, eps: float = 1e-3) -> None:
         # torch's momentum is the weight of the new batch, Keras's (0.99) that of the old average.
@@ -73,20 +59,13 @@ class _KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         output = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        weight = self._batch_weight(self.num_batches_tracked.add_(1)).to(mean.dtype)
+        # The weight of the newest batch in a bias-corrected average.
+        weight = (self.momentum / (1 - (1 - self.momentum) ** self.num_batches_tracked.add_(1))).to(mean.dtype)
         self.running_mean.lerp_(mean, weight)
         self.running_var.lerp_(variance, weight)
         return output
-
-    def _batch_weight(self, batches: Tensor) -> Tensor:
-        """Weight of the newest of so many batches in a bias-corrected average."""
-        assert self.momentum is not None
-        return self.momentum / (1 - (1 - self.momentum) ** batches)
 
 
 class KerasBatchNorm1d(_KerasBatchNorm, nn.BatchNorm1d):
@@ -111,10 +90,6 @@ class StridedConv3x3(nn.Conv2d):
 
     Keras pads an even side with one zero after the last pixel only, torch's padding=1 also with one before the first.
     So the windows are centred on pixels 1, 3, ... instead of 0, 2, ...
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -127,13 +102,7 @@ class StridedConv3x3(nn.Conv2d):
 
 
 class KerasBasicBlock(nn.Module):
-    """Two 3x3 convolutions with bias and BatchNorm, added to a shortcut without BatchNorm, as in cifar10_resnet v1.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution, 1 or 2.
-    """
+    """Two 3x3 convolutions with bias and BatchNorm, added to a shortcut without BatchNorm, as in cifar10_resnet v1."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lit_lipschitz.models.papers.keras_style import KerasBatchNorm1d, init_convolutions_, init_glorot_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm1d, init_keras_
 
 
 class MNISTCNN(nn.Module):
@@ -49,10 +49,7 @@ class MNISTCNN(nn.Module):
             nn.Dropout(0.25),
         )
         self.head = nn.Linear(128, num_classes)
-        init_convolutions_(self)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_glorot_(module)
+        init_keras_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, 1, 28, 28)."""

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, conv_norm_relu, init_convolutions_, init_he_head_
+from lit_lipschitz.models.papers.keras_style import KerasBatchNorm2d, conv_norm_relu, he_normal_, init_keras_
 
 
 class ResNetV2(nn.Module):
@@ -44,8 +44,7 @@ class ResNetV2(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.Sequential(KerasBatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
-        init_convolutions_(self)
-        init_he_head_(self.head)
+        init_keras_(self, dense=he_normal_)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, num_classes) for images of shape (batch, in_channels, height, width)."""
@@ -55,14 +54,8 @@ class ResNetV2(nn.Module):
 class Bottleneck(nn.Module):
     """Convolutions 1x1, 3x3 and 1x1, each after BatchNorm and ReLU, added to a shortcut.
 
-    If the number of channels changes, the shortcut is a 1x1 convolution of the block's input, before its BatchNorm.
-
-    Args:
-        in_channels: Channels of the input.
-        width: Channels between the convolutions.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        activated: The input has already passed BatchNorm and ReLU, which this block then omits.
+    The shortcut starts before the first BatchNorm, and is a 1x1 convolution if the number of channels changes. An input
+    that is ``activated`` has passed BatchNorm and ReLU already, and they are omitted.
     """
 
     def __init__(
