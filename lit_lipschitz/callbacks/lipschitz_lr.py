@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -222,9 +221,7 @@ class LipschitzLR(Callback):
                 self.options,
                 target_of(trainer, pl_module, i, f" of optimizer {i}" if len(positions) > 1 else ""),
                 loop_facts(trainer, pl_module),
-                reduce=lambda tensor: _reduce_max(trainer, tensor),
-                notify=rank_zero_info,
-                state=self._stored.get(i),
+                self._stored.get(i),
             )
             for i in positions
         }
@@ -400,12 +397,6 @@ class LipschitzLR(Callback):
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
-
-
-def _reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
-    reduced = trainer.strategy.reduce(tensor, reduce_op="max")
-    assert isinstance(reduced, Tensor)
-    return reduced
 
 
 def _checked_positions(optimizers: Literal["auto"] | int | list[int], head: str) -> Literal["auto"] | list[int]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lipschitz.control.loop_facts import LoopFacts
-from lit_lipschitz.control.options import Target
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -36,6 +36,8 @@ def loop_facts(trainer: Trainer, module: LightningModule) -> LoopFacts:
         loss_scale=lambda: _loss_scale(trainer),
         grad_scale=lambda optimizer: _grad_scale(trainer, optimizer),
         total_steps=lambda: _total_steps(trainer, module),
+        reduce=lambda tensor: _reduce_max(trainer, tensor),
+        notify=rank_zero_info,
     )
 
 
@@ -61,6 +63,12 @@ def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
     due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
     validation = getattr(trainer, "val_check_batch", math.inf)
     return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
+
+
+def _reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
+    reduced = trainer.strategy.reduce(tensor, reduce_op="max")
+    assert isinstance(reduced, Tensor)
+    return reduced
 
 
 def _scaler_of(trainer: Trainer) -> Any:

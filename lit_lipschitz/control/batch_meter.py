@@ -6,45 +6,41 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.control.head_finder import FoundHeads
-from lit_lipschitz.control.loop_facts import LoopFacts
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.residuals import RunningResiduals
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.affine import same_weight
 from lit_lipschitz.recognition.heads import output_rows
-from lit_lipschitz.recognition.loss_graph import BatchLoss, LogitEdge, LossGraph
+from lit_lipschitz.recognition.loss_graph import BatchLoss, LossGraph
 
 
 class BatchMeter:
-    """Measures each batch by the head and the loss that were found.
-
-    Args:
-        found: The head and the loss.
-        policy: What is to be measured.
-        residuals: Accumulates the residuals of a squared error.
-        only_optimizer: Whether the run has no other optimizer.
-        named_loss: Whether the user named the loss.
-    """
+    """Measures each batch by the head and the loss that were found, and adds up residuals of a squared error."""
 
     def __init__(
-        self, found: FoundHeads, policy: Policy, residuals: RunningResiduals, *, only_optimizer: bool, named_loss: bool
+        self, found: FoundHeads, policy: Policy, options: Options, target: Target, residuals: RunningResiduals
     ) -> None:
         self._found, self._policy, self._residuals = found, policy, residuals
-        self._only_optimizer, self._named_loss = only_optimizer, named_loss
+        self._only_optimizer, self._named_loss = target.is_only, options.loss_name is not None
 
     def read(self, graph: LossGraph) -> BatchLoss | None:
         """The loss of a batch; None if the graph shows another one."""
         found = self._found
         head = found.hook.weight if self._named_loss else None
-        trace = found.concatenated or found.graph_incomplete
+        trace = found.recognised.concatenated or bool(found.recognised.unrecognised)
         return graph.batch(found.loss.name, found.num_outputs, head=head, trace=trace)
 
     def watch_gradients(self, graph: LossGraph, batch: BatchLoss, estimator: StepScaleEstimator) -> None:
         """Has the backward that is about to begin capture the gradient norms with respect to the logits."""
-        edges = self._own_edges(graph)
+        found = self._found
+        edges = graph.edges(found.loss.name)
+        if not hasattr(found.hook.weight, "full_tensor"):  # the graph has another tensor of a sharded head each time
+            edges = [edge for edge in edges if same_weight(edge.head_weight, found.recognised.head_weight)]
         if edges:
-            estimator.logit_grads.watch(batch, edges, self._found.loss.reduction, self._to_rows)
+            estimator.logit_grads.watch(batch, edges, found.loss.reduction, self._to_rows)
 
     def finish(self, batch: BatchLoss | None, loop: LoopFacts) -> None:
         """Ends the measurement of a batch; without a loss, every row counts as an example."""
@@ -56,26 +52,26 @@ class BatchMeter:
         outputs: tuple[Tensor, ...] = ()
         if found.loss.needs_output_norm(self._policy.bound):
             outputs = tuple(output_rows(found.hook.head, part, found.num_outputs) for part in batch.outputs)
-        count, weight = self._count_and_weight(batch, statistic.rows, self.norm_factor(batch, loop))
+        count, weight = self._count_and_weight(batch, statistic.rows, self._norm_factor(batch, loop))
         statistic.finish(count, outputs, batch.calls, weight)
 
     def _count_and_weight(self, batch: BatchLoss, rows: Tensor, weight: Any) -> tuple[Any, Any]:
         """Examples in the batch, and the factor of its norm, from how rows of the head make examples."""
-        found, whole_batch = self._found, self._policy.norm_grows_with_batch
+        recognised, whole_batch = self._found.recognised, self._policy.norm_grows_with_batch
         count: Any = batch.count
-        if found.pooled:
+        if recognised.pooled:
             # Each position is a row; all positions of an ignored example are ignored.
             positions = rows.clamp(min=1) * (batch.count / batch.rows)
             count = positions if self._policy.bound == "paper" else positions.clamp(max=batch.count)
             if whole_batch:
                 # The mean over an example's positions is at most their root mean square.
                 weight = weight * (count / positions).sqrt()
-        if found.rows_per_target > 1 and not whole_batch:
-            weight = weight * found.rows_per_target**0.5
-        if found.graph_incomplete and whole_batch and not found.pooled:
+        if recognised.rows_per_target > 1 and not whole_batch:
+            weight = weight * recognised.rows_per_target**0.5
+        if recognised.unrecognised and whole_batch and not recognised.pooled:
             # More rows in the loss than in the largest call: several calls, or one that is used several times.
             weight = weight * torch.clamp(batch.rows / rows.clamp(min=1), min=1.0).ceil().sqrt()
-        if found.graph_incomplete:
+        if recognised.unrecognised:
             weight = weight * batch.logit_scale
         return count, weight
 
@@ -88,30 +84,20 @@ class BatchMeter:
             rows = self._to_rows(outputs, None), self._to_rows(targets, None)
             self._residuals.add(*rows, self._loss_factor(batch, loop))
 
-    def norm_factor(self, batch: BatchLoss, loop: LoopFacts) -> Any:
+    def _norm_factor(self, batch: BatchLoss, loop: LoopFacts) -> Any:
         """Factor of the batch's norm that accounts for the factor of its loss; a float or a tensor."""
         factor = self._loss_factor(batch, loop)
         return factor**0.5 if self._policy.bound == "smooth" else factor  # the smooth bound squares the norm
 
     def _loss_factor(self, batch: BatchLoss, loop: LoopFacts) -> Any:
         """Factor of a batch's loss beyond a mean."""
-        factor: Any = 1.0
-        if loop.automatic:
-            scale: Any = batch.scale
-            factor = abs(scale) / loop.loss_scale()
+        scale: Any = batch.scale
+        factor = abs(scale) / loop.loss_scale() if loop.automatic else 1.0
         return factor * batch.elements if self._found.loss.reduction == "sum" else factor
 
     def pass_factor(self, graph: LossGraph, loop: LoopFacts) -> float:
-        """The norm factor of a pass over the training set, which sees no loss: that of the first training batch.
-
-        Args:
-            graph: The graph of the first loss.
-            loop: The loop's state.
-
-        Raises:
-            ConfigurationError: The loss ignores targets.
-        """
-        batch, rows = self.read(graph), self._found.rows
+        """The norm factor of a pass over the training set, which sees no loss: that of the first training batch."""
+        batch, rows = self.read(graph), self._found.recognised.rows
         if batch is None:
             return 1.0
         if int(batch.count) < rows:
@@ -119,14 +105,7 @@ class BatchMeter:
                 f"LipschitzLR(measure='pass') found that the loss ignores {rows - int(batch.count)} of "
                 f"{rows} targets (ignore_index), which a pass over the inputs does not see; use measure='running'"
             )
-        return float(self.norm_factor(batch, loop))
-
-    def _own_edges(self, graph: LossGraph) -> list[LogitEdge]:
-        """The edges of the loss that belong to the head, as far as the graph shows."""
-        edges = graph.edges(self._found.loss.name)
-        if hasattr(self._found.hook.weight, "full_tensor"):
-            return edges  # the graph has another tensor of a sharded head in each batch
-        return [edge for edge in edges if same_weight(edge.head_weight, self._found.weight)]
+        return float(self._norm_factor(batch, loop))
 
     def _to_rows(self, values: Tensor, dim: int | None) -> Tensor:
         """Outputs in the shape (examples, outputs), by the dimension of the classes if there is one."""

@@ -1,15 +1,16 @@
 """Finds the output layer (the head) and the loss whose constant controls an optimizer's learning rate."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_lipschitz.bounds.loss_spec import Loss
-from lit_lipschitz.control.loop_facts import LoopFacts
-from lit_lipschitz.control.options import Options, Target
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.head_hooks import HeadHook, HeadHooks
@@ -20,46 +21,21 @@ from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
 
 @dataclass(frozen=True)
 class FoundHeads:
-    """The head and the loss of one optimizer, and how rows of the head make examples.
+    """The head and the loss of one optimizer, and how rows of the head make examples."""
 
-    Attributes:
-        hook: The hook that measures the head's inputs.
-        loss: The loss.
-        num_outputs: Outputs of the head that enter the loss, or classes.
-        weight: Weight of the head as the loss's graph shows it; None if it does not.
-        pooled: Whether the head's outputs are averaged over positions before the loss.
-        rows_per_target: Rows of the head's outputs among which one target is chosen.
-        concatenated: Whether outputs of several calls are concatenated.
-        graph_incomplete: Whether nodes between the head and the loss are not understood.
-        rows: Targets of the first loss, including ignored ones; 0 if unknown.
-    """
-
-    hook: HeadHook
+    hook: HeadHook  # measures the head's inputs
     loss: Loss
-    num_outputs: int
-    weight: Tensor | None = None
-    pooled: bool = False
-    rows_per_target: int = 1
-    concatenated: bool = False
-    graph_incomplete: bool = False
-    rows: int = 0
+    num_outputs: int  # of the head that enter the loss, or classes
+    recognised: (
+        FoundLoss  # what the graph of the first loss showed, without the batch; defaults if it was not recognised
+    )
 
 
 class HeadFinder:
     """Finds the head and the loss in the graph of the first loss that belongs to the optimizer.
 
-    Args:
-        policy: What is to be measured.
-        options: The other arguments of the callback.
-        target: The optimizer and its network.
-        device: Where the training runs.
-        stored: State of the hooks in the run that is resumed, or None.
-
-    Attributes:
-        hooks: Hooks on every module that can be the head, until it is known which one is.
-
-    Raises:
-        ConfigurationError: No module can be the head.
+    ``hooks`` are on every module that can be the head, until it is known which one is; ``stored`` is their state in the
+    run that is resumed, or None.
     """
 
     def __init__(
@@ -69,14 +45,9 @@ class HeadFinder:
         self._deferred_error: ConfigurationError | None = None  # why the last loss was refused
         self._refused_own = False  # whether it belonged to the head, after a step of another optimizer
         self._other_stepped = False
-        self.hooks = HeadHooks(
-            target.model,
-            options.head,
-            lambda head: self._statistic(head, device),
-            device,
-            stored,
-            None if target.is_only else target.parameters,
-        )
+        owned = None if target.is_only else target.parameters
+        statistic = partial(self._statistic, device=device)
+        self.hooks = HeadHooks(target.model, options.head, statistic, device, stored, owned)
 
     def _statistic(self, head: nn.Module, device: torch.device) -> RunningMaximum:
         width, _ = head_size(head)
@@ -105,18 +76,10 @@ class HeadFinder:
             raise self._deferred_error
 
     def find(self, graph: LossGraph, loop: LoopFacts) -> FoundHeads | None:
-        """The head and the loss of a graph.
+        """The head and the loss of a graph whose backward is about to begin; None if it belongs to another optimizer.
 
-        Args:
-            graph: The graph of a loss whose backward is about to begin.
-            loop: The loop's state.
-
-        Returns:
-            None if the loss belongs to another optimizer, or, in manual optimization, if it is refused: the next one
-            may belong to the optimizer, so the error is raised at the optimizer's step.
-
-        Raises:
-            ConfigurationError: The loss is refused.
+        In manual optimization also None if it is refused: the next one may belong to the optimizer, so the error is
+        raised at the optimizer's step.
         """
         own = False
         try:
@@ -130,7 +93,12 @@ class HeadFinder:
             if loss is not None:
                 self._check_understood(loop, loss)
             if not self._target.is_only and weight is None and self._options.head == "auto":
-                raise ConfigurationError(self._hidden_head(loss))
+                position, count = self._target.position, self._target.num_optimizers
+                raise ConfigurationError(
+                    f"LipschitzLR looked for the head of optimizer {position} (of {count}) in the graph of a "
+                    f"{loss.loss.name if loss else self._options.loss} and found none; it may be frozen or compiled: "
+                    "pass optimizers= with the position of the optimizer that trains it, or head= with its name"
+                )
             found = self._select(loss, weight)
         except ConfigurationError as error:
             if loop.automatic:
@@ -142,11 +110,7 @@ class HeadFinder:
         return found
 
     def find_named(self) -> FoundHeads:
-        """The loss and the head that the user named, for manual optimization that steps without a backward hook.
-
-        Raises:
-            ConfigurationError: No loss was named.
-        """
+        """The loss and the head that the user named, for manual optimization that steps without a backward hook."""
         if self._options.loss_name is None:
             raise self._deferred_error or ConfigurationError(
                 "LipschitzLR reads the loss in manual_backward, which was not called with a loss of the optimizer's "
@@ -164,14 +128,6 @@ class HeadFinder:
                 f"found {len(weights)} of them behind the loss; pass head= with the name of the one to measure"
             )
         return weights[0] if weights else None
-
-    def _hidden_head(self, loss: FoundLoss | None) -> str:
-        """The message for a graph that does not show the head of one of several optimizers."""
-        return (
-            f"LipschitzLR looked for the head of optimizer {self._target.position} (of {self._target.num_optimizers}) "
-            f"in the graph of a {loss.loss.name if loss else self._options.loss} and found none; it may be frozen or "
-            "compiled: pass optimizers= with the position of the optimizer that trains it, or head= with its name"
-        )
 
     def _check_understood(self, loop: LoopFacts, loss: FoundLoss) -> None:
         """Refuses factors of the loss, and nodes between it and the head, that the constant would depend on."""
@@ -193,31 +149,19 @@ class HeadFinder:
 
     def _select(self, found: FoundLoss | None, weight: Tensor | None) -> FoundHeads:
         """Selects the head, and checks that there is a constant for the loss of its outputs."""
-        loss = found.loss if found is not None else Loss(self._options.loss)
-        hook = self.hooks.select(weight, found.num_outputs if found is not None else None)
-        num_outputs = (found.num_outputs if found is not None else None) or head_size(hook.head)[1]
+        recognised = found or FoundLoss(Loss(self._options.loss))
+        loss, hook = recognised.loss, self.hooks.select(weight, recognised.num_outputs)
+        num_outputs = recognised.num_outputs or head_size(hook.head)[1]
         self._check_constant(loss, hook.name, num_outputs, sizes_known=found is not None)
-        if found is None:
-            return FoundHeads(hook, loss, num_outputs)
-        self._check_inputs(hook, found.inputs)
+        self._check_inputs(hook, recognised.inputs)
         rows = int(hook.statistic.rows) if self._options.running else 0
-        if self._options.head == "auto" and not found.pooled and rows >= 2 * found.head_rows:
+        if found and self._options.head == "auto" and not found.pooled and rows >= 2 * found.head_rows:
             raise ConfigurationError(
                 f"LipschitzLR measured {rows} rows at the head {hook.name!r} in a batch and found {found.rows} "
                 f"targets in the {loss.name}; pass only the rows that the loss uses through the head, or pass "
                 f"head={hook.name!r} to measure the other rows as well"
             )
-        return FoundHeads(
-            hook,
-            loss,
-            num_outputs,
-            weight=found.head_weight,
-            pooled=found.pooled,
-            rows_per_target=found.rows_per_target,
-            concatenated=found.concatenated,
-            graph_incomplete=bool(found.unrecognised),
-            rows=found.rows,
-        )
+        return FoundHeads(hook, loss, num_outputs, replace(recognised, inputs=None))
 
     def _check_constant(self, loss: Loss, head: str, num_outputs: int, sizes_known: bool) -> None:
         """Checks that there is a constant for a loss of so many outputs of a head."""

@@ -1,48 +1,52 @@
-"""What a controller knows of the training loop that drives it."""
+"""What a controller knows of the training loop that drives it, and of the optimizer that it controls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
 class LoopFacts:
-    """The state of a training loop at one of its events.
+    """The state of a training loop at one of its events."""
 
-    Attributes:
-        device: Device of the loss and the activations.
-        rank: Index of this process.
-        world_size: Number of processes.
-        automatic: Whether the loop itself calls backward and the optimizer, so that its factor of the loss is known.
-        accumulated: Batches that the loop accumulates for one optimizer step.
-        step: Optimizer steps made so far.
-        epoch: Epochs completed so far.
-        is_last_batch: Whether the batch is known to be the last one of its epoch.
-        may_overflow: Whether gradients may overflow and their step be skipped, as with a GradScaler.
-        lr_writer: Name of something else that sets learning rates during training, or "".
-        loss_scale: Factor by which the loop multiplies the loss before its backward.
-        grad_scale: Factor of the gradients that an optimizer divides by within its step.
-        total_steps: Optimizer steps of the run; infinity if unknown.
-    """
-
-    device: torch.device
-    rank: int
+    device: torch.device  # of the loss and the activations
+    rank: int  # of this process
     world_size: int
-    automatic: bool
-    accumulated: int
-    step: int
-    epoch: int
-    is_last_batch: bool
-    may_overflow: bool
-    lr_writer: str
-    loss_scale: Callable[[], float | Tensor]
-    grad_scale: Callable[[Optimizer], float | Tensor]
-    total_steps: Callable[[], float]
+    automatic: bool  # whether the loop itself calls backward and the optimizer, so that its factor of the loss is known
+    accumulated: int  # batches that the loop accumulates for one optimizer step
+    step: int  # optimizer steps made so far
+    epoch: int  # epochs completed so far
+    is_last_batch: bool  # whether the batch is known to be the last one of its epoch
+    may_overflow: bool  # whether gradients may overflow and their step be skipped, as with a GradScaler
+    lr_writer: str  # name of something else that sets learning rates during training, or ""
+    loss_scale: Callable[[], float | Tensor]  # factor by which the loop multiplies the loss before its backward
+    grad_scale: Callable[[Optimizer], float | Tensor]  # factor of the gradients by which the optimizer's step divides
+    total_steps: Callable[[], float]  # optimizer steps of the run; infinity if unknown
+    reduce: Callable[[Tensor], Tensor]  # element-wise MAX over the ranks; the identity on one device
+    notify: Callable[[str], None]  # prints a message once for all ranks
+
+
+@dataclass(frozen=True)
+class Target:
+    """The optimizer whose learning rate is controlled."""
+
+    model: nn.Module  # the network that it trains
+    optimizer: Optimizer  # neither stepped nor restored from a checkpoint
+    schedulers: Sequence[Any] = ()  # its learning-rate schedulers
+    position: int = 0  # among the optimizers of the run
+    num_optimizers: int = 1  # of the run
+    label: str = ""  # names it in messages if several are controlled, such as " of optimizer 1"
 
     @property
-    def epochs_completed(self) -> int:
-        """Epochs completed with this batch."""
-        return self.epoch + self.is_last_batch
+    def is_only(self) -> bool:
+        """Whether the run has no other optimizer."""
+        return self.num_optimizers == 1
+
+    @property
+    def parameters(self) -> set[Tensor]:
+        """The parameters of the optimizer."""
+        return {parameter for group in self.optimizer.param_groups for parameter in group["params"]}

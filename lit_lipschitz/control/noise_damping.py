@@ -2,22 +2,15 @@
 
 import bisect
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from lit_lipschitz.measurement.residuals import Residuals
 
-SNR_FULL_RATE = 3.0
-"""Ratio of explained to unexplained variance (three quarters explained) from which on the rate is not damped."""
-MIN_LEARNED = 0.1
-"""Drop of the unexplained fraction below which learning has not begun and the rate is not damped."""
-POWER = 4
-"""Exponent of the damping."""
-SAMPLES_PER_PARAM = 20
-"""Targets per trained parameter in an epoch from which on their noise cannot be fitted."""
-MIN_DAMPING = 0.1
-"""Smallest damping factor."""
+SNR_FULL_RATE = 3.0  #: Ratio of explained to unexplained variance from which on the rate is not damped.
+MIN_LEARNED = 0.1  #: Drop of the unexplained fraction below which learning has not begun and the rate is not damped.
+POWER = 4  #: Exponent of the damping.
+SAMPLES_PER_PARAM = 20  #: Targets per trained parameter in an epoch from which on their noise cannot be fitted.
+MIN_DAMPING = 0.1  #: Smallest damping factor.
 
 
 @dataclass
@@ -38,28 +31,17 @@ class NoiseDamping:
     The first batch gives the unexplained fraction before the first step, reduced by twice its relative error,
     sqrt(2/n).
 
-    Attributes:
-        steps: Optimizer steps at which the fractions were measured: at the first batch, then in the middle of each
-            epoch.
-        fractions: Unexplained fractions at these steps.
-        last_step: Last step of the last epoch.
-        samples_per_param: n / (20 p).
-        min_fraction: Smallest fraction of an epoch.
-        speed: v.
-        max_speed: The largest v.
-
     References:
         Not in the papers; found by validation. For why noisier targets leave less to learn: A. Ali, J. Z. Kolter, R. J.
         Tibshirani: A Continuous-Time View of Early Stopping for Least Squares, arXiv 1810.10082, 2019.
     """
 
-    steps: list[float] = field(default_factory=list)
-    fractions: list[float] = field(default_factory=list)
-    last_step: int = 0
-    samples_per_param: float = 0.0
-    min_fraction: float = math.inf
-    speed: float = 0.0
-    max_speed: float = 0.0
+    steps: list[float] = field(default_factory=list)  # at the first batch, then in the middle of each epoch
+    fractions: list[float] = field(default_factory=list)  # unexplained fractions at these optimizer steps
+    last_step: int = 0  # of the last epoch
+    samples_per_param: float = 0.0  # n / (20 p)
+    speed: float = 0.0  # v
+    max_speed: float = 0.0  # the largest v
 
     @property
     def fraction_unexplained(self) -> float | None:
@@ -73,17 +55,12 @@ class NoiseDamping:
         if unexplained is None or not self.max_speed > 0:
             return 1.0
         signal = (1 - unexplained) / unexplained / SNR_FULL_RATE if unexplained > 0 else math.inf
-        learned = max(self.fractions[:2]) - self.min_fraction
+        learned = max(self.fractions[:2]) - min(self.fractions[1:])
         damped = max(self.speed / self.max_speed, signal, 1 - learned / MIN_LEARNED) ** POWER
         return min(1.0, max(damped, MIN_DAMPING, self.samples_per_param))
 
     def add_first_batches(self, residuals: Residuals, steps: int) -> None:
-        """Adds the first batches, which measure the fraction before the first step; later calls have no effect.
-
-        Args:
-            residuals: Their residuals, over all ranks.
-            steps: Optimizer steps made before them.
-        """
+        """Adds the first batches, of all ranks, made before optimizer step ``steps``; later calls have no effect."""
         fraction = residuals.fraction_unexplained
         if not self.fractions and fraction is not None:
             self._begin(steps, min(fraction, 1.0) / (1 + 2 * math.sqrt(2 / residuals.count)))
@@ -92,13 +69,13 @@ class NoiseDamping:
         self.steps, self.fractions, self.last_step = [steps], [fraction], steps
 
     def add_epoch(self, residuals: Residuals, steps: int, num_parameters: int, num_epochs: int = 1) -> None:
-        """Adds an epoch.
+        """Adds an epoch, or several of them together.
 
         Args:
             residuals: Residuals of its batches, over all ranks.
             steps: Optimizer steps made so far.
             num_parameters: Trained parameters, p.
-            num_epochs: Epochs that the residuals are from, if more than one.
+            num_epochs: Epochs that the residuals are from.
         """
         fraction = residuals.fraction_unexplained
         middle, self.last_step = (self.last_step + steps) / 2, steps
@@ -109,7 +86,6 @@ class NoiseDamping:
             return
         self.steps.append(middle)
         self.fractions.append(min(fraction, 1.0))
-        self.min_fraction = min(self.min_fraction, self.fractions[-1])
         self.samples_per_param = residuals.count / num_epochs / (SAMPLES_PER_PARAM * max(num_parameters, 1))
         self.speed = self._fraction_at((self.steps[0] + middle) / 2) - self.fractions[-1]
         self.max_speed = max(self.max_speed, self.speed)
@@ -121,13 +97,3 @@ class NoiseDamping:
             return self.fractions[0]
         (before, middle), (fraction, later) = self.steps[after - 1 : after + 1], self.fractions[after - 1 : after + 1]
         return fraction + (later - fraction) * (step - before) / (middle - before)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The attributes, as plain values."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads the state of :meth:`state_dict`."""
-        for attribute in fields(self):
-            value = state[attribute.name]
-            setattr(self, attribute.name, list(value) if isinstance(value, list) else value)

@@ -1,12 +1,8 @@
 """What a user configures apart from how a learning rate is computed: the loss, the head, when to update."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from typing import Literal, get_args
 
 from lit_lipschitz.bounds.loss_spec import LOSSES
 from lit_lipschitz.errors import ConfigurationError
@@ -15,11 +11,7 @@ from lit_lipschitz.measurement.norms import Weights
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of ``LipschitzLR`` that are not part of the :class:`~lit_lipschitz.control.policy.Policy`.
-
-    Raises:
-        ConfigurationError: A value is out of its range.
-    """
+    """Arguments of ``LipschitzLR`` that are not part of the :class:`~lit_lipschitz.control.policy.Policy`."""
 
     loss: str = "auto"
     head: str = "auto"
@@ -60,34 +52,3 @@ class Options:
     def loss_name(self) -> str | None:
         """The name of the loss that the user named, or None."""
         return None if self.loss == "auto" else self.loss
-
-
-@dataclass(frozen=True)
-class Target:
-    """The optimizer whose learning rate is controlled.
-
-    Attributes:
-        model: The network that it trains.
-        optimizer: The optimizer, neither stepped nor restored from a checkpoint.
-        schedulers: Its learning-rate schedulers.
-        position: Its position among the optimizers of the run.
-        num_optimizers: How many optimizers the run has.
-        label: Names it in messages if several are controlled, such as ``" of optimizer 1"``.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
-    schedulers: Sequence[Any] = ()
-    position: int = 0
-    num_optimizers: int = 1
-    label: str = ""
-
-    @property
-    def is_only(self) -> bool:
-        """Whether the run has no other optimizer."""
-        return self.num_optimizers == 1
-
-    @property
-    def parameters(self) -> set[Tensor]:
-        """The parameters of the optimizer."""
-        return {parameter for group in self.optimizer.param_groups for parameter in group["params"]}

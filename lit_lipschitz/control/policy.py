@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lit_lipschitz import bounds
@@ -12,12 +13,10 @@ from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, Term
 from lit_lipschitz.rules.registry import RULES
 
-MIN_GRAD_NORM_RATIO = 0.01
-"""Lower bound on the measured over the largest possible gradient norm; keeps the rate finite as the loss goes to 0."""
-NUM_DEVIATIONS = 3.0
-"""Standard deviations of a squared error's residuals that count as the largest; 99.7 % of normal ones are less."""
-MIN_RESIDUAL_RATIO = 0.1
-"""Lower bound on the residuals over the norms of outputs and targets, for the same reason."""
+# Lower bounds that keep the rate finite as the loss goes to 0.
+MIN_GRAD_NORM_RATIO = 0.01  #: Lower bound on the measured over the largest possible gradient norm.
+MIN_RESIDUAL_RATIO = 0.1  #: Lower bound on the residuals over the norms of outputs and targets.
+NUM_DEVIATIONS = 3.0  #: Standard deviations of residuals that count as the largest; 99.7 % of normal ones are less.
 
 _NORMS = {
     "frobenius": "Frobenius norm of a batch of the head's inputs",
@@ -68,12 +67,6 @@ class Measurement:
     residual_rms: float = 0.0
     loss_factor: float = 1.0
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether all norms are finite, and there are examples with inputs other than 0."""
-        norms = (self.activation_norm, self.weight_norm, self.fourth_moment_norm, self.output_norm)
-        return all(map(math.isfinite, norms)) and self.activation_norm != 0 and self.batch_size >= 1
-
 
 @dataclass(frozen=True)
 class Decision:
@@ -82,12 +75,10 @@ class Decision:
     Attributes:
         lr: Learning rate at a schedule factor of 1.
         constant: Lipschitz constant L of the loss.
-        activation_norm: See :class:`Measurement`.
-        weight_norm: See :class:`Measurement`.
+        activation_norm: K_z, as in :class:`Measurement`.
+        weight_norm: W, as in :class:`Measurement`.
+        observed_constant: O, as in :class:`~lit_lipschitz.rules.base.RuleInput`.
         cap: The limit that changed the rate, or "".
-        observed_constant: See :class:`lit_lipschitz.rules.base.RuleInput`.
-        effective_sample_size: Likewise; 0 where ``observed_constant`` is.
-        curvature: Likewise.
         rule: The name of the rule, or "" for a fixed rate.
         formula: L in symbols, or "".
         terms: All numbers of the constant, with L last, then those of the rule, then the limit that changed the rate.
@@ -97,37 +88,16 @@ class Decision:
     constant: float = 0.0
     activation_norm: float = 0.0
     weight_norm: float = 0.0
-    cap: str = ""
     observed_constant: float = 0.0
-    effective_sample_size: float = 0.0
-    curvature: float = 0.0
+    cap: str = ""
     rule: str = ""
     formula: str = ""
     terms: tuple[Term, ...] = ()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The decision as plain values."""
-        return asdict(self)
-
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "Decision":
-        """The decision from its :meth:`state_dict`."""
+    def from_dict(cls, state: Mapping[str, Any]) -> "Decision":
+        """The decision from its ``dataclasses.asdict``."""
         return cls(**{**state, "terms": tuple(Term(**term) for term in state["terms"])})
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A Lipschitz constant: the data term, the L2 term, and how they come about."""
-
-    data: float
-    l2: float
-    l2_coefficient: float
-    formula: str
-    terms: tuple[Term, ...]
-
-    @property
-    def value(self) -> float:
-        return self.data + self.l2
 
 
 @dataclass(frozen=True)
@@ -199,11 +169,7 @@ class Policy:
         return max((float(group.get("weight_decay", 0.0)) for group in coupled), default=0.0)
 
     def rule_for(self, optimizer: OptimizerInfo, groups: Sequence[Mapping[str, Any]]) -> RuleInfo:
-        """The rule for an optimizer and its parameter groups.
-
-        Raises:
-            ConfigurationError: None is known and none is forced, or it does not fit the optimizer or its settings.
-        """
+        """The rule for an optimizer and its parameter groups; an error if none is known, or if it does not fit."""
         rule = RULES[self.rule if self.rule != "auto" else self._default_rule(optimizer, groups)]
         try:
             rule.function(RuleInput(1.0, 1.0), rule.initial_state(), groups[0])
@@ -262,153 +228,36 @@ class Policy:
         state: Any,
         last: Decision | None,
     ) -> tuple[Decision, Any] | None:
-        """The next learning rate.
+        """The next learning rate, and the rule's new state; None where the measurement gives no rate.
 
-        Args:
-            measured: What the ranks agree on.
-            loss: The loss.
-            num_outputs: Outputs of the head.
-            optimizer: The optimizer.
-            groups: Its parameter groups.
-            state: The state of the rule; that of another rule begins again.
-            last: The decision before this one.
-
-        Returns:
-            The decision and the rule's new state, or None where the measurement gives no rate.
+        ``groups`` are the optimizer's parameter groups, ``state`` that of the rule (the state of another rule begins
+        again), ``last`` the decision before this one.
         """
-        if not measured.is_usable:
+        norms = (measured.activation_norm, measured.weight_norm, measured.fourth_moment_norm, measured.output_norm)
+        if not (all(map(math.isfinite, norms)) and measured.activation_norm and measured.batch_size >= 1):
             return None
         rule = self.rule_for(optimizer, groups)
-        constant = self._constant(measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))
-        inputs = self._rule_input(rule, measured, loss, num_outputs, constant)
+        constant = _Constant(self, measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))
+        inputs = constant.rule_input(rule)
         if inputs is None:
             return None
         state = state if isinstance(state, rule.state_type) else rule.initial_state()
         rate, state, terms = rule.function(inputs, state, groups[0])
         lr, cap = self.apply_limits(rate, last)
         limit = (Term(cap, lr, f"the limit that changed the rate of {rate:.6g}"),) if cap else ()
+        formula, constant_terms = constant.formula()
         decision = Decision(
             lr,
             constant.value,
             measured.activation_norm,
             measured.weight_norm,
+            inputs.observed_constant,
             cap,
-            observed_constant=inputs.observed_constant,
-            effective_sample_size=inputs.effective_sample_size if inputs.observed_constant else 0.0,
-            curvature=inputs.curvature,
-            rule=rule.name,
-            formula=constant.formula,
-            terms=(*constant.terms, *terms, *limit),
+            rule.name,
+            formula,
+            (*constant_terms, *terms, *limit),
         )
         return decision, state
-
-    def _rule_input(
-        self, rule: RuleInfo, measured: Measurement, loss: bounds.Loss, num_outputs: int, constant: _Constant
-    ) -> RuleInput | None:
-        """What a rule computes the rate from; None where the constant or the step scale is not positive and finite."""
-        second_moment = bounds.second_moment(
-            constant.data,
-            constant.l2,
-            estimate=self.second_moment_estimate,
-            activation_norm=measured.activation_norm,
-            fourth_moment_norm=measured.fourth_moment_norm,
-        )
-        if not (0 < constant.value < math.inf and 0 < second_moment < math.inf and measured.step_scale > 0):
-            return None
-        if rule.needs_residuals:
-            observed, effective = self._observed_by_residuals(measured, num_outputs, constant)
-            curvature = self._curvature(measured, loss, num_outputs, constant)
-        else:
-            observed, effective = self._observed_by_gradients(measured, constant)
-            curvature = 0.0
-        return RuleInput(
-            constant.value,
-            second_moment,
-            activation_norm=measured.activation_norm,
-            step_scale=measured.step_scale,
-            batch_size=measured.batch_size,
-            observed_constant=observed,
-            effective_sample_size=effective,
-            curvature=curvature,
-        )
-
-    def _constant(self, measured: Measurement, loss: bounds.Loss, num_outputs: int, decay: float) -> _Constant:
-        """The Lipschitz constant of a loss with its terms; ``decay`` is the coefficient of the L2 term."""
-        m, size = measured.batch_size, measured.activation_norm
-        data = loss.constant(
-            size,
-            batch_size=m,
-            num_outputs=num_outputs,
-            bound=self.bound,
-            norm=self.norm,
-            output_norm=measured.output_norm,
-        )
-        l2 = bounds.l2(decay, measured.weight_norm, bound=self.bound)
-        size_formula, size_value = self._size_of_batch(size, m)
-        name, meaning = _COEFFICIENTS[self.bound]
-        terms = [
-            Term("k", num_outputs, "the head's outputs"),
-            Term("m", m, "examples that an optimizer step averages over"),
-            Term("K_z", size, _NORMS[self.norm]),
-            Term("W", measured.weight_norm, "largest norm of a weight"),
-            Term("lambda", decay, "the weight decay that is an L2 term of the loss"),
-        ]
-        if loss.needs_output_norm(self.bound):
-            terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))
-        terms += [
-            Term(name, data / size_value, meaning),
-            Term("data", data, f"data term, {name} * {size_formula}"),
-            Term("l2", l2, "L2 term"),
-            Term("L", data + l2, _CONSTANTS[self.bound]),
-        ]
-        formula = f"{name} * {size_formula} + {'lambda' if self.bound == 'smooth' else 'lambda * W'}"
-        return _Constant(data, l2, decay, formula, tuple(terms))
-
-    def _size_of_batch(self, size: float, batch_size: int) -> tuple[str, float]:
-        """The factor of a family's constant that the inputs contribute: in symbols, and its value."""
-        whole = self.norm_grows_with_batch
-        if self.bound == "strict":
-            return ("K_z / sqrt(m)", size / math.sqrt(batch_size)) if whole else ("K_z", size)
-        if self.bound == "smooth":
-            return ("K_z^2 / m", size**2 / batch_size) if whole else ("K_z^2", size**2)
-        return "K_z / m", size / batch_size
-
-    def _observed_by_gradients(self, measured: Measurement, constant: _Constant) -> tuple[float, float]:
-        """The constant with the measured gradient norm in the logits and the effective sample size; 0 without one."""
-        if not measured.logit_grad_norm:
-            return 0.0, 0.0
-        rows = measured.batch_size if self.norm == "frobenius" else 1
-        largest = constant.data / measured.activation_norm * math.sqrt(rows)
-        ratio = min(max(measured.logit_grad_norm / largest, MIN_GRAD_NORM_RATIO), 1.0)
-        evenness = min(measured.mean_logit_grad_norm / measured.logit_grad_norm, 1.0)
-        return constant.data * ratio + constant.l2, measured.batch_size * evenness**2
-
-    def _observed_by_residuals(
-        self, measured: Measurement, num_outputs: int, constant: _Constant
-    ) -> tuple[float, float]:
-        """The constant of a squared error with its measured residuals, 0 if not measured, and the batch size.
-
-        Three times the residuals' root mean square replaces the norms of outputs and targets.
-        """
-        effective = float(measured.batch_size)
-        if not (measured.residual_rms and measured.output_norm) or self.norm != "frobenius":
-            return 0.0, effective
-        residual = NUM_DEVIATIONS * measured.residual_rms * math.sqrt(measured.batch_size * num_outputs)
-        ratio = max(residual / measured.output_norm, MIN_RESIDUAL_RATIO)
-        return constant.data * ratio + constant.l2, effective
-
-    def _curvature(self, measured: Measurement, loss: bounds.Loss, num_outputs: int, constant: _Constant) -> float:
-        """The smooth constant of a squared error, with the Frobenius instead of the spectral norm; 0 of others."""
-        if loss.name != "mean_squared_error" or self.norm != "frobenius":
-            return 0.0
-        smooth = loss.constant(
-            measured.activation_norm,
-            batch_size=measured.batch_size,
-            num_outputs=num_outputs,
-            bound="smooth",
-            norm="frobenius",
-        )
-        return smooth / measured.loss_factor + constant.l2_coefficient  # the factor was squared
 
     def apply_limits(self, rate: float, last: Decision | None) -> tuple[float, str]:
         """The rate within its limits, and the name of the limit that changed it, or ""."""
@@ -420,6 +269,107 @@ class Policy:
             if limit is not None and rate > limit:
                 rate, cap = limit, name
         return (self.min_lr, "min_lr") if rate < self.min_lr else (rate, cap)
+
+
+class _Constant:
+    """The Lipschitz constant of a measured loss, a data term and an L2 term, and what a rule has beside it."""
+
+    def __init__(
+        self, policy: Policy, measured: Measurement, loss: bounds.Loss, num_outputs: int, l2_coefficient: float
+    ) -> None:
+        self._policy, self._measured, self._loss, self._num_outputs = policy, measured, loss, num_outputs
+        self._l2_coefficient = l2_coefficient
+        self._data_term = partial(
+            loss.constant,
+            measured.activation_norm,
+            batch_size=measured.batch_size,
+            num_outputs=num_outputs,
+            output_norm=measured.output_norm,
+        )
+        self._data = self._data_term(bound=policy.bound, norm=policy.norm)
+        self._l2 = bounds.l2(l2_coefficient, measured.weight_norm, bound=policy.bound)
+        self.value = self._data + self._l2
+
+    def formula(self) -> tuple[str, tuple[Term, ...]]:
+        """The constant in symbols, and their values."""
+        measured, bound = self._measured, self._policy.bound
+        size_formula, size = self._size_of_batch()
+        name, meaning = _COEFFICIENTS[bound]
+        terms = [
+            Term("k", self._num_outputs, "the head's outputs"),
+            Term("m", measured.batch_size, "examples that an optimizer step averages over"),
+            Term("K_z", measured.activation_norm, _NORMS[self._policy.norm]),
+            Term("W", measured.weight_norm, "largest norm of a weight"),
+            Term("lambda", self._l2_coefficient, "the weight decay that is an L2 term of the loss"),
+        ]
+        if self._loss.needs_output_norm(bound):
+            terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))
+        terms += [
+            Term(name, self._data / size, meaning),
+            Term("data", self._data, f"data term, {name} * {size_formula}"),
+            Term("l2", self._l2, "L2 term"),
+            Term("L", self.value, _CONSTANTS[bound]),
+        ]
+        return f"{name} * {size_formula} + {'lambda' if bound == 'smooth' else 'lambda * W'}", tuple(terms)
+
+    def _size_of_batch(self) -> tuple[str, float]:
+        """The factor of a family's constant that the inputs contribute: in symbols, and its value."""
+        size, batch_size = self._measured.activation_norm, self._measured.batch_size
+        whole = self._policy.norm_grows_with_batch
+        if self._policy.bound == "strict":
+            return ("K_z / sqrt(m)", size / math.sqrt(batch_size)) if whole else ("K_z", size)
+        if self._policy.bound == "smooth":
+            return ("K_z^2 / m", size**2 / batch_size) if whole else ("K_z^2", size**2)
+        return "K_z / m", size / batch_size
+
+    def rule_input(self, rule: RuleInfo) -> RuleInput | None:
+        """What a rule computes the rate from; None where the constant or the step scale is not positive and finite."""
+        measured = self._measured
+        second_moment = bounds.second_moment(
+            self._data,
+            self._l2,
+            estimate=self._policy.second_moment_estimate,
+            activation_norm=measured.activation_norm,
+            fourth_moment_norm=measured.fourth_moment_norm,
+        )
+        if not (0 < self.value < math.inf and 0 < second_moment < math.inf and measured.step_scale > 0):
+            return None
+        observed, effective = self._observed(rule.needs_residuals)
+        return RuleInput(
+            self.value,
+            second_moment,
+            activation_norm=measured.activation_norm,
+            step_scale=measured.step_scale,
+            batch_size=measured.batch_size,
+            observed_constant=observed,
+            effective_sample_size=effective,
+            curvature=self._curvature() if rule.needs_residuals else 0.0,
+        )
+
+    def _observed(self, by_residuals: bool) -> tuple[float, float]:
+        """The constant with measured gradient norms or residuals, and the effective sample size; 0 if not measured."""
+        measured, batch_size = self._measured, self._measured.batch_size
+        frobenius = self._policy.norm == "frobenius"
+        if by_residuals:
+            if not (measured.residual_rms and measured.output_norm and frobenius):
+                return 0.0, 0.0
+            # Three times the residuals' root mean square replaces the norms of outputs and targets.
+            residual = NUM_DEVIATIONS * measured.residual_rms * math.sqrt(batch_size * self._num_outputs)
+            ratio, effective = max(residual / measured.output_norm, MIN_RESIDUAL_RATIO), float(batch_size)
+        else:
+            if not measured.logit_grad_norm:
+                return 0.0, 0.0
+            largest = self._data / measured.activation_norm * math.sqrt(batch_size if frobenius else 1)
+            ratio = min(max(measured.logit_grad_norm / largest, MIN_GRAD_NORM_RATIO), 1.0)
+            effective = batch_size * min(measured.mean_logit_grad_norm / measured.logit_grad_norm, 1.0) ** 2
+        return self._data * ratio + self._l2, effective
+
+    def _curvature(self) -> float:
+        """The smooth constant of a squared error, with the Frobenius instead of the spectral norm; 0 of others."""
+        if self._loss.name != "mean_squared_error" or self._policy.norm != "frobenius":
+            return 0.0
+        # Its factor was squared.
+        return self._data_term(bound="smooth", norm="frobenius") / self._measured.loss_factor + self._l2_coefficient
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -29,18 +29,18 @@ class FoundLoss:
     """A loss that was recognised in the graph, and the affine layer that made its logits."""
 
     loss: Loss
-    scale: float  # factor of its mean or sum
-    head_weight: Tensor | None  # a view of it if it is frozen; None if the graph hides it, as in a compiled network
-    unrecognised: tuple[str, ...]  # names of the nodes between the loss and the layer, if they are not understood
-    behind_activation: tuple[str, ...]  # the same, if an activation with derivatives of at most 1 stands between
-    rows: int  # examples, tokens or pixels, including ignored ones
-    head_rows: int  # of the layer's outputs in the loss; more than `rows` if its classes are positions
-    num_outputs: int | None  # of the layer that enter the loss, or classes; None if unknown
-    rows_per_target: int  # of the layer's outputs, among which one target of a cross-entropy is chosen
-    pooled: bool  # whether the layer's outputs are averaged over positions, or upsampled, before the loss
-    calls: int  # of the layer whose outputs are concatenated
-    concatenated: bool  # whether outputs are concatenated, of one call or several
-    inputs: Tensor | None  # of the layer, if it was called once and the graph saves them
+    scale: float = 1.0  # factor of its mean or sum
+    head_weight: Tensor | None = None  # a view of it if it is frozen; None if the graph hides it, as when compiled
+    unrecognised: tuple[str, ...] = ()  # names of the nodes between the loss and the layer that are not understood
+    behind_activation: tuple[str, ...] = ()  # the same, if an activation with derivatives of at most 1 stands between
+    rows: int = 0  # examples, tokens or pixels, including ignored ones
+    head_rows: int = 0  # of the layer's outputs in the loss; more than `rows` if its classes are positions
+    num_outputs: int | None = None  # of the layer that enter the loss, or classes; None if unknown
+    rows_per_target: int = 1  # of the layer's outputs, among which one target of a cross-entropy is chosen
+    pooled: bool = False  # whether the layer's outputs are averaged over positions, or upsampled, before the loss
+    calls: int = 1  # of the layer whose outputs are concatenated
+    concatenated: bool = False  # whether outputs are concatenated, of one call or several
+    inputs: Tensor | None = None  # of the layer, if it was called once and the graph saves them
 
 
 @dataclass(frozen=True)
