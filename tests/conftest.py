@@ -21,6 +21,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Each test runs in an empty folder, with a seed, without the caller's data and without Lightning's advice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_LIPSCHITZ_DATA", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # which Lightning sets for several ranks: each test a free port
     torch.manual_seed(0)
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     with warnings.catch_warnings():
