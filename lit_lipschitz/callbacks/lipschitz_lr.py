@@ -229,27 +229,10 @@ class LipschitzLR(Callback):
         """Starts the measurement of a batch."""
         if not self.options.running:
             # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
-            self._measure_by_pass(trainer, pl_module)
+            _measure_by_pass(trainer, pl_module, list(self._controllers.values()))
         loop = self._facts.now()
         for controller in self._controllers.values():
             controller.begin_batch(loop)
-
-    def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the epoch's pass over the training set, for the controllers that need one."""
-        epoch = trainer.current_epoch
-        measuring = [one for one in self._controllers.values() if one.updater.needs_pass(epoch)]
-        if not measuring:
-            return
-        for controller in measuring:
-            controller.hooks.reset()
-            controller.hooks.set_mode("inference")
-        try:
-            inference_pass(trainer, pl_module)
-        finally:
-            for controller in measuring:
-                controller.hooks.set_mode("off")
-        for controller in measuring:
-            controller.updater.end_pass(epoch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
@@ -350,6 +333,24 @@ class LipschitzLR(Callback):
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
+
+
+def _measure_by_pass(trainer: Trainer, pl_module: LightningModule, controllers: list[Controller]) -> None:
+    """Makes the epoch's pass over the training set, for the controllers that need one."""
+    epoch = trainer.current_epoch
+    measuring = [one for one in controllers if one.updater.needs_pass(epoch)]
+    if not measuring:
+        return
+    for controller in measuring:
+        controller.hooks.reset()
+        controller.hooks.set_mode("inference")
+    try:
+        inference_pass(trainer, pl_module)
+    finally:
+        for controller in measuring:
+            controller.hooks.set_mode("off")
+    for controller in measuring:
+        controller.updater.end_pass(epoch)
 
 
 def _check_callbacks(callbacks: list[Callback]) -> None:

@@ -57,8 +57,7 @@ class ScaleInvariance:
             return 1.0
         values, grads = (wide(as_real(part.detach())) for part in (weight, grad))
         weight_norm = norm(values)
-        new = weight not in self._max_cosine
-        if new:
+        if weight not in self._max_cosine:
             cosine, first = self._last(weight, index)
             self._max_cosine[weight] = torch.full_like(weight_norm, cosine)
             self._first_norm[weight] = weight_norm if first < 0 else torch.full_like(weight_norm, first)
@@ -67,11 +66,12 @@ class ScaleInvariance:
         cosine_now = whole((values * grads).sum()).abs() / touched / grad_norm * values.numel() ** 0.5
         usable = (touched > 0) & (grad_norm > 0) & torch.isfinite(grad_norm)  # no underflow and no overflow
         cosine_now = torch.where(usable, cosine_now, math.nan)
+        is_first = self._max_cosine[weight] < 0
         max_cosine = self._max_cosine[weight] = torch.fmax(self._max_cosine[weight], cosine_now)
         start = self._first_norm[weight]
         if weight in self._init_norms:
             # One of 400 weights passes by chance in the first measurement, and one of 1,700 in two.
-            certain = max_cosine <= MAX_COSINE / (100 if new else 10)
+            certain = max_cosine <= torch.where(is_first, MAX_COSINE / 100, MAX_COSINE / 10)
             start = torch.where(certain, self._init_norms[weight], start)
         invariant = (max_cosine >= 0) & (max_cosine <= MAX_COSINE) & (weight_norm > 0) & (start > 0)
         return torch.where(invariant, weight_norm / start, 1.0)
