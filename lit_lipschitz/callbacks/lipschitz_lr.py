@@ -37,6 +37,7 @@ else:
     LossOrAuto = Literal[_LOSSES]  # so that the command line offers the losses that are registered by now
 
 
+# What a resumed run must have in common with the saved one.
 _SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure", "weights")
 
 
@@ -63,10 +64,10 @@ class LipschitzLR(Callback):
             ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
-            ``"inverse"`` is 1/L; ``"noise"``, for SGD with momentum, grows with the square root of the batch size;
-            ``"grafted"`` makes the updates of Adam-type optimizers as long as those of SGD at 1/L; ``"observed"`` does
-            so on average over the weights and with the measured gradient norm in the logits; ``"schedule_free"`` is for
-            Schedule-Free AdamW; ``"adamo"`` is the paper's for momentum, ``"adamo_authors"`` that of its scripts.
+            ``"inverse"`` is 1/L, and ``"noise"`` grows with the square root of the batch size; ``"grafted"`` makes the
+            updates of Adam-type optimizers as long as those of SGD at 1/L, ``"observed"`` with the measured gradient
+            norm in the logits; ``"schedule_free"`` is for Schedule-Free AdamW; ``"adamo"`` is the paper's for momentum,
+            ``"adamo_authors"`` that of its scripts.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.
         max_lr: Upper limit of the learning rate, before a schedule's factor.
@@ -301,7 +302,6 @@ class LipschitzLR(Callback):
                 logger.log_metrics(metrics, step=loop.step - 1)
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the saved one."""
         values = {**vars(self.policy), **vars(self.options)}
         return {name: values[name] for name in _SETTINGS}
 
