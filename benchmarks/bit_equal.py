@@ -257,7 +257,7 @@ def add(name: str, optimizers: str, ours: dict[str, Any] | None = None, **settin
 
 
 def add_losses() -> None:
-    """Every loss in every family, with a rule that looks at its slopes too, and losses that are named."""
+    """Every loss in every family, with a rule that measures gradient norms in the logits, and losses that are named."""
     for name, settings in LOSSES.items():
         add(f"loss/{name}/strict", "momentum adamw", **settings)
         for bound in ("paper", "smooth") if name != "l1" else ("paper",):

@@ -1,4 +1,4 @@
-"""Entry point of `lit-lipschitz`: answers what needs no torch at once, and leaves the rest to LightningCLI."""
+"""Entry point of `lit-lipschitz`: help, configs and report run without importing torch, the rest by LightningCLI."""
 
 import difflib
 import os

@@ -12,12 +12,12 @@ from typing import Any
 
 import lightning as L
 
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.cli.compare.fixed_rate import FixedRate
 from lit_lipschitz.cli.compare.optimizer_swap import SwapOptimizer
 from lit_lipschitz.cli.compare.policies import Policy, needs_swap
 from lit_lipschitz.cli.compare.recorder import Recorder, no_validation
 from lit_lipschitz.cli.compare.results_file import Row
-from lit_lipschitz.cli.fit.callbacks import callbacks_of
 from lit_lipschitz.cli.fit.command import merge, run
 from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.cli.explain.text import text
-from lit_lipschitz.cli.fit.callbacks import callbacks_of, find_callback, remove_callbacks
+from lit_lipschitz.cli.fit.callbacks import find_callback, remove_callbacks
 from lit_lipschitz.cli.fit.command import run
 from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.cli.output import fail, to_json
@@ -123,7 +124,6 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     policy, options, decision = controller.policy, controller.options, controller.decision
     assert decision is not None
     optimizer, rates, estimator = controller.optimizer, controller.rates, controller.updater.estimator
-    schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
     own = [f"LipschitzLR's own {controller.schedule}"] if controller.schedule is not None else []
     return {
         "optimizer": type(optimizer).__name__,
@@ -147,8 +147,8 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "num_scale_invariant": estimator.invariance.num_scale_invariant if estimator else None,
         "fraction_unexplained": controller.fraction_unexplained,
         "damping": controller.damping,
-        "factor": rates[0] / decision.lr if decision.lr else 1.0,
-        "schedulers": [type(scheduler).__name__ for scheduler in schedulers] + own,
+        "factor": controller.factor,
+        "schedulers": [type(scheduler).__name__ for scheduler in controller.schedulers] + own,
         "lr": rates[0],
         "lr_of_groups": rates,
         "dry_run": options.dry_run,

@@ -42,11 +42,10 @@ def _constant(one: dict[str, Any]) -> list[Row]:
     """The terms of the constant, which are those up to L, and its formula with their values."""
     if not one["formula"]:
         return [("", ""), ("L", "not used for this rate")]
-    terms = {term["symbol"]: term for term in one["terms"]}
-    notes = _notes(one, terms["m"]["value"])
-    values = {symbol: f"{term['value']:.6g}" for symbol, term in terms.items()}
-    filled = re.sub(r"[A-Za-z_]+", lambda match: values.get(match[0], match[0]), one["formula"])
     before, constant, _ = _split_at_constant(one["terms"])
+    values = {term["symbol"]: f"{term['value']:.6g}" for term in (*before, constant)}
+    notes = _notes(one, next(term["value"] for term in before if term["symbol"] == "m"))
+    filled = re.sub(r"[A-Za-z_]+", lambda match: values.get(match[0], match[0]), one["formula"])
     return [
         *(_row(term, notes.get(term["symbol"], "")) for term in before if term["symbol"] not in ("data", "l2")),
         ("", ""),
@@ -89,7 +88,7 @@ def _rate(one: dict[str, Any]) -> list[Row]:
         rows += [_row(term) for term in _split_at_constant(one["terms"])[2]]
         if one["num_scale_invariant"]:
             many = f"{one['num_scale_invariant']} scale-invariant weights, as in front of a normalisation"
-            rows.append(("free", f"{many}: their norm does not enter scale"))
+            rows.append(("invariant", f"{many}: their norm does not enter scale"))
     if one["fraction_unexplained"] is not None:
         rows.append(("u", f"{one['fraction_unexplained']:.6g}, fraction of the targets' variance unexplained in "
                           f"the last epoch: {one['damping']:.6g} is in the factor"))  # fmt: skip

@@ -1,16 +1,12 @@
-"""Access to the callbacks of a trainer."""
+"""Finds and removes callbacks of a trainer."""
 
 from typing import TypeVar
 
 import lightning as L
 
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+
 _Kind = TypeVar("_Kind", bound=L.Callback)
-
-
-def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    """The trainer's list of callbacks, to read and to change; Lightning does not declare its type."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 def find_callback(trainer: L.Trainer, kind: type[_Kind]) -> _Kind | None:

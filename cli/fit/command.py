@@ -1,4 +1,4 @@
-"""The LightningCLI behind `fit`, `validate`, `test` and `predict`, and what happens to its errors."""
+"""The LightningCLI behind `fit`, `validate`, `test` and `predict`; turns its errors into one line and an exit code."""
 
 import contextlib
 import logging
@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
-from lit_lipschitz.cli.fit.callbacks import callbacks_of, remove_callbacks
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+from lit_lipschitz.cli.fit.callbacks import remove_callbacks
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint, newest_checkpoint
 from lit_lipschitz.cli.fit.epoch_lines import EpochLines, Mode
 from lit_lipschitz.cli.fit.error_messages import condense, explain_error, no_room

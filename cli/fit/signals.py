@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
-from lit_lipschitz.cli.fit.callbacks import callbacks_of, find_callback
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+from lit_lipschitz.cli.fit.callbacks import find_callback
 
 _SYNC_EVERY = 16
 """Optimizer steps between the reductions by which several ranks learn of each other's signals."""

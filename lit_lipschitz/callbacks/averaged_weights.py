@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.training_pass import reestimate_batch_norm
 
 KEY = "schedule_free"
@@ -55,7 +56,7 @@ class AveragedWeights(Callback):
         One that is added here removes itself from a fit without a Schedule-Free optimizer. Lightning looks up
         ``trainer.callbacks`` at each hook, so changes take effect from the next hook on.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         mine = next((one for one in callbacks if isinstance(one, AveragedWeights)), None)
         if mine is None:
             mine = AveragedWeights()

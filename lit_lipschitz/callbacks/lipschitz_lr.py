@@ -27,15 +27,15 @@ from lit_lipschitz.control.state import OTHER_VERSION
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.recognition.loss_graph import LossGraph
-from lit_lipschitz.rules.registry import RuleOrAuto
+from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
 
-_LOSSES = ("auto", *bounds.LOSSES)
+_LOSSES, _RULES = ("auto", *bounds.LOSSES), ("auto", *RULES)
 if TYPE_CHECKING:
     LossOrAuto = str
-else:
-    LossOrAuto = Literal[_LOSSES]  # so that the command line offers the losses that are registered by now
-
+    RuleOrAuto = str
+else:  # so that the command line offers the losses and rules that are registered by now
+    LossOrAuto, RuleOrAuto = Literal[_LOSSES], Literal[_RULES]
 
 # What a resumed run must have in common with the saved one.
 _SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure", "weights")

@@ -16,7 +16,7 @@ from lit_lipschitz.errors import ConfigurationError
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The trainer's callbacks."""
+    """The trainer's list of callbacks, to read and to change; Lightning does not declare its type."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 

@@ -28,7 +28,7 @@ class Controller:
         self, policy: Policy, options: Options, target: Target, loop: LoopFacts, state: Mapping[str, Any] | None
     ) -> None:
         self.policy, self.options, self.optimizer = policy, options, target.optimizer
-        self._target = target
+        self._target, self.schedulers = target, target.schedulers
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer))
@@ -74,6 +74,11 @@ class Controller:
     def damping(self) -> float:
         """Factor of the noise damping, which is part of the built-in schedule; 1 without one."""
         return self.updater.state.damping.factor if self.schedule else 1.0
+
+    @property
+    def factor(self) -> float:
+        """Learning rate of the first parameter group over the one of the last decision: from a schedule and damping."""
+        return self.rates[0] / self.decision.lr if self.decision and self.decision.lr else 1.0
 
     def close(self) -> None:
         """Removes all hooks."""

@@ -1,4 +1,4 @@
-"""What a user configures apart from how a learning rate is computed: the loss, the head, when to update."""
+"""Options of a controller: the loss, the head, when to update, and what is measured; the policy has the others."""
 
 import math
 from dataclasses import dataclass

@@ -272,7 +272,7 @@ class Policy:
 
 
 class _Constant:
-    """The Lipschitz constant of a measured loss, a data term and an L2 term, and what a rule has beside it."""
+    """Computes L = data term + L2 term from a measurement, and the inputs of a rule."""
 
     def __init__(
         self, policy: Policy, measured: Measurement, loss: bounds.Loss, num_outputs: int, l2_coefficient: float
@@ -368,7 +368,7 @@ class _Constant:
         """The smooth constant of a squared error, with the Frobenius instead of the spectral norm; 0 of others."""
         if self._loss.name != "mean_squared_error" or self._policy.norm != "frobenius":
             return 0.0
-        # Its factor was squared.
+        # The smooth constant squares activation_norm, which contains the factor of the loss once: divide it out.
         return self._data_term(bound="smooth", norm="frobenius") / self._measured.loss_factor + self._l2_coefficient
 
 

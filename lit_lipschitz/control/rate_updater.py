@@ -17,7 +17,10 @@ from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
 
 class RateUpdater:
-    """Reduces what the ranks have measured, and decides on a rate by the policy; arguments as for the controller."""
+    """Reduces what the ranks have measured, and decides on a rate by the policy.
+
+    ``state`` is the :meth:`state_dict` of a run that is resumed.
+    """
 
     def __init__(
         self, policy: Policy, options: Options, target: Target, loop: LoopFacts, state: Mapping[str, Any] | None

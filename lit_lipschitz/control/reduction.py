@@ -41,7 +41,7 @@ class MaxReduction:
         return {name: self._slots[name][1](part) for name, part in zip(packed, parts, strict=True)}
 
     def reduce(self, names: Iterable[str]) -> dict[str, list[float]]:
-        """The same, read to the host all at once."""
+        """What :meth:`share` returns, read to the host all at once."""
         unpacked = self.share(names)
         values = iter(torch.cat(list(unpacked.values())).tolist())
         return {name: list(islice(values, len(tensor))) for name, tensor in unpacked.items()}

@@ -70,7 +70,7 @@ class DeviceLoader:
         epoch, (begun, position) = self.epoch(), self._resume
         self._resume = (0, 0)
         start = position if begun == epoch and position < len(self) else 0
-        batches: Any = self._batches(epoch, start)
+        batches: Any = self.batches(epoch, start)
         if self.num_workers:
             loader = copy.copy(self)
             loader.epoch = partial(int, epoch)  # can be pickled, unlike one that refers to the trainer
@@ -79,7 +79,8 @@ class DeviceLoader:
             self._current = (epoch, position + 1)
             yield batch
 
-    def _batches(self, epoch: int, start: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prepares every ``step``-th batch of an epoch, from batch ``start`` on."""
         order = torch.arange(len(self.images))
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(fold(self.seed, epoch)))
@@ -108,7 +109,7 @@ class _WorkerBatches(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = torch.utils.data.get_worker_info()
         offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.loader._batches(self.loader.epoch(), self.start + offset, step)
+        return self.loader.batches(self.loader.epoch(), self.start + offset, step)
 
 
 def fold(*numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""Finds candidate output layers (heads) in any network, and brings their inputs and outputs to rows."""
+"""Lists the modules that can be the output layer (the head), and reshapes their inputs and outputs to rows."""
 
 import difflib
 import re

@@ -14,7 +14,8 @@ schedule_free scale min(c / O, its mean)                Schedule-Free AdamW
 ============= ========================================= ============================================================
 
 All but ``inverse`` were chosen by validation (``docs/guide/evidence.md``) and are not in the papers;
-:mod:`lit_lipschitz.rules.papers` has those of ``bound="paper"``.
+:mod:`lit_lipschitz.rules.papers` has those of ``bound="paper"``. The rules of each optimizer stand in
+:mod:`lit_lipschitz.measurement.optimizer_updates`.
 
 Example:
     >>> from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Stateless
@@ -25,8 +26,6 @@ Example:
     0.25
 """
 
-from typing import TYPE_CHECKING, Literal
-
 from lit_lipschitz.rules import adaptive, papers, schedule_free, sgd
 from lit_lipschitz.rules.base import RuleInfo
 
@@ -34,13 +33,6 @@ RULES: dict[str, RuleInfo] = {
     info.name: info for info in (*sgd.RULES, *adaptive.RULES, *schedule_free.RULES, *papers.RULES)
 }
 """The rules, by their names."""
-
-_CHOICES = ("auto", *RULES)
-if TYPE_CHECKING:
-    RuleOrAuto = str
-else:
-    RuleOrAuto = Literal[_CHOICES]
-"""Values of ``LipschitzLR(rule=...)``: a type checker admits any string, since other packages may register rules."""
 
 
 def register_rule(info: RuleInfo) -> None:

@@ -192,7 +192,7 @@ def test_scale_invariant_weights_are_counted(lit, monkeypatch):
     normalised = (*arguments, "--model.network", "normalised.Network")
     code, out, err = lit(*normalised)
     assert code == 0, err
-    assert re.search(r"^free +2 scale-invariant weights", out, re.M)
+    assert re.search(r"^invariant +2 scale-invariant weights", out, re.M)
     assert json.loads(lit(*normalised, "--json")[1])["optimizers"][0]["num_scale_invariant"] == 2
     assert "scale-invariant" not in lit(*arguments)[1]
 

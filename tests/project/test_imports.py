@@ -55,7 +55,9 @@ def test_imports_point_down(own):
     assert checked or own in ("errors",)
 
 
-@pytest.mark.parametrize("folder", ["bounds", "rules", "recognition", "measurement", "optim", "control", "audit"])
+@pytest.mark.parametrize(
+    "folder", ["bounds", "rules", "recognition", "measurement", "optim", "control", "audit", "models"]
+)
 def test_ruff_bans_what_lies_above(folder):
     """What the rule of each folder is for: an import of Lightning is an error of `make check`."""
     ruff = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename", f"{ROOT / folder}/new.py"]

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +111,16 @@ def test_a_name_is_registered_once():
 def test_adamax_is_no_rule():
     with pytest.raises(ConfigurationError, match="rule='adamax'.: expected one of 'auto', 'inverse', 'noise'"):
         Policy(rule="adamax")
+
+
+def test_a_registered_rule_is_a_choice_of_the_signature():
+    code = (
+        "import inspect, typing\n"
+        "from lit_lipschitz.rules.base import RuleInfo, Stateless\n"
+        "from lit_lipschitz.rules.registry import RULES, register_rule\n"
+        "register_rule(RuleInfo('half', print, 'Half.', Stateless))\n"
+        "from lit_lipschitz import LipschitzLR\n"
+        "print(*typing.get_args(inspect.signature(LipschitzLR).parameters['rule'].annotation))\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert printed.stdout.split() == ["auto", *RULES, "half"]
