@@ -106,6 +106,6 @@ def test_a_name_is_registered_once():
     assert RULES["inverse"].initial_state() == Stateless()
 
 
-def test_adamax_is_no_rule():
-    with pytest.raises(ConfigurationError, match="rule='adamax'.: expected one of 'auto', 'inverse', 'noise'"):
-        Policy(rule="adamax")
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ConfigurationError, match="rule='invented'.: expected one of 'auto', 'inverse', 'noise'"):
+        Policy(rule="invented")
