@@ -26,7 +26,7 @@ common options (all: lit-lipschitz fit --help; of a class: lit-lipschitz fit --d
   --trainer.devices N         number of devices; with --trainer.strategy ddp one process each
   --data.data_dir FOLDER      where the data are, or are downloaded to (default: $LIT_LIPSCHITZ_DATA, or ./data)
   --data.batch_size N         batch size on each device
-  --lipschitz.bound FAMILY    how L bounds the loss: strict or smooth
+  --lipschitz.bound FAMILY    what L bounds: the gradient (strict) or the Hessian (smooth)
   --audit N                   every N steps, compare each layer's gradient norm with L
   --fixed_rate true           train at the optimizer's own learning rate: a baseline
   --ckpt_path PATH            resume or evaluate a checkpoint; "last" is the newest run's
@@ -82,8 +82,9 @@ The best fixed rate is chosen by the validation set; the test set is measured on
       sgd:RATE         SGD with momentum 0.9 at a fixed learning rate; adamw:RATE the same with AdamW
       config:RATE      the config's own optimizer at a fixed learning rate
       paper            the paper's method: plain SGD at 1/L with bound=paper, no scheduler
-                     All but the paper's keep the config's scheduler, which multiplies the rate. SGD and AdamW keep
-                     the config's weight decay if its optimizer is AdamW or not as they are, else torch's default.
+                     All but the paper's keep the config's scheduler, which multiplies the rate. The config's weight
+                     decay is kept if both its optimizer and the policy's are AdamW, or neither is; otherwise torch's
+                     default is used.
   --seeds N          number of runs of each policy; the seeds count up from the config's seed_everything (default: 1)
   --output FILE.csv  one line a run (default: ./compare.csv); a run that is in the file is not repeated
   --metric NAME      compare val_NAME and test_NAME (default: acc, or else loss)

@@ -1,3 +1,5 @@
+"""The benchmark of the papers' classical models: many seeds at once against one seed at a time by autograd."""
+
 import importlib.util
 import itertools
 import math

@@ -1,3 +1,5 @@
+"""The benchmark of the papers' first epochs: the output of the command is parsed, and its failure is reported."""
+
 import importlib.util
 import sys
 

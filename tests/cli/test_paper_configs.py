@@ -12,7 +12,7 @@ from torchvision import datasets
 from lit_lipschitz.cli.configs import bundled_configs, find_config
 from lit_lipschitz.cli.main import main
 
-# The published runs: config, batch size, time decay, epochs, optimizer, rate set by hand for the first epoch.
+# The published runs: config, batch size, time decay, epochs, optimizer, rate set manually for the first epoch.
 PUBLISHED = [
     ("paper_mnist_sgd", 256, 0.0, 20, "SGD", None),
     ("paper_mnist_momentum", 256, 0.0, 20, "SGD", 0.1),

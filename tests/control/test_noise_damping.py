@@ -175,7 +175,7 @@ def noisy(noise=1.0, count=COUNT):
 
 
 class DampingRecorder(Steps):
-    """Keeps the callback's restraint of each step too."""
+    """Keeps the callback's damping factor of each step too."""
 
     def __init__(self, callback):
         super().__init__()

@@ -1,3 +1,5 @@
+"""Random crops, flips and affine maps of image batches, compared with torchvision's."""
+
 import math
 from collections import Counter
 

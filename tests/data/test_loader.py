@@ -1,3 +1,5 @@
+"""DeviceLoader: the order of examples, ranks, workers, resuming, and memory."""
+
 import weakref
 
 import pytest

@@ -4,7 +4,7 @@ from helpers.command import SCRIPT, error_line, last, same
 from helpers.data import TEST_IMAGES, TRAIN_IMAGES, write_cifar, write_idx
 from helpers.losses import LOSSES, ROWS, AnyLoss, LossCase, first_constant, one_hot
 from helpers.runs import Curves, Keep, Slices, ranks, two_ranks
-from helpers.tables import OPTIMIZERS, SCHEDULER_STEPS, SCHEDULERS
+from helpers.tables import ADAPTIVE_DEFAULTS, ADAPTIVE_OPTIMIZERS, OPTIMIZERS, SCHEDULER_STEPS, SCHEDULERS
 from helpers.task import (
     CLASSES,
     EXAMPLES,
@@ -22,6 +22,8 @@ from helpers.task import (
 )
 
 __all__ = [
+    "ADAPTIVE_DEFAULTS",
+    "ADAPTIVE_OPTIMIZERS",
     "CLASSES",
     "EXAMPLES",
     "LOSSES",

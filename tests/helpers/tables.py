@@ -1,5 +1,6 @@
 """Tables for parametrised tests: optimizers and learning-rate schedulers, by name."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ def _schedule_free(parameters: Any) -> Any:
     return optimizer
 
 
+# Adam-type optimizers with torch's default moments, and variants of them; all without weight decay unless named.
+ADAPTIVE_DEFAULTS = {
+    "Adam": partial(torch.optim.Adam, lr=1.0),
+    "AdamW": partial(torch.optim.AdamW, lr=1.0, weight_decay=0.0),
+    "NAdam": partial(torch.optim.NAdam, lr=1.0),
+    "RAdam": partial(torch.optim.RAdam, lr=1.0),
+    "Adamax": partial(torch.optim.Adamax, lr=1.0),
+    "RMSprop": partial(torch.optim.RMSprop, lr=1.0),
+}
+ADAPTIVE_OPTIMIZERS = {
+    **ADAPTIVE_DEFAULTS,
+    "Adam, weight decay": partial(torch.optim.Adam, lr=1.0, weight_decay=0.1),
+    "Adam, amsgrad": partial(torch.optim.Adam, lr=1.0, amsgrad=True, betas=(0.8, 0.9)),
+    "Adam, maximize": partial(torch.optim.Adam, lr=1.0, maximize=True),
+    "AdamW, eps": partial(torch.optim.AdamW, lr=1.0, weight_decay=0.0, eps=1e-3),
+    "NAdam, betas": partial(torch.optim.NAdam, lr=1.0, betas=(0.7, 0.95)),
+    "RAdam, betas": partial(torch.optim.RAdam, lr=1.0, betas=(0.9, 0.95)),
+    "Adamax, weight decay": partial(torch.optim.Adamax, lr=1.0, weight_decay=0.1),
+    "RMSprop, centered": partial(torch.optim.RMSprop, lr=1.0, centered=True, weight_decay=0.01),
+}
+# Optimizers of runs on several ranks, one for each kind of rule.
 OPTIMIZERS = {"momentum": _momentum, "adamw": _adamw, "schedule_free": _schedule_free}
 # Each scheduler with the configured rate that its factor is relative to.
 SCHEDULER_STEPS = 12

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import ADAPTIVE_OPTIMIZERS
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -15,26 +16,14 @@ from lit_lipschitz.measurement.optimizer_updates import (
 )
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
-OPTIMIZERS = {
-    "Adam": lambda p: torch.optim.Adam(p, lr=1.0, weight_decay=0.1),
-    "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=1.0, amsgrad=True, betas=(0.8, 0.9)),
-    "Adam, maximize": lambda p: torch.optim.Adam(p, lr=1.0, maximize=True),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.0, eps=1e-3),
-    "NAdam": lambda p: torch.optim.NAdam(p, lr=1.0, betas=(0.7, 0.95)),
-    "RAdam": lambda p: torch.optim.RAdam(p, lr=1.0, betas=(0.9, 0.95)),
-    "Adamax": lambda p: torch.optim.Adamax(p, lr=1.0, weight_decay=0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1.0),
-    "RMSprop, centered": lambda p: torch.optim.RMSprop(p, lr=1.0, centered=True, weight_decay=0.01),
-}
 
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ADAPTIVE_OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_the_length_is_that_of_the_step_which_follows(name, dtype):
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 4, generator=generator, dtype=dtype)) for _ in range(2)]
     idle = nn.Parameter(torch.ones(2))
-    optimizer = OPTIMIZERS[name]([*parameters, idle])
+    optimizer = ADAPTIVE_OPTIMIZERS[name]([*parameters, idle])
     decay = optimizer.param_groups[0]["weight_decay"]
     for step in range(12):
         for parameter in parameters:
@@ -68,7 +57,7 @@ def scale_of(optimizer, **settings):
     return gradient / step if step else None
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ADAPTIVE_OPTIMIZERS)
 def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
     """Beside the steps that torch makes; one weight in a group of its own, one without a gradient in one step."""
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +65,7 @@ def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
         title: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
         for title, shape in {**WEIGHTS, **OTHERS}.items()
     }
-    optimizer = OPTIMIZERS[name](list(parameters.values())[1:])
+    optimizer = ADAPTIVE_OPTIMIZERS[name](list(parameters.values())[1:])
     optimizer.add_param_group({"params": [parameters["matrix"]]})
     decay = optimizer.param_groups[0]["weight_decay"]
     for step in range(6):
@@ -163,7 +152,7 @@ def test_weights_are_told_by_the_layers_that_have_them(name):
 
 
 def test_a_rank_without_a_gradient_leaves_the_measurement_to_the_others():
-    """As with parameters that are flat and sharded: the MAX over the ranks is of both lengths."""
+    """As with parameters that are flat and sharded: the MAX over the ranks is of both norms."""
     bias, empty = parameter_with(3.0, 0.0, 4.0), nn.Parameter(torch.ones(0))
     ranks = [StepScaleEstimator(adamw_of(one), nn.Identity(), "mean") for one in (bias, empty)]
     packed = [one.pack(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]

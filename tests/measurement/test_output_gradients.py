@@ -280,7 +280,7 @@ def test_a_manual_loss_has_the_gradient_norm_of_its_own_batch():
 
 
 class Pair(L.LightningModule):
-    """Two heads with losses of one kind, each with an optimizer, stepped by hand; the second one is far steeper."""
+    """Two heads with losses of one kind, each with an optimizer, stepped manually; the second one is far steeper."""
 
     def __init__(self, toggle):
         super().__init__()
@@ -492,7 +492,7 @@ def test_a_rank_whose_examples_are_learned_counts_in_the_mean():
     packed = [norms.pack(rank, 3, torch.device("cpu")) for rank, norms in enumerate((one, other))]
     packed.append(LogitGradientNorms().pack(2, 3, torch.device("cpu")))  # has captured none
     root, mean = grad_norms_of_ranks(torch.stack(packed).amax(dim=0).flatten().tolist())
-    steep = math.sqrt(4 / 9 + 1 / 9 + 1 / 9)  # of the other one, by hand: (1/3 - 1, 1/3, 1/3)
+    steep = math.sqrt(4 / 9 + 1 / 9 + 1 / 9)  # of the other one, computed manually: (1/3 - 1, 1/3, 1/3)
     assert root == pytest.approx(steep / math.sqrt(2))
     assert mean == pytest.approx(steep / 2)
 

@@ -1,4 +1,4 @@
-"""Weights in front of a normalisation, whose length the loss does not know: how far a step turns them."""
+"""Scale-invariant weights: detection, and the effect of their norm."""
 
 import math
 

@@ -1,3 +1,5 @@
+"""Learning-rate schedules: linear warm-up and decay, and decay with time."""
+
 import pytest
 import torch
 

@@ -125,8 +125,8 @@ def test_terms_of_the_same_outputs_are_one_loss():
         found = found_in(loss)
         assert (found.loss, found.rows, found.head_weight is HEAD.weight) == (Loss("cross_entropy"), 5, True)
         assert found.scale == pytest.approx(1.0)
-        reading = batch_of(loss, "cross_entropy", 3)
-        assert (float(reading.count), float(reading.scale)) == (4.0, pytest.approx(1.0))
+        batch = batch_of(loss, "cross_entropy", 3)
+        assert (float(batch.count), float(batch.scale)) == (4.0, pytest.approx(1.0))
     difference = F.cross_entropy(outputs, TARGETS) - 0.5 * F.cross_entropy(outputs, 2 - TARGETS)
     assert found_in(difference).scale == batch_of(difference, "cross_entropy", 3).scale == 1.5
     for other in (F.cross_entropy(outputs, TARGETS, label_smoothing=0.1), F.mse_loss(outputs, ONES)):
@@ -138,8 +138,8 @@ def test_targets_of_several_terms_are_as_large_as_the_largest():
     outputs = logits()
     loss = F.mse_loss(outputs, ONES) / 2 + F.mse_loss(outputs, -7 * ONES) / 2
     assert found_in(loss).scale == 1.0
-    reading = batch_of(loss, "mean_squared_error", 3)
-    torch.testing.assert_close(reading.outputs[1], 7 * ONES)
+    batch = batch_of(loss, "mean_squared_error", 3)
+    torch.testing.assert_close(batch.outputs[1], 7 * ONES)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +331,12 @@ def test_ignored_targets_do_not_count(smoothing, weight):
     assert batch_of(loss, "cross_entropy", 3).count == 5  # they are zeros in the mean
 
 
-def test_a_reading_of_another_loss_is_none():
+def test_the_batch_of_another_loss_is_none():
     assert batch_of(F.mse_loss(logits(), ONES), "cross_entropy", 3) is None
     assert batch_of(torch.tensor(1.0), "cross_entropy", 3) is None
-    reading = batch_of(F.mse_loss(logits(), ONES), "mean_squared_error", 3)
-    assert reading.count == 5
-    torch.testing.assert_close(reading.outputs, (logits().detach(), ONES))
+    batch = batch_of(F.mse_loss(logits(), ONES), "mean_squared_error", 3)
+    assert batch.count == 5
+    torch.testing.assert_close(batch.outputs, (logits().detach(), ONES))
 
 
 def test_a_term_of_a_sum_is_found_by_its_name():
@@ -356,8 +356,8 @@ def test_a_term_of_a_sum_is_found_by_its_name():
     assert LossGraph(logits().exp().sum()).first_affine_maps[0] is head
     product = torch.einsum("bd,kd->bk", nn.Linear(4, 4)(INPUTS), head)
     assert [weight is head for weight in LossGraph(product.exp().sum()).first_affine_maps] == [True]
-    reading = batch_of(smooth + HEAD.bias.sum(), "smooth_l1", 3, named=True)
-    assert (reading.count, reading.elements, reading.scale) == (5, 15, 10.0)
+    batch = batch_of(smooth + HEAD.bias.sum(), "smooth_l1", 3, named=True)
+    assert (batch.count, batch.elements, batch.scale) == (5, 15, 10.0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from helpers import Classifier, Steps, adamws_scale, loader, trainer
+from helpers import ADAPTIVE_DEFAULTS, Classifier, Steps, adamws_scale, loader, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
@@ -18,15 +18,6 @@ from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.measurement.step_scale import StepScale
 from lit_lipschitz.rules.adaptive import MeanByGradNormState, MeanState, grafted
 from lit_lipschitz.rules.base import RuleInput
-
-MAKERS = {
-    "Adam": torch.optim.Adam,
-    "AdamW": torch.optim.AdamW,
-    "NAdam": torch.optim.NAdam,
-    "RAdam": torch.optim.RAdam,
-    "Adamax": torch.optim.Adamax,
-    "RMSprop": torch.optim.RMSprop,
-}
 
 LONGER = math.sqrt(1 / math.sqrt(1 - 0.9) / math.sqrt(1 - 0.9**2))  # of what momentum 0.9 does to a step
 
@@ -54,10 +45,9 @@ class Moves(L.Callback):
         self.moves.append(torch.cat(moved).norm().item())
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ADAPTIVE_DEFAULTS)
 def test_the_first_step_is_as_long_as_sgds_by_the_roots_factor(name):
-    settings = {"weight_decay": 0.0} if name == "AdamW" else {}
-    module = Classifier(lambda p: MAKERS[name](p, lr=1.0, **settings))
+    module = Classifier(ADAPTIVE_DEFAULTS[name])
     callback = LipschitzLR(rule="grafted", schedule="none")
     fit(callback, module, moves := Moves(), max_steps=1)
     longer = 1.0 if name == "RMSprop" else LONGER
@@ -244,7 +234,7 @@ def test_a_pass_whose_first_gradients_overflow_has_a_rate_as_soon_as_one_does_no
     assert all(0 < rate < 0.2 for (rate,) in steps.rates)
 
 
-def test_a_rate_by_hand_before_the_first_pass_ends_with_it():
+def test_a_manual_rate_before_the_first_pass_ends_with_it():
     torch.manual_seed(0)
     steps = Steps()
     callback = LipschitzLR(measure="pass", initial_lr=0.5, schedule="none")

@@ -108,9 +108,9 @@ def test_a_name_is_registered_once():
     assert RULES["inverse"].initial_state() == Stateless()
 
 
-def test_adamax_is_no_rule():
-    with pytest.raises(ConfigurationError, match="rule='adamax'.: expected one of 'auto', 'inverse', 'noise'"):
-        Policy(rule="adamax")
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ConfigurationError, match="rule='invented'.: expected one of 'auto', 'inverse', 'noise'"):
+        Policy(rule="invented")
 
 
 def test_a_registered_rule_is_a_choice_of_the_signature():

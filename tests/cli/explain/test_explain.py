@@ -243,7 +243,7 @@ def test_a_pass_over_the_training_set_is_explained_too(explain):
 
 
 class Pair(L.LightningModule):
-    """Somebody's own module with loaders of its own: two heads, two losses, two optimizers stepped by hand."""
+    """Somebody's own module with loaders of its own: two heads, two losses, two optimizers stepped manually."""
 
     def __init__(self):
         super().__init__()

@@ -35,7 +35,7 @@ class Regularized(Classifier):
 
 
 class Before(L.Callback):
-    """The papers' constant at the start of every epoch, by hand: largest norm over the batches, in inference mode."""
+    """The papers' constant at the start of every epoch, manually: largest norm over the batches, in inference mode."""
 
     def __init__(self):
         self.sizes, self.squares, self.weights = [], [], []
@@ -63,7 +63,7 @@ def test_a_pass_measures_before_every_epoch_in_inference_mode():
 
 
 def test_a_pass_leaves_the_run_as_it_is():
-    """Modes, moving statistics, random numbers and gradients: the same weights as with the rates written by hand."""
+    """Modes, moving statistics, random numbers and gradients: the same weights as with the rates written manually."""
 
     class Written(L.Callback):
         def __init__(self, rates):
@@ -108,7 +108,7 @@ def test_the_l2_term_can_have_its_own_coefficient_and_its_own_weights(which, lar
         assert 1 / steps.rates[6 * epoch][0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_authors_momentum_starts_from_a_number_set_by_hand():
+def test_the_authors_momentum_starts_from_a_number_set_manually():
     before = Before()
     module = Regularized(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.9))
     callback = LipschitzLR(bound="paper", measure="pass", rule="adamo_authors", initial_lr=0.5)

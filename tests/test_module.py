@@ -1,3 +1,5 @@
+"""ImageClassifier: its metrics, schedulers and predictions, compiled networks, and resuming bit for bit."""
+
 from functools import partial
 
 import lightning as L

@@ -1,3 +1,5 @@
+"""LipschitzLR in a Trainer: its rates against independent computations, resuming, logging, and its errors."""
+
 import copy
 import csv
 import itertools
@@ -32,7 +34,7 @@ def head_inputs(module, batch):
 
 
 def strict_rate(activations):
-    """1 / (sqrt(2) times the root mean square norm of a row with a 1 for the bias), by hand."""
+    """1 / (sqrt(2) times the root mean square norm of a row with a 1 for the bias), computed manually."""
     return 1 / (math.sqrt(2) * math.sqrt((activations.square().sum(dim=1) + 1).mean().item()))
 
 

@@ -584,9 +584,9 @@ def test_a_checkpoint_between_validations_is_resumed_without_the_callback_too(tm
 class Two(Classifier):
     """Two networks, each with an optimizer of its own, under manual optimization."""
 
-    def __init__(self, *makers):
+    def __init__(self, *factories):
         super().__init__(net=nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)))
-        self.automatic_optimization, self.makers = False, makers
+        self.automatic_optimization, self.factories = False, factories
         self.other = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
 
     def training_step(self, batch, batch_idx):
@@ -596,11 +596,11 @@ class Two(Classifier):
             optimizer.step()
 
     def configure_optimizers(self):
-        return [make(part.parameters()) for make, part in zip(self.makers, (self.net, self.other), strict=True)]
+        return [make(part.parameters()) for make, part in zip(self.factories, (self.net, self.other), strict=True)]
 
 
-@pytest.mark.parametrize("makers", [(free, free), (free, sgd), (sgd, free)])
-def test_of_several_optimizers_the_schedule_free_ones_average(tmp_path, makers):
+@pytest.mark.parametrize("factories", [(free, free), (free, sgd), (sgd, free)])
+def test_of_several_optimizers_the_schedule_free_ones_average(tmp_path, factories):
     class Modes(L.Callback):
         def on_validation_start(self, trainer, pl_module):
             self.evaluated = modes(trainer)
@@ -613,20 +613,20 @@ def test_of_several_optimizers_the_schedule_free_ones_average(tmp_path, makers):
 
     def fit(ckpt_path=None, *more):
         torch.manual_seed(0)
-        module, seen = Two(*makers), Modes()
+        module, seen = Two(*factories), Modes()
         module.lipschitz_dataloader = loader
         run = trainer(AveragedWeights(), seen, *more, enable_checkpointing=bool(more))
         run.fit(module, resumable(), loader(), ckpt_path=ckpt_path)
-        assert seen.evaluated == [False if make is free else None for make in makers]
-        assert seen.trained == [True if make is free else None for make in makers]
+        assert seen.evaluated == [False if make is free else None for make in factories]
+        assert seen.trained == [True if make is free else None for make in factories]
         return module
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=16, save_top_k=-1)  # of both optimizers
     undisturbed = fit(None, keep)
     saved = torch.load(tmp_path / "step=16.ckpt", weights_only=True)
-    assert saved[KEY]["optimizers"] == [i for i, make in enumerate(makers) if make is free]
+    assert saved[KEY]["optimizers"] == [i for i, make in enumerate(factories) if make is free]
     parts = {name.split(".")[0] for name in saved[KEY]["training_weights"]}
-    assert parts == {part for part, make in zip(("net", "other"), makers, strict=True) if make is free}
+    assert parts == {part for part, make in zip(("net", "other"), factories, strict=True) if make is free}
     for name, value in fit(tmp_path / "step=16.ckpt").state_dict().items():
         assert torch.equal(value, undisturbed.state_dict()[name])
 
