@@ -30,7 +30,7 @@ from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.registry import RuleOrAuto
 from lit_lipschitz.training_pass import inference_pass
 
-_LOSSES = ("auto", *bounds.LOSSES)
+_LOSSES = ("auto", "measured", *bounds.LOSSES)
 if TYPE_CHECKING:
     LossOrAuto = str
 else:

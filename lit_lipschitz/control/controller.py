@@ -9,10 +9,13 @@ from lit_lipschitz.control.batch_meter import BatchMeter
 from lit_lipschitz.control.builtin_schedule import BuiltinSchedule
 from lit_lipschitz.control.head_finder import FoundHeads, HeadFinder
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.measured_finder import MeasuredFinder, MeasuredMeter
+from lit_lipschitz.control.measured_hook import MeasuredHook
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.measurement.head_hooks import HeadHook
 from lit_lipschitz.optim.lr_writer import LRWriter
 from lit_lipschitz.recognition.loss_graph import LossGraph
 
@@ -32,11 +35,15 @@ class Controller:
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer))
-        self._finder = HeadFinder(policy, options, target, loop.device, saved.head)
+        self._finder: HeadFinder | MeasuredFinder = (
+            MeasuredFinder(target, loop.device, saved.head)
+            if options.measured
+            else HeadFinder(policy, options, target, loop.device, saved.head)
+        )
         self.hooks = self._finder.hooks  # on what is or can be the head
         self._schedule = self._make_schedule(loop)
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
-        self._meter: BatchMeter | None = None
+        self._meter: BatchMeter | MeasuredMeter | None = None
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
         self.rates: list[float] = []  # learning rates of the parameter groups in it
         self._batch_open = False  # whether a batch has begun that has made no loss yet
@@ -99,7 +106,7 @@ class Controller:
             found = self._finder.find(graph, loop)
             if found is not None:
                 self._meter = self._measure_by(found, loop)
-                if not self.options.running:
+                if isinstance(self._meter, BatchMeter) and not self.options.running:
                     self.updater.statistics.pass_factor = self._meter.pass_factor(graph, loop)
         meter, estimator = self._meter, self.updater.estimator
         if meter is not None:
@@ -118,12 +125,14 @@ class Controller:
         """Records whether a loss of the head is finite; shape ()."""
         self.updater.statistics.nonfinite.update(loss, loop.step)
 
-    def _measure_by(self, found: FoundHeads, loop: LoopFacts) -> BatchMeter:
+    def _measure_by(self, found: FoundHeads, loop: LoopFacts) -> BatchMeter | MeasuredMeter:
         """Measures by a head and a loss that were found from now on."""
-        if self.found is None:
+        if self.found is None and isinstance(found.hook, HeadHook):
             self.updater.reporter.check_lr_of_head(found.hook, self._writer.references)
         self.found, statistics = found, self.updater.statistics
         statistics.measure_head(found, loop.device)
+        if isinstance(found.hook, MeasuredHook):
+            return MeasuredMeter(found.hook, self.updater.estimator)
         return BatchMeter(found, self.policy, self.options, self._target, statistics.residuals)
 
     def on_other_optimizer_step(self) -> None:
@@ -140,12 +149,13 @@ class Controller:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), loop)
         assert self.found is not None
-        self._finder.raise_deferred_error(first_step=self.decision is None)
+        self._finder.begin_step(first_step=self.decision is None)
         if not loop.automatic and self._batch_open:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
         before = self.updater.state.decision
         batches = loop.accumulated if loop.automatic else max(1, self._micro_batches)
+        batches = 1 if self.options.measured else batches  # measured over all batches of the step
         self._micro_batches = 0
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         factor = self._schedule.factor(loop) * self.damping

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.measured_hook import MeasuredHook
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.errors import ConfigurationError
@@ -23,7 +24,7 @@ from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
 class FoundHeads:
     """The head and the loss of one optimizer, and how rows of the head make examples."""
 
-    hook: HeadHook  # measures the head's inputs
+    hook: HeadHook | MeasuredHook  # measures the head's inputs
     loss: Loss
     num_outputs: int  # of the head that enter the loss, or classes
     recognised: (
@@ -70,7 +71,7 @@ class HeadFinder:
         """Notes that another optimizer is about to step."""
         self._other_stepped = True
 
-    def raise_deferred_error(self, first_step: bool) -> None:
+    def begin_step(self, first_step: bool) -> None:
         """Raises why a loss was refused, if it belonged to the head and the previous one to another optimizer."""
         if self._refused_own and first_step and self._deferred_error is not None:
             raise self._deferred_error

@@ -25,7 +25,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("loss", ("auto", *LOSSES)),
+            ("loss", ("auto", "measured", *LOSSES)),
             ("on_nonfinite", ("keep", "raise")),
             ("schedule", ("auto", "none")),
             ("measure", ("running", "pass")),
@@ -34,6 +34,11 @@ class Options:
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ConfigurationError(f"LipschitzLR({name}={getattr(self, name)!r}): expected one of {expected}")
+        if self.measured and (self.head != "auto" or not self.running):
+            raise ConfigurationError(
+                f"LipschitzLR(loss='measured', head={self.head!r}, measure={self.measure!r}): the output layers are "
+                "found in the graph of each loss, and measured while training; use head='auto' and measure='running'"
+            )
         if self.measure == "pass" and self.update != "epoch":
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass', update={self.update!r}): a pass is made once an epoch; use update='epoch'"
@@ -51,4 +56,9 @@ class Options:
     @property
     def loss_name(self) -> str | None:
         """The name of the loss that the user named, or None."""
-        return None if self.loss == "auto" else self.loss
+        return None if self.loss in ("auto", "measured") else self.loss
+
+    @property
+    def measured(self) -> bool:
+        """Whether the constant of the loss is measured instead of derived."""
+        return self.loss == "measured"

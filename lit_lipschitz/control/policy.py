@@ -28,6 +28,7 @@ _COEFFICIENTS = {
     "strict": ("G_max", "largest gradient norm that an example's loss can have in the head's outputs"),
     "smooth": ("curvature", "largest curvature that an example's loss can have in the head's outputs"),
 }
+_MEASURED = "G_max", "largest gradient norm of an example in the outputs so far, measured and not a bound"
 _CONSTANTS = {
     "paper": "the paper's estimate of the Lipschitz constant of the loss",
     "strict": "Lipschitz constant of the loss in the head's weights",
@@ -53,6 +54,8 @@ class Measurement:
         mean_logit_grad_norm: Mean of that gradient norm.
         residual_rms: Root mean square of a squared error's residuals, over all numbers; 0 if not measured.
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
+        largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
+            0.
     """
 
     activation_norm: float
@@ -66,6 +69,7 @@ class Measurement:
     mean_logit_grad_norm: float = 0.0
     residual_rms: float = 0.0
     loss_factor: float = 1.0
+    largest_grad_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,10 @@ class _Constant:
             num_outputs=num_outputs,
             output_norm=measured.output_norm,
         )
-        self._data = self._data_term(bound=policy.bound, norm=policy.norm)
+        if measured.largest_grad_norm:
+            self._data = measured.largest_grad_norm * measured.activation_norm / math.sqrt(measured.batch_size)
+        else:
+            self._data = self._data_term(bound=policy.bound, norm=policy.norm)
         self._l2 = bounds.l2(l2_coefficient, measured.weight_norm, bound=policy.bound)
         self.value = self._data + self._l2
 
@@ -294,7 +301,7 @@ class _Constant:
         """The constant in symbols, and their values."""
         measured, bound = self._measured, self._policy.bound
         size_formula, size = self._size_of_batch()
-        name, meaning = _COEFFICIENTS[bound]
+        name, meaning = _MEASURED if measured.largest_grad_norm else _COEFFICIENTS[bound]
         terms = [
             Term("k", self._num_outputs, "the head's outputs"),
             Term("m", measured.batch_size, "examples that an optimizer step averages over"),
@@ -302,7 +309,7 @@ class _Constant:
             Term("W", measured.weight_norm, "largest norm of a weight"),
             Term("lambda", self._l2_coefficient, "the weight decay that is an L2 term of the loss"),
         ]
-        if self._loss.needs_output_norm(bound):
+        if not measured.largest_grad_norm and self._loss.needs_output_norm(bound):
             terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))
         terms += [
             Term(name, self._data / size, meaning),

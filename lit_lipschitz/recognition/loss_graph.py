@@ -22,6 +22,7 @@ from lit_lipschitz.recognition.autograd_nodes import (
     take_factors,
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
+from lit_lipschitz.recognition.output_layers import OutputLayer, output_layers
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ class LossGraph:
         """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
+
+    def output_layers(self) -> list[OutputLayer]:
+        """The calls of affine maps that the graph meets first on each path."""
+        return [] if self._root is None else output_layers(self._root)
 
     @cached_property
     def first_affine_maps(self) -> list[Tensor]:
