@@ -29,10 +29,9 @@ def momentum_sgd(parameters: Iterable[Any]) -> Optimizer:
 
 
 class EpochMean(Metric):
-    """Mean over the examples of an epoch, on all ranks; an update is one or two operations on scalars.
+    """Mean over the examples of an epoch, on all ranks.
 
-    It is passed to ``self.log`` once an epoch, since ``self.log`` in every step costs more than a small network's
-    forward.
+    It is passed to ``self.log`` once an epoch: in every step that costs more than a small network's forward.
     """
 
     full_state_update = False
@@ -45,13 +44,7 @@ class EpochMean(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: int, weight: int = 1) -> None:
-        """Adds a number of examples.
-
-        Args:
-            total: Their sum, divided by the weight.
-            count: How many they are.
-            weight: The factor of their sum.
-        """
+        """Adds ``count`` examples, whose sum is ``total`` times ``weight``."""
         self.total.add_(total, alpha=weight)
         self.count.add_(count)
 
@@ -150,11 +143,7 @@ class ImageClassifier(L.LightningModule):
             self.network.compile(mode=self.compile_mode)
 
     def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
-        """Checks that the network accepts images of a shape and has an output for each class.
-
-        Args:
-            image_shape: Shape of one image, (channels, height, width).
-            num_classes: Number of classes of the data.
+        """Checks that the network accepts images of shape (channels, height, width), and has an output for each class.
 
         Raises:
             ConfigurationError: It doesn't.
@@ -199,20 +188,18 @@ class ImageClassifier(L.LightningModule):
     def _groups(self, patterns: list[str]) -> list[dict[str, Any]]:
         """Parameter groups with and without weight decay."""
         parameters = dict(self.network.named_parameters())
+        chosen: set[str] = set()
         for pattern in patterns:
-            if not fnmatch.filter(parameters, pattern):
+            names = fnmatch.filter(parameters, pattern)
+            if not names:
                 raise ConfigurationError(
                     f"decayed: no parameter of {type(self.network).__name__} fits {pattern!r}; they are called "
                     f"{', '.join(list(parameters)[:3])} and so on"
                 )
-        chosen = {name for pattern in patterns for name in fnmatch.filter(parameters, pattern)}
-        return [
-            {"params": [parameter for name, parameter in parameters.items() if name in chosen]},
-            {
-                "params": [parameter for name, parameter in parameters.items() if name not in chosen],
-                "weight_decay": 0.0,
-            },
-        ]
+            chosen.update(names)
+        decayed = [parameter for name, parameter in parameters.items() if name in chosen]
+        others = [parameter for name, parameter in parameters.items() if name not in chosen]
+        return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches

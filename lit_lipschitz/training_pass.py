@@ -31,10 +31,6 @@ def inference_pass(trainer: Trainer, module: LightningModule) -> None:
     in its order; as many as an epoch of training has. A batch that is a tuple or a list gives its first element, any
     other is passed as it is. Each rank reads its own share.
 
-    Args:
-        trainer: A trainer that is fitting the module.
-        module: The module.
-
     Raises:
         ConfigurationError: The training set can't be read without disturbing the training, or the module's forward
             takes other arguments.
@@ -49,22 +45,24 @@ def inference_pass(trainer: Trainer, module: LightningModule) -> None:
         module.eval()
         most = trainer.num_training_batches
         for inputs in islice(_inputs(trainer, batches), None if math.isinf(most) else int(most)):
-            _call(module, inputs)
+            try:
+                module(inputs)
+            except TypeError as error:
+                raise ConfigurationError(
+                    f"LipschitzLR(measure='pass') calls {type(module).__name__} with the first element of a batch, and "
+                    f"its forward does not take that ({error}); let lipschitz_dataloader() give what it takes, or use "
+                    "measure='running'"
+                ) from error
 
 
 def reestimate_batch_norm(trainer: Trainer, module: LightningModule, layers: Sequence[_BatchNorm]) -> None:
     """Measures BatchNorm's statistics again, for weights that they have not moved with, such as averaged weights.
 
-    The statistics are the means over :data:`BATCH_NORM_BATCHES` batches of the training set and over all ranks, with
-    everything else in inference mode. The batches are the first ones of ``lipschitz_dataloader()``, as for
-    :func:`inference_pass`, or else drawn from the data set of the training DataLoader. The statistics stay as they are,
-    with a warning, where the training set can't be read again without disturbing the training or the module's forward
-    takes other arguments, and for layers that forward doesn't use.
-
-    Args:
-        trainer: A trainer that is fitting the module.
-        module: The module.
-        layers: The layers to measure, all of which track statistics.
+    The statistics of the layers, which all track them, are the means over :data:`BATCH_NORM_BATCHES` batches of the
+    training set and over all ranks, with everything else in inference mode. The batches are the first ones of
+    ``lipschitz_dataloader()``, as for :func:`inference_pass`, or else drawn from the data set of the training
+    DataLoader. The statistics stay as they are, with a warning, where the training set can't be read again without
+    disturbing the training or the module's forward takes other arguments, and for layers that forward doesn't use.
     """
     batches = _batches(trainer, module, shuffled=True)
     if batches is None:
@@ -135,25 +133,10 @@ def _inputs(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
         yield batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
-def _call(module: LightningModule, inputs: Any) -> None:
-    try:
-        module(inputs)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"LipschitzLR(measure='pass') calls {type(module).__name__} with the first element of a batch, and its "
-            f"forward does not take that ({error}); let lipschitz_dataloader() give what it takes, or use "
-            "measure='running'"
-        ) from error
-
-
 def _batches(trainer: Trainer, module: LightningModule, shuffled: bool = False) -> Iterable[Any] | None:
     """Batches of the training set from a loader separate from that of the training; None if there can't be one.
 
-    Args:
-        trainer: The trainer.
-        module: The module.
-        shuffled: Whether the rows of a DataLoader's data set are shuffled, by a fixed seed, and cut to as many on each
-            rank and to full batches.
+    ``shuffled``: by a fixed seed, and cut to full batches, as many on each rank.
     """
     for source in (trainer.datamodule, module):  # type: ignore[attr-defined]
         if callable(make := getattr(source, "lipschitz_dataloader", None)):

@@ -13,6 +13,8 @@ from helpers import SCRIPT
 
 from lit_lipschitz.cli.main import main
 
+# A fit on several ranks leaves them in the environment, where the next would take them for a cluster's.
+LIGHTNING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 REAL_DATA = os.environ.get("LIT_LIPSCHITZ_DATA")
 
 
@@ -21,7 +23,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Each test runs in an empty folder, with a seed, without the caller's data and without Lightning's advice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_LIPSCHITZ_DATA", raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)  # which Lightning sets for several ranks: each test a free port
+    for name in LIGHTNING_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     with warnings.catch_warnings():

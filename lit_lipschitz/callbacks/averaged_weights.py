@@ -78,26 +78,13 @@ class AveragedWeights(Callback):
             trainer.callbacks = _without_averaged_weights(trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switches to the training weights."""
-        # Not in on_validation_end, which comes before a checkpoint is saved.
+        """Switches to the training weights; ``on_validation_end`` would come before a checkpoint is saved."""
         if optimizers := schedule_free(trainer.optimizers):
             set_mode(optimizers, "train")
             if self._outdated is None:
                 self._outdated = _training_batch_norms(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches to the averaged weights."""
-        self._average(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches to the averaged weights, which the epoch's checkpoint holds."""
-        self._average(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches to the averaged weights, which the run ends with."""
-        self._average(trainer, pl_module)
-
-    def _average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switches to the averaged weights and to the BatchNorm statistics that belong to them."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -105,6 +92,9 @@ class AveragedWeights(Callback):
         if self._outdated:
             reestimate_batch_norm(trainer, pl_module, self._outdated)
         self._outdated = None
+
+    # The checkpoints of an epoch and of a run's end hold them too.
+    on_train_epoch_end = on_train_end = on_validation_start
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resumes with the training weights of a checkpoint that was saved between two evaluations."""
@@ -128,7 +118,13 @@ def _without_averaged_weights(callbacks: Iterable[Callback]) -> list[Callback]:
 
 def schedule_free(optimizers: Iterable[Any]) -> list[Any]:
     """Those of some optimizers that average the weights and have a training and an evaluation mode."""
-    return [one for one in optimizers if _is_schedule_free(one)]
+    return [
+        one
+        for one in optimizers
+        if callable(getattr(one, "train", None))
+        and callable(getattr(one, "eval", None))
+        and all("train_mode" in group for group in one.param_groups)
+    ]
 
 
 def set_mode(optimizers: Iterable[Any], mode: Literal["train", "eval"]) -> None:
@@ -145,14 +141,6 @@ def warn_of_batch_norm(checkpoint: dict[str, Any], module: LightningModule) -> N
             "statistics of the training weights; evaluate one that was saved at the end of an epoch",
             stacklevel=2,
         )
-
-
-def _is_schedule_free(optimizer: Any) -> bool:
-    return (
-        callable(getattr(optimizer, "train", None))
-        and callable(getattr(optimizer, "eval", None))
-        and all("train_mode" in group for group in optimizer.param_groups)
-    )
 
 
 def _training_batch_norms(module: LightningModule) -> list[_BatchNorm]:
@@ -196,14 +184,14 @@ class _SaveHook:
 def _save_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Puts the averaged weights into a checkpoint that is saved in training mode, and keeps the training weights in it.
 
-    The optimizers' states are marked as those of the evaluation mode, so that the checkpoint is consistent where it is
-    resumed without this callback.
+    The optimizers' states are marked as those of the evaluation mode, for a run that resumes without this callback.
     """
     trainer = module.trainer
-    training = {i: one for i, one in enumerate(trainer.optimizers) if _is_schedule_free(one) and _is_training(one)}
+    averaging = schedule_free(trainer.optimizers)
+    training = [one for one in averaging if any(group["train_mode"] for group in one.param_groups)]
     if not training:
         return
-    parameters = [p for one in training.values() for group in one.param_groups for p in group["params"]]
+    parameters = [p for one in training for group in one.param_groups for p in group["params"]]
     weights, known = checkpoint["state_dict"], set(parameters)
     shared = module.named_parameters(remove_duplicate=False)
     training_weights = {name: weights[name] for name, p in shared if p in known and name in weights}
@@ -217,19 +205,16 @@ def _save_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         return
     # Switching there and back rounds; training has to continue with the same bits.
     before = [p.detach().clone() for p in parameters]
-    set_mode(training.values(), "eval")
+    set_mode(training, "eval")
     averaged = trainer.strategy.lightning_module_state_dict()
     weights.update({name: averaged[name].clone() for name in training_weights})
-    set_mode(training.values(), "train")
+    set_mode(training, "train")
     for p, value in zip(parameters, before, strict=True):
         p.copy_(value)
     if "optimizer_states" in checkpoint:
-        checkpoint[KEY] = {"optimizers": list(training), "training_weights": training_weights}
-        _mark(checkpoint, training, training=False)
-
-
-def _is_training(optimizer: Any) -> bool:
-    return any(group["train_mode"] for group in optimizer.param_groups)
+        positions = [i for i, one in enumerate(trainer.optimizers) if one in training]
+        checkpoint[KEY] = {"optimizers": positions, "training_weights": training_weights}
+        _mark(checkpoint, positions, training=False)
 
 
 def _mark(checkpoint: dict[str, Any], positions: Iterable[int], training: bool) -> None:

@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from lit_lipschitz.audit.gradients import GradientSnapshot, layers_with_parameters, read_gradients
 from lit_lipschitz.audit.summary import AuditSummary, AuditTally, step_metrics
 from lit_lipschitz.audit.table import print_summary
+from lit_lipschitz.bounds import Bound
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
+from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.errors import ConfigurationError
 
 
@@ -29,8 +31,7 @@ class LipschitzAudit(Callback):
     table of the layers and the conclusions are printed on stderr at the end of fit; :meth:`summary` has the numbers.
 
     - Gradients are read as the optimizer's step begins: accumulated, unscaled, averaged over the ranks, before
-      clipping.
-    - Coupled weight decay is added by the optimizer inside its step: it is included in L and not in the gradients.
+      clipping. Coupled weight decay, which the optimizer adds inside its step, is included in L alone.
     - A layer without a gradient in a step, such as a frozen one, does not count in it. A step with non-finite gradients
       is counted as such and nowhere else. Parameters that two layers share count in both.
     - Nothing is saved in checkpoints: a resumed run starts a new audit.
@@ -58,21 +59,20 @@ class LipschitzAudit(Callback):
             raise ConfigurationError(f"LipschitzAudit(every={every!r}): expected a number of steps >= 1")
         self.every = every
         self._lipschitz: LipschitzLR | None = None
+        self._runs_after_lipschitz = False  # order of the two callbacks' hooks
         self._reset()
 
-    def _reset(self) -> None:
-        """The state before a fit."""
+    def _reset(self, bound: Bound = "strict") -> None:
         self._steps = 0  # optimizer steps
-        self._runs_after_lipschitz = False  # order of the two callbacks' hooks
         self._snapshot: GradientSnapshot | None = None
         self._layer_order: list[str] = []
-        self._tally = AuditTally()
+        self._tally = AuditTally(bound)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the LipschitzLR and starts a new audit."""
         if stage != "fit":
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         lipschitz = next((callback for callback in callbacks if isinstance(callback, LipschitzLR)), None)
         if lipschitz is None:
             raise ConfigurationError(
@@ -84,10 +84,9 @@ class LipschitzAudit(Callback):
                 f"LipschitzAudit needs the whole gradients on each rank, and {type(trainer.strategy).__name__} shards "
                 "them; use ddp or one device, or remove the callback"
             )
-        self._reset()
+        self._reset(lipschitz.policy.bound)
         self._lipschitz = lipschitz
         self._runs_after_lipschitz = callbacks.index(lipschitz) < callbacks.index(self)
-        self._tally = AuditTally(lipschitz.policy.bound)
         if lipschitz.policy.bound == "smooth":
             rank_zero_info(
                 "LipschitzAudit: the constant of bound='smooth' bounds the Hessian, not the gradient; gradient norms "

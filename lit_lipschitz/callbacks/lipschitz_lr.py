@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from lit_lipschitz import bounds
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import (
+    TrainerFacts,
     callbacks_of,
     logging_interval,
-    loop_facts,
     may_save_checkpoint,
-    target_of,
+    targets_of,
 )
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.options import Options
@@ -37,26 +37,27 @@ else:
     LossOrAuto = Literal[_LOSSES]  # so that the command line offers the losses that are registered by now
 
 
+_SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure", "weights")
+
+
 class LipschitzLR(Callback):
     r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
 
     A hook measures the inputs of the output layer (the head) while the network trains. Their norm gives L
     (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns L into a learning rate (:mod:`lit_lipschitz.rules`),
-    every epoch or every N optimizer steps. All ranks agree on the measured values by one MAX all-reduce an update, so
-    they use the same rate. Values are read to the host at updates only.
+    every epoch or every N optimizer steps. All ranks use the same rate, by one MAX all-reduce an update.
 
     The first rate comes from the first batch and applies to the step made with it. During the first interval the rate
     is updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
-    optimizers the norm of the optimizer's update is measured every 16 steps as well. Each parameter group gets the
-    computed rate times its configured lr over the first group's, so the size of the configured lr does not matter and
-    the ratios are kept. The value of a scheduler over its configured one is a factor.
+    optimizers the norm of the update is measured every 16 steps as well. Each parameter group gets the computed rate
+    times its configured lr over the first group's. The value of a scheduler over its configured one is a factor.
 
     Args:
         loss: ``"auto"`` finds the loss in the autograd graph of the first step. With a name of
             ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in a sum are considered; if there are none, the loss
             is assumed to be the mean of that loss with torch's defaults.
         head: ``"auto"``, or the name of the last affine layer as in ``named_modules()``.
-        bound: Family of constants. ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
+        bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
             estimate of arXiv 1902.07399.
         norm: Norm of the head's inputs: ``"frobenius"`` (of the batch), ``"sample"`` (largest row) or ``"spectral"``;
             ``"auto"`` is the default of the family.
@@ -75,21 +76,18 @@ class LipschitzLR(Callback):
         dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
         restore: Continue from the state in a checkpoint; False measures again.
         on_nonfinite: If the loss, the activations or the constant are not finite, or the constant is 0: ``"keep"`` the
-            last rate and warn once, or ``"raise"``. All ranks notice at the next update, at the latest at the end of
-            the epoch, after the parameters have moved; one process on the CPU notices a loss before they move. The
-            message names the step, the ranks and the last rate. Of several optimizers those whose heads the loss goes
-            through are affected, or all if its graph shows none.
-        schedule: ``"auto"``: if the optimizer has no scheduler and the length of the run is known, linear warm-up over
-            the first tenth of the run and linear decay to 0 (:class:`~lit_lipschitz.LinearWarmupDecay`), except with
-            ``bound="paper"``. The length is unknown if time limits the run or if the number of accumulated batches
-            changes. Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared
-            error the rate is damped once learning has slowed down and much variance is unexplained
-            (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`). ``"none"``: constant between updates.
+            last rate and warn once, or ``"raise"``, with the step and the ranks. All ranks notice at the next update or
+            the end of the epoch, after the parameters have moved; one process on the CPU notices a loss before they do.
+            It affects the optimizers whose heads the loss goes through, or all if its graph shows none.
+        schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run and linear decay to 0
+            (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or if the length of the run is
+            unknown, as with a limit of time or a changing number of accumulated batches. Schedule-Free AdamW has the
+            warm-up alone, and none if it has ``warmup_steps``. With a squared error the rate is damped where only noise
+            is left (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`). ``"none"``: constant between updates.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
-            ``"parameters"`` of the optimizer, or ``"all"`` tensors of the network including moving statistics, as in
-            the authors' scripts.
+            ``"parameters"`` of the optimizer, or ``"all"`` tensors of the network, as in the authors' scripts.
         second_moment: For the paper's method. Estimate of L^2 in the rules of RMSprop and Adam
             (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the rules of the authors'
             scripts and ``"constant"`` for others.
@@ -141,6 +139,7 @@ class LipschitzLR(Callback):
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
             )
         self.optimizers, self.restore = _checked_positions(optimizers, head), restore
+        self._facts: TrainerFacts  # of the fit
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
@@ -191,18 +190,7 @@ class LipschitzLR(Callback):
         AveragedWeights.ensure(trainer)  # for Schedule-Free optimizers; it leaves others alone
         if stage != "fit":
             return
-        callbacks = callbacks_of(trainer)
-        same = [callback for callback in callbacks if isinstance(callback, LipschitzLR)]
-        if len(same) > 1:
-            raise ConfigurationError(
-                f"LipschitzLR: expected one such callback, found {len(same)} in trainer.callbacks; pass one, with "
-                "optimizers= if it is to control several optimizers"
-            )
-        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
-            raise ConfigurationError(
-                "LipschitzLR computes the learning rate that LearningRateFinder (or Tuner.lr_find) searches for, and "
-                "found both in trainer.callbacks; remove one of the two"
-            )
+        _check_callbacks(callbacks_of(trainer))
         self._detach()
         self._controllers, self._stored = {}, {}
 
@@ -213,36 +201,12 @@ class LipschitzLR(Callback):
                 f"LipschitzLR(measure='pass') calls the module, and {type(pl_module).__name__} has no forward; define "
                 "one, or use measure='running'"
             )
-        self._detach()
-        positions = self._positions(trainer, pl_module)
+        self._facts = TrainerFacts(trainer, pl_module)
+        loop = self._facts.now()
         self._controllers = {
-            i: Controller(
-                self.policy,
-                self.options,
-                target_of(trainer, pl_module, i, f" of optimizer {i}" if len(positions) > 1 else ""),
-                loop_facts(trainer, pl_module),
-                self._stored.get(i),
-            )
-            for i in positions
+            target.position: Controller(self.policy, self.options, target, loop, self._stored.get(target.position))
+            for target in targets_of(trainer, pl_module, self.optimizers)
         }
-
-    def _positions(self, trainer: Trainer, module: LightningModule) -> list[int]:
-        count = len(trainer.optimizers)
-        if self.optimizers != "auto":
-            if max(self.optimizers) >= count:
-                raise ConfigurationError(
-                    f"LipschitzLR(optimizers={self.optimizers}): expected positions from 0 to {count - 1}, since "
-                    f"configure_optimizers of {type(module).__name__} returned {count}"
-                )
-            return list(dict.fromkeys(self.optimizers))
-        if not module.automatic_optimization or count != 1:
-            how = "" if module.automatic_optimization else " under manual optimization"
-            raise ConfigurationError(
-                f"LipschitzLR: expected one optimizer and automatic optimization; configure_optimizers of "
-                f"{type(module).__name__} returned {count}{how}: pass optimizers= with the positions of "
-                "those to control, counted from 0, or remove the callback"
-            )
-        return [0]
 
     def _detach(self) -> None:
         for controller in self._controllers.values():
@@ -265,31 +229,14 @@ class LipschitzLR(Callback):
         """Starts the measurement of a batch."""
         if not self.options.running:
             # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
-            self._measure_by_pass(trainer, pl_module)
-        loop = loop_facts(trainer, pl_module)
+            _measure_by_pass(trainer, pl_module, list(self._controllers.values()))
+        loop = self._facts.now()
         for controller in self._controllers.values():
             controller.begin_batch(loop)
 
-    def _measure_by_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the epoch's pass over the training set, for the controllers that need one."""
-        epoch = trainer.current_epoch
-        measuring = [controller for controller in self._controllers.values() if controller.updater.needs_pass(epoch)]
-        if not measuring:
-            return
-        for controller in measuring:
-            controller.hooks.reset()
-            controller.hooks.set_mode("inference")
-        try:
-            inference_pass(trainer, pl_module)
-        finally:
-            for controller in measuring:
-                controller.hooks.set_mode("off")
-        for controller in measuring:
-            controller.updater.end_pass(epoch)
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
-        loop, graph = loop_facts(trainer, pl_module), LossGraph(loss, self.options.loss_name)
+        loop, graph = self._facts.now(), LossGraph(loss, self.options.loss_name)
         for controller in self._controllers_of(graph):
             controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
@@ -298,14 +245,12 @@ class LipschitzLR(Callback):
     def _controllers_of(self, graph: LossGraph) -> list[Controller]:
         """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
         controllers = list(self._controllers.values())
-        if len(controllers) == 1:
-            return controllers
-        heads = graph.first_affine_maps
+        heads = graph.first_affine_maps if len(controllers) > 1 else ()
         return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Updates the rate if an update is due, and writes it before the parameters move."""
-        loop = loop_facts(trainer, pl_module)
+        loop = self._facts.now()
         # A single process on the CPU can check at once: there is no device to wait for.
         checks_now = self.options.on_nonfinite == "raise" and loop.world_size == 1 and loop.device.type == "cpu"
         for position, controller in self._controllers.items():
@@ -322,7 +267,7 @@ class LipschitzLR(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
-        loop = loop_facts(trainer, pl_module)
+        loop = self._facts.now()
         may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
         for controller in self._controllers.values():
             controller.end_batch(loop, may_be_saved)
@@ -334,40 +279,31 @@ class LipschitzLR(Callback):
 
     def _log(self, pl_module: LightningModule, position: int) -> None:
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
-        metrics = self._named(position, self._controllers[position].metrics())
-        for name, value in metrics.items():
+        for name, value in self._metrics(position).items():
             tensor = torch.tensor(value, dtype=torch.float64)
             pl_module.log(name, tensor, prog_bar=name.endswith("/lr"), batch_size=1)
 
-    def _named(self, position: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Names for loggers; with several optimizers they contain the position."""
+    def _metrics(self, position: int) -> dict[str, float]:
+        """Metrics of a controller for loggers; with several optimizers their names contain its position."""
         prefix = "lipschitz" if len(self._controllers) == 1 else f"lipschitz/{position}"
-        return {f"{prefix}/{name}": value for name, value in metrics.items()}
+        return {f"{prefix}/{name}": value for name, value in self._controllers[position].metrics().items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the epoch's last losses; gives every logger a point for its last step, however short the epoch."""
-        loop = loop_facts(trainer, pl_module)
+        loop = self._facts.now()
         for controller in self._controllers.values():
             controller.updater.check_remaining_losses(loop)
         if loop.step % logging_interval(trainer) == 0:
             return
-        for position, controller in self._controllers.items():
-            metrics = self._named(position, controller.metrics())
+        for position in self._controllers:
+            metrics = self._metrics(position)
             for logger in trainer.loggers if metrics else ():
                 logger.log_metrics(metrics, step=loop.step - 1)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the saved one."""
-        policy = self.policy
-        return {
-            "bound": policy.bound,
-            "norm": policy.norm,
-            "rule": policy.rule,
-            "second_moment": policy.second_moment,
-            "weight_decay": policy.weight_decay,
-            "measure": self.options.measure,
-            "weights": self.options.weights,
-        }
+        values = {**vars(self.policy), **vars(self.options)}
+        return {name: values[name] for name in _SETTINGS}
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
@@ -399,12 +335,40 @@ class LipschitzLR(Callback):
                 self._controllers[position].load_state_dict(state)
 
 
-def _checked_positions(optimizers: Literal["auto"] | int | list[int], head: str) -> Literal["auto"] | list[int]:
-    """The positions of the optimizers as a list.
+def _measure_by_pass(trainer: Trainer, pl_module: LightningModule, controllers: list[Controller]) -> None:
+    """Makes the epoch's pass over the training set, for the controllers that need one."""
+    epoch = trainer.current_epoch
+    measuring = [one for one in controllers if one.updater.needs_pass(epoch)]
+    if not measuring:
+        return
+    for controller in measuring:
+        controller.hooks.reset()
+        controller.hooks.set_mode("inference")
+    try:
+        inference_pass(trainer, pl_module)
+    finally:
+        for controller in measuring:
+            controller.hooks.set_mode("off")
+    for controller in measuring:
+        controller.updater.end_pass(epoch)
 
-    Raises:
-        ConfigurationError: They are no positions, or several with one head.
-    """
+
+def _check_callbacks(callbacks: list[Callback]) -> None:
+    same = [callback for callback in callbacks if isinstance(callback, LipschitzLR)]
+    if len(same) > 1:
+        raise ConfigurationError(
+            f"LipschitzLR: expected one such callback, found {len(same)} in trainer.callbacks; pass one, with "
+            "optimizers= if it is to control several optimizers"
+        )
+    if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+        raise ConfigurationError(
+            "LipschitzLR computes the learning rate that LearningRateFinder (or Tuner.lr_find) searches for, and "
+            "found both in trainer.callbacks; remove one of the two"
+        )
+
+
+def _checked_positions(optimizers: Literal["auto"] | int | list[int], head: str) -> Literal["auto"] | list[int]:
+    """The positions of the optimizers as a list."""
     positions = [optimizers] if isinstance(optimizers, int) else optimizers
     if positions == "auto":
         return "auto"

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.errors import ConfigurationError
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -19,33 +21,63 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def loop_facts(trainer: Trainer, module: LightningModule) -> LoopFacts:
-    """The state of a trainer that is fitting a module."""
-    lr_writer = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
-    return LoopFacts(
-        device=trainer.strategy.root_device,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        automatic=module.automatic_optimization,
-        accumulated=trainer.accumulate_grad_batches,
-        step=trainer.global_step,
-        epoch=trainer.current_epoch,
-        is_last_batch=trainer.is_last_batch,
-        may_overflow=_scaler_of(trainer) is not None,
-        lr_writer="StochasticWeightAveraging" if lr_writer else "",
-        loss_scale=lambda: _loss_scale(trainer),
-        grad_scale=lambda optimizer: _grad_scale(trainer, optimizer),
-        total_steps=lambda: _total_steps(trainer, module),
-        reduce=lambda tensor: _reduce_max(trainer, tensor),
-        notify=rank_zero_info,
-    )
+class TrainerFacts:
+    """The state of a trainer that is fitting a module; what stays the same during a fit is read once."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        writes_lr = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
+        self._constants: tuple[Any, ...] = (
+            trainer.strategy.root_device,
+            trainer.global_rank,
+            trainer.world_size,
+            _scaler_of(trainer) is not None,
+            "StochasticWeightAveraging" if writes_lr else "",
+            partial(_loss_scale, trainer),
+            partial(_grad_scale, trainer),
+            partial(_total_steps, trainer, module),
+            partial(trainer.strategy.reduce, reduce_op="max"),
+            rank_zero_info,
+        )
+
+    def now(self) -> LoopFacts:
+        """The state at this event: every hook asks for it, so what it costs counts."""
+        trainer = self._trainer
+        return LoopFacts(
+            self._module.automatic_optimization,
+            trainer.accumulate_grad_batches,
+            trainer.global_step,
+            trainer.current_epoch,
+            trainer.is_last_batch,
+            *self._constants,
+        )
 
 
-def target_of(trainer: Trainer, module: LightningModule, position: int, label: str = "") -> Target:
-    """The optimizer at a position, with its schedulers."""
-    optimizer = trainer.optimizers[position]
-    schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-    return Target(module, optimizer, schedulers, position, len(trainer.optimizers), label)
+def targets_of(trainer: Trainer, module: LightningModule, optimizers: Literal["auto"] | list[int]) -> list[Target]:
+    """The optimizers at some positions, or the only one, with their schedulers."""
+    count, name = len(trainer.optimizers), type(module).__name__
+    if optimizers == "auto":
+        if not module.automatic_optimization or count != 1:
+            how = "" if module.automatic_optimization else " under manual optimization"
+            raise ConfigurationError(
+                f"LipschitzLR: expected one optimizer and automatic optimization; configure_optimizers of {name} "
+                f"returned {count}{how}: pass optimizers= with the positions of those to control, counted from 0, or "
+                "remove the callback"
+            )
+        optimizers = [0]
+    if max(optimizers) >= count:
+        raise ConfigurationError(
+            f"LipschitzLR(optimizers={optimizers}): expected positions from 0 to {count - 1}, since "
+            f"configure_optimizers of {name} returned {count}"
+        )
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    targets = []
+    for position in dict.fromkeys(optimizers):
+        optimizer = trainer.optimizers[position]
+        own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+        label = f" of optimizer {position}" if len(set(optimizers)) > 1 else ""
+        targets.append(Target(module, optimizer, own, position, count, label))
+    return targets
 
 
 def logging_interval(trainer: Trainer) -> int:
@@ -63,12 +95,6 @@ def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
     due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
     validation = getattr(trainer, "val_check_batch", math.inf)
     return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
-
-
-def _reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
-    reduced = trainer.strategy.reduce(tensor, reduce_op="max")
-    assert isinstance(reduced, Tensor)
-    return reduced
 
 
 def _scaler_of(trainer: Trainer) -> Any:

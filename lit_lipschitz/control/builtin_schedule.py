@@ -7,10 +7,7 @@ from lit_lipschitz.optim.schedules import linear_warmup, linear_warmup_decay
 
 
 class BuiltinSchedule:
-    """Linear warm-up over the first tenth of the run and linear decay to 0.
-
-    Without the decay if the optimizer averages the weights, which replaces it.
-    """
+    """Linear warm-up over the first tenth of the run and linear decay to 0; no decay if the weights are averaged."""
 
     def __init__(self, *, enabled: bool, averages_weights: bool) -> None:
         self._averages_weights = averages_weights

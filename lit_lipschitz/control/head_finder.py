@@ -27,9 +27,7 @@ class FoundHeads:
     hook: HeadHook | MeasuredHook  # measures the head's inputs
     loss: Loss
     num_outputs: int  # of the head that enter the loss, or classes
-    recognised: (
-        FoundLoss  # what the graph of the first loss showed, without the batch; defaults if it was not recognised
-    )
+    recognised: FoundLoss  # what the graph of the first loss showed, without its inputs; defaults if that is nothing
 
 
 class HeadFinder:

@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-@dataclass(frozen=True)
-class LoopFacts:
-    """The state of a training loop at one of its events."""
+class LoopFacts(NamedTuple):
+    """The state of a training loop at one of its events; the first five can change from one to the next."""
 
-    device: torch.device  # of the loss and the activations
-    rank: int  # of this process
-    world_size: int
     automatic: bool  # whether the loop itself calls backward and the optimizer, so that its factor of the loss is known
     accumulated: int  # batches that the loop accumulates for one optimizer step
     step: int  # optimizer steps made so far
     epoch: int  # epochs completed so far
     is_last_batch: bool  # whether the batch is known to be the last one of its epoch
+    device: torch.device  # of the loss and the activations
+    rank: int  # of this process
+    world_size: int
     may_overflow: bool  # whether gradients may overflow and their step be skipped, as with a GradScaler
     lr_writer: str  # name of something else that sets learning rates during training, or ""
     loss_scale: Callable[[], float | Tensor]  # factor by which the loop multiplies the loss before its backward

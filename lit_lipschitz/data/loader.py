@@ -22,18 +22,6 @@ class DeviceLoader:
     generator of a transform is seeded by seed, epoch, batch and rank. A checkpoint in mid-epoch resumes at the next
     batch.
 
-    Args:
-        images: Shape (examples, ...), on the device of the batches.
-        labels: Shape (examples,), on the same device.
-        batch_size: Examples per batch on each rank.
-        transform: Called with a batch of images and a seeded generator.
-        shuffle: Whether to permute the examples every epoch, and to drop the last incomplete global batch.
-        seed: Seed of the permutations and the transforms.
-        epoch: Returns the current epoch; called at the start of an iteration.
-        rank: Index of this process.
-        world_size: Number of processes.
-        num_workers: Processes that prepare batches of CPU tensors; 0 prepares them in this process.
-
     Raises:
         ConfigurationError: The examples to shuffle do not fill one global batch, or ``batch_size`` is below 1.
 
@@ -46,17 +34,17 @@ class DeviceLoader:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        transform: Transform,
+        images: Tensor,  # of shape (examples, ...), on the device of the batches
+        labels: Tensor,  # of shape (examples,), on the same device
+        batch_size: int,  # examples on each rank
+        transform: Transform,  # of a batch of images, with a seeded generator
         *,
-        shuffle: bool = False,
-        seed: int = 0,
-        epoch: Callable[[], int] = lambda: 0,
+        shuffle: bool = False,  # whether to permute the examples every epoch and drop the last incomplete global batch
+        seed: int = 0,  # of the permutations and the transforms
+        epoch: Callable[[], int] = lambda: 0,  # returns the current epoch, at the start of an iteration
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
+        num_workers: int = 0,  # processes that prepare batches of CPU tensors; 0 prepares them in this process
     ) -> None:
         if batch_size < 1:
             raise ConfigurationError(f"batch_size={batch_size}: expected at least 1")

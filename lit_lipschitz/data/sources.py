@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,13 +44,12 @@ class Source:
         if not download:
             raise self._missing(folder, missing, "data.download is off")
         made = _make_folder(folder, self.title)
-        staging: Path | None = None
         try:
-            staging = Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
-            self.download(str(staging))
-            for name in missing:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(staging / name, folder / name)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder, ignore_cleanup_errors=True) as staging:
+                self.download(staging)
+                for name in missing:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(Path(staging, name), folder / name)
         except PermissionError as error:
             raise DataError(
                 f"{self.title}: no permission to write to {folder} ({error.strerror}); {HOW_TO_POINT}"
@@ -59,8 +57,6 @@ class Source:
         except Exception as error:  # of urllib, sockets or torchvision
             raise self._missing(folder, missing, f"downloading failed: {_first_line(error)}") from None
         finally:
-            if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)
             for path in made:
                 with suppress(OSError):
                     path.rmdir()

@@ -21,7 +21,7 @@ class HeadHook:
 
     def __init__(self, name: str, head: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
         self.name, self.head, self.statistic = name, head, statistic
-        self.last_call = torch.zeros_like(clock)  # the count of all hooks' calls then; 0 before the first one
+        self.last_call = torch.zeros_like(clock)  # value of the clock; 0 before the first call
         self.mode: Mode = "off"
         self.selected = False  # whether the module is the head; its calls are no longer timed then
 
@@ -94,7 +94,7 @@ class HeadHooks:
         return any(same_weight(hook.weight, weight) for hook in self._candidates)
 
     def select(self, weight: Tensor | None, width: int | None = None) -> HeadHook:
-        """Selects the module that owns a weight, or else the last that ran, of a width; removes the other hooks."""
+        """Selects the module that owns a weight, or else the last of a width that ran, and removes the other hooks."""
         ran = [hook for hook in self._candidates if int(hook.last_call) > 0]
         if weight is None and width is not None and self._automatic:
             ran = [hook for hook in ran if head_size(hook.head)[1] == width]

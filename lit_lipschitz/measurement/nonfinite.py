@@ -51,7 +51,7 @@ class NonfiniteLosses:
         self._window.zero_()
 
     def pack(self) -> Tensor:
-        """For a MAX all-reduce, minus the steps before this rank's first non-finite loss, beside -inf for others."""
+        """Minus the steps before this rank's first non-finite loss in its entry, -inf in the others; (world_size,)."""
         self._evaluate()
         packed = torch.full((self._world_size,), -math.inf, device=self._latest.device)
         packed[self._rank] = self._latest

@@ -44,9 +44,9 @@ class LogitGradientNorms:
             edge.node.register_prehook(_norm_hook(norms, edge, to_rows))
 
     def pack(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """For a MAX all-reduce, the mean squared and the mean norm of the batches since the last call, a rank a column.
+        """Mean squared and mean norm of the examples' gradients since the last call, in this rank's column.
 
-        Other ranks' columns are -1, and all if no backward was captured; shape (2, world_size).
+        For a MAX all-reduce: the other columns are -1, and all if no backward was captured. Shape (2, world_size).
         """
         batches = self._batches[self._num_before :] or self._batches
         self._batches, self._num_before = [], 0

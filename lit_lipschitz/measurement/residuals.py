@@ -93,7 +93,7 @@ class RunningResiduals:
         self.mean.zero_()
 
     def pack(self, rank: int, world_size: int) -> Tensor:
-        """For a MAX all-reduce, the sums beside zeros for other ranks, then the mean of rank 0 (-inf elsewhere)."""
+        """The sums beside zeros for other ranks, then rank 0's mean (-inf elsewhere); for a MAX all-reduce."""
         if not self.width:
             return self.mean
         slots = self.values.new_zeros(world_size, len(self.values))

@@ -126,7 +126,7 @@ class RunningMaximum:
         self._batch.zero_()
 
     def pack(self, scale: float, rank: int) -> Tensor:
-        """The values for a MAX all-reduce, with a factor of the norm, then the direction of rank 0 (-inf elsewhere)."""
+        """The values, their norm times ``scale``, then rank 0's direction (-inf elsewhere); for a MAX all-reduce."""
         values = self.values.clone()
         values[0] *= scale
         values[3] *= scale**2

@@ -47,7 +47,7 @@ class ScaleInvariance:
 
     @torch.no_grad()
     def norm_growth(self, weight: Tensor, grad: Tensor, index: int) -> Tensor | float:
-        """Adds a measurement of the gradient, times any number, of the parameter of an index in its optimizer.
+        """Adds a measurement of a weight's gradient without weight decay, up to a factor; its index is the optimizer's.
 
         The result is 1, or for a scale-invariant weight its norm over that at a usual initialisation, or over that in
         the first measurement, if the former is not known or the cosine is above a tenth of the limit (in a first
@@ -57,8 +57,7 @@ class ScaleInvariance:
             return 1.0
         values, grads = (wide(as_real(part.detach())) for part in (weight, grad))
         weight_norm = norm(values)
-        new = weight not in self._max_cosine
-        if new:
+        if weight not in self._max_cosine:
             cosine, first = self._last(weight, index)
             self._max_cosine[weight] = torch.full_like(weight_norm, cosine)
             self._first_norm[weight] = weight_norm if first < 0 else torch.full_like(weight_norm, first)
@@ -67,20 +66,22 @@ class ScaleInvariance:
         cosine_now = whole((values * grads).sum()).abs() / touched / grad_norm * values.numel() ** 0.5
         usable = (touched > 0) & (grad_norm > 0) & torch.isfinite(grad_norm)  # no underflow and no overflow
         cosine_now = torch.where(usable, cosine_now, math.nan)
+        is_first = self._max_cosine[weight] < 0
         max_cosine = self._max_cosine[weight] = torch.fmax(self._max_cosine[weight], cosine_now)
         start = self._first_norm[weight]
         if weight in self._init_norms:
             # One of 400 weights passes by chance in the first measurement, and one of 1,700 in two.
-            certain = max_cosine <= MAX_COSINE / (100 if new else 10)
+            certain = max_cosine <= torch.where(is_first, MAX_COSINE / 100, MAX_COSINE / 10)
             start = torch.where(certain, self._init_norms[weight], start)
         invariant = (max_cosine >= 0) & (max_cosine <= MAX_COSINE) & (weight_norm > 0) & (start > 0)
         return torch.where(invariant, weight_norm / start, 1.0)
 
     def state_dict(self, parameters: Iterable[Tensor]) -> list[list[float]]:
-        """Largest cosine and first norm of each parameter, -1 if not measured; waits for the device."""
+        """Largest cosine and first norm of each of an optimizer's parameters; waits for the device."""
         return [[float(value) for value in self._last(weight, index)] for index, weight in enumerate(parameters)]
 
     def _last(self, weight: Tensor, index: int) -> Sequence[Any]:
+        """Largest cosine and first norm so far, -1 if not measured."""
         if weight in self._max_cosine:
             return self._max_cosine[weight], self._first_norm[weight]
         return self._restored[index] if index < len(self._restored) else (-1.0, -1.0)
@@ -93,8 +94,8 @@ class ScaleInvariance:
 def he_init_norms(module: nn.Module) -> dict[Tensor, float]:
     """Euclidean norm of the weights of linear maps and convolutions at He initialisation.
 
-    An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k), whatever its
-    number of inputs. From K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, 2.2.
+    An entry's variance is 2 over the inputs of an output, so a weight of k outputs has the norm sqrt(2 k). From K. He,
+    X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers, arXiv 1502.01852, 2015, section 2.2.
     """
     norms: dict[Tensor, float] = {}
     for part in module.modules():

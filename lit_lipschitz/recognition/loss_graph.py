@@ -84,7 +84,7 @@ class LossGraph:
         return [] if self._root is None else self._terms_below(self._root)
 
     def found(self, head: Tensor | None = None) -> FoundLoss | None:
-        """The loss, with the sum of the factors of its terms; a named one of a head's weight, if given, or None."""
+        """The loss, with the sum of its terms' factors; None without a term of the given name and head weight."""
         if self._name is not None:
             return self._found_named(head)
         if self._root is None:

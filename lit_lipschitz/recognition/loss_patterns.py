@@ -22,7 +22,7 @@ class LossMatch:
     """A recognised loss in the graph."""
 
     name: str  # in LOSSES
-    node: Any  # whose saved tensors hold the arguments; of probabilities as targets, the product with the logarithms
+    node: Any  # saves the loss's arguments; if the targets are probabilities, their product with the log-probabilities
     below: Any  # the node that made the logits
     reduction: Reduction
     unreduced: bool = False  # whether it was computed with reduction="none" and reduced later, ignored targets as zeros

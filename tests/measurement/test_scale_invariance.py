@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.measurement.optimizer_updates import mean_grad_to_update_ratio
-from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
+from lit_lipschitz.measurement.scale_invariance import MAX_COSINE, ScaleInvariance, he_init_norms
 
 
 def adamw(parameters):
@@ -152,6 +152,22 @@ def test_the_first_length_outlasts_checkpoints_with_no_measurement_in_between():
         growth(again, other, torch.ones(2, 2), 0)  # another one's measurement
         seen = again
     assert growth(seen, 3 * weight, ORTHOGONAL, 1) == pytest.approx(3.0)
+
+
+def test_a_resumed_measurement_is_not_a_first_one():
+    """A cosine between a hundredth and a tenth of the limit gives the same growth before and after a checkpoint."""
+    weight = nn.Parameter(torch.ones(8, 8))
+    grad = torch.ones(8, 8)
+    grad[4:] = -1.0
+    measured = ScaleInvariance({weight: 2.0})
+    measured.norm_growth(weight, grad, 0)
+    resumed = ScaleInvariance({weight: 2.0})
+    resumed.load_state_dict(measured.state_dict([weight]))
+    grad[0] += 0.01
+    growths = [float(one.norm_growth(weight, grad, 0)) for one in (measured, resumed)]
+    ((cosine, _),) = measured.state_dict([weight])
+    assert MAX_COSINE / 100 < cosine < MAX_COSINE / 10
+    assert growths == [8.0 / 2.0, 8.0 / 2.0]
 
 
 def test_what_chance_makes_orthogonal_is_not_taken_for_one_for_long():
