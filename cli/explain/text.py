@@ -27,11 +27,14 @@ def _line(symbol: str, words: str) -> str:
 
 def _found(one: dict[str, Any]) -> list[Row]:
     rows = []
-    if head := one["head"]:
+    measured = bool(one["loss"]) and one["loss"]["name"] == "measured"
+    if measured:
+        rows += [("layers", f"{one['head']['name']}, {one['head']['how']}"), ("loss", one["loss"]["how"])]
+    elif head := one["head"]:
         bias = "a bias" if head["bias"] else "no bias"
         rows.append(("head", f"{head['name']}, a {head['class']} of {head['inputs']} inputs, {head['outputs']} outputs "
                              f"and {bias}, {head['how']}"))  # fmt: skip
-    if loss := one["loss"]:
+    if (loss := one["loss"]) and not measured:
         details = [f"{name} {value:g}" for name, value in loss["arguments"].items() if isinstance(value, float)]
         details += ["with class weights"] if "class_weights" in loss["arguments"] else []
         rows.append(("loss", ", ".join([f"{loss['name']}, a {loss['reduction']}", *details, loss["how"]])))
@@ -63,6 +66,8 @@ def _notes(one: dict[str, Any], m: float) -> dict[str, str]:
     accumulated, ranks = one["accumulation"], one["ranks"]
     ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
     how = ", in a pass over the training set" if one["measure"] == "pass" else ""
+    if one["loss"]["name"] == "measured":
+        return {"m": f": {m / ranks:g} in a step x {ranks} ranks", "W": f" ({one['weights']})"}
     return {
         "m": f": {m / accumulated / ranks:g} in a batch x {accumulated} accumulated batches x {ranks} ranks",
         "K_z": ones + how,

@@ -21,6 +21,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
+from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.state import OTHER_VERSION
@@ -134,6 +135,8 @@ class LipschitzLR(Callback):
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
+        if self.options.measured:
+            check_measured(self.policy, self.options)
         if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
             raise ConfigurationError(
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"

@@ -34,11 +34,6 @@ class Options:
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ConfigurationError(f"LipschitzLR({name}={getattr(self, name)!r}): expected one of {expected}")
-        if self.measured and (self.head != "auto" or not self.running):
-            raise ConfigurationError(
-                f"LipschitzLR(loss='measured', head={self.head!r}, measure={self.measure!r}): the output layers are "
-                "found in the graph of each loss, and measured while training; use head='auto' and measure='running'"
-            )
         if self.measure == "pass" and self.update != "epoch":
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass', update={self.update!r}): a pass is made once an epoch; use update='epoch'"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +28,12 @@ _COEFFICIENTS = {
     "strict": ("G_max", "largest gradient norm that an example's loss can have in the head's outputs"),
     "smooth": ("curvature", "largest curvature that an example's loss can have in the head's outputs"),
 }
-_MEASURED = "G_max", "largest gradient norm of an example in the outputs so far, measured and not a bound"
+_MEASURED = {
+    "m": "rows of the outputs that have a gradient",
+    "K_z": "norm of the output layers' inputs in these rows",
+    "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, no bound",
+    "L": "measured constant of the loss in the weights of the output layers, an estimate",
+}
 _CONSTANTS = {
     "paper": "the paper's estimate of the Lipschitz constant of the loss",
     "strict": "Lipschitz constant of the loss in the head's weights",
@@ -301,7 +306,7 @@ class _Constant:
         """The constant in symbols, and their values."""
         measured, bound = self._measured, self._policy.bound
         size_formula, size = self._size_of_batch()
-        name, meaning = _MEASURED if measured.largest_grad_norm else _COEFFICIENTS[bound]
+        name, meaning = _COEFFICIENTS[bound]
         terms = [
             Term("k", self._num_outputs, "the head's outputs"),
             Term("m", measured.batch_size, "examples that an optimizer step averages over"),
@@ -317,6 +322,8 @@ class _Constant:
             Term("l2", self._l2, "L2 term"),
             Term("L", self.value, _CONSTANTS[bound]),
         ]
+        if measured.largest_grad_norm:
+            terms = [replace(term, meaning=_MEASURED.get(term.symbol, term.meaning)) for term in terms[1:]]
         return f"{name} * {size_formula} + {'lambda' if bound == 'smooth' else 'lambda * W'}", tuple(terms)
 
     def _size_of_batch(self) -> tuple[str, float]:

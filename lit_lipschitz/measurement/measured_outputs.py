@@ -40,9 +40,7 @@ class MeasuredOutputs:
     :math:`m \|G_i\|` so far replaces the largest gradient norm that an example's loss can have. m and the row norms are
     those of the layer with the largest :math:`O_h`, and its A is scaled so that :math:`\|G\|_F \|A\|_F = O`.
 
-    All backwards of an optimizer step count together. Nothing is read to the host. It has the methods of a
-    :class:`~lit_lipschitz.measurement.running_maximum.RunningMaximum` that a reduction needs, and as ``gradients`` those
-    of :class:`~lit_lipschitz.measurement.output_gradients.LogitGradientNorms`.
+    All backwards of an optimizer step count together. Nothing is read to the host.
     """
 
     mean = True
@@ -70,12 +68,13 @@ class MeasuredOutputs:
 
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step: losses so far are its own if more come before the own step."""
-        self._others, self._sums = self._sums, {}
+        if self._sums:
+            self._others, self._sums = self._sums, {}
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Adds the step that is about to be made, if its backwards were watched."""
-        self._steps += 1
+        self._steps, self._last = self._steps + 1, None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
         layers = [one.totals().to(self._values.device) for one in sums.values() if one.count]
         if not layers:
@@ -93,15 +92,16 @@ class MeasuredOutputs:
         self._new_interval = False
         self._last = torch.where(usable, torch.stack([rows * square[main], total[main]]), -1.0)
 
-    @property
-    def gradients(self) -> "_Gradients":
-        """The gradient norms of the last step, for an estimator of the step scale."""
-        return _Gradients(self)
+    def pack_gradients(self, rank: int, world_size: int, device: torch.device) -> Tensor:
+        """Mean squared and mean gradient norm of the examples in the last measured step, once.
 
-    def take_gradients(self) -> Tensor | None:
-        """Mean squared and mean gradient norm of the examples in the last measured step, once; shape (2,)."""
-        last, self._last = self._last, None
-        return last
+        As :meth:`~lit_lipschitz.measurement.output_gradients.LogitGradientNorms.pack`: shape (2, world_size).
+        """
+        packed, last = torch.full((2, world_size), -1.0, device=device), self._last
+        if last is not None:
+            packed[:, rank] = last.to(device)
+        self._last = None
+        return packed
 
     def finish(self) -> None:
         """Ends a batch without a loss, of which there is nothing to measure."""
@@ -127,24 +127,6 @@ class MeasuredOutputs:
         """Loads the state of :meth:`state_dict`."""
         self._values.copy_(state["values"])
         self._new_interval, self._steps = state["new_interval"], state["steps"]
-
-
-class _Gradients:
-    """Gradient norms as the estimator of the step scale takes them."""
-
-    def __init__(self, outputs: MeasuredOutputs) -> None:
-        self._outputs = outputs
-
-    def pack(self, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """As :meth:`LogitGradientNorms.pack`: shape (2, world_size), -1 where nothing was measured."""
-        packed, last = torch.full((2, world_size), -1.0, device=device), self._outputs.take_gradients()
-        if last is not None:
-            packed[:, rank] = last.to(device)
-        return packed
-
-    def on_other_optimizer_step(self) -> None:
-        """Another optimizer is about to step."""
-        self._outputs.on_other_optimizer_step()
 
 
 def _hook(sums: _Sums, layer: OutputLayer, scale: float | Tensor) -> Callable[[tuple[Tensor | None, ...]], None]:

@@ -1,7 +1,7 @@
 """Finds the output layers of any loss: the affine maps that its autograd graph meets first on each path."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ class OutputLayer:
     has_bias: bool = False
 
 
-def output_layers(root: Any) -> list[OutputLayer]:
+def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[OutputLayer]:
     """The calls of affine maps that a graph meets first on each path.
 
     Args:
         root: The node of a loss.
+        owned: Parameters of which one must be in the weight of a map, such as those of an optimizer; None for all.
 
     Returns:
         Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a weight
@@ -40,7 +41,7 @@ def output_layers(root: Any) -> list[OutputLayer]:
             continue
         seen.add(node)
         layer = _affine_call(node, parameters)
-        if layer is not None:
+        if layer is not None and (owned is None or any(p in owned for p in parameters_of(layer.weight))):
             layers.append(layer)
         elif not parameters.contains(node):
             stack.extend(nodes_below(node))
@@ -87,11 +88,10 @@ def _factors(node: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Affine:
-    """How to read a kind of node: the positions of its factors, and the call if the factor at a position is a weight."""
+    """The positions of a node's factors, and how to read its call if the factor at a position is a weight."""
 
     factors: tuple[int, ...]
-    read: Callable[[Any, int, Any], OutputLayer | None]
-    added: int | None = None  # position of what it adds
+    read: Callable[[Any, int, Any], OutputLayer]
 
 
 def _affine_call(node: Any, parameters: _ParameterGraphs) -> OutputLayer | None:
@@ -160,7 +160,7 @@ def _read_trilinear(node: Any, position: int, weight: Any) -> OutputLayer:
     return OutputLayer(node, _leaf(weight), (first * second)[:, None], -1)
 
 
-def _read_convolution(node: Any, position: int, weight: Any) -> OutputLayer | None:
+def _read_convolution(node: Any, position: int, weight: Any) -> OutputLayer:
     leaf = _leaf(weight)
     kernel = (leaf.shape if isinstance(leaf, Tensor) else node._saved_weight.shape)[2:]
     if node._saved_transposed:
