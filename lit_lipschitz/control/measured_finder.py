@@ -59,7 +59,7 @@ class MeasuredFinder:
             raise ConfigurationError(
                 "LipschitzLR(loss='measured') looked for output layers in the autograd graph of the loss and found "
                 "none that train; return a loss that depends on a Linear, a convolution, an embedding or a product "
-                "with a parameter, and compile the network rather than the loss"
+                "with a parameter, and leave the last layer and the loss out of torch.compile"
             )
         self.hooks.name_layers(layers)
         loss = Loss("measured")

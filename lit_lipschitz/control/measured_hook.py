@@ -10,7 +10,7 @@ from lit_lipschitz.errors import LitLipschitzError
 from lit_lipschitz.measurement.head_hooks import Mode
 from lit_lipschitz.measurement.measured_outputs import MeasuredOutputs
 from lit_lipschitz.recognition.loss_graph import LossGraph
-from lit_lipschitz.recognition.output_layers import OutputLayer, parameters_of
+from lit_lipschitz.recognition.output_layers import OutputLayer
 
 _HEAD = "output layers"
 
@@ -36,7 +36,7 @@ class MeasuredHook:
     def name_layers(self, layers: list[OutputLayer]) -> None:
         """Takes the names of the output layers' modules, or of their parameters."""
         names = {id(parameter): name for name, parameter in self._target.model.named_parameters()}
-        found = [names[id(p)] for layer in layers for p in parameters_of(layer.weight) if id(p) in names]
+        found = [names[id(p)] for layer in layers for p in layer.parameters if id(p) in names]
         self.name = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in found)) or _HEAD
 
     def owns(self, weight: Tensor) -> bool:

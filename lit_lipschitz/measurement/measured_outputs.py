@@ -63,7 +63,7 @@ class MeasuredOutputs:
     def watch(self, layers: Sequence[OutputLayer], scale: float | Tensor) -> None:
         """Has the backward that is about to begin add the gradients of these calls, divided by ``scale``."""
         for layer in layers:
-            sums = self._sums.setdefault(layer.weight, _Sums())
+            sums = self._sums.setdefault(layer.parameters, _Sums())
             layer.node.register_prehook(_hook(sums, layer, scale))
 
     def on_other_optimizer_step(self) -> None:
@@ -79,18 +79,19 @@ class MeasuredOutputs:
         layers = [one.totals().to(self._values.device) for one in sums.values() if one.count]
         if not layers:
             return
-        square, total, largest, count, inputs = torch.stack(layers).T  # an entry a layer
-        products = square * inputs
-        main = products.argmax()
-        usable = torch.isfinite(products).all() & (products[main] > 0)
-        rows = count[main].clamp(min=1.0)
-        size = (products.sum() / square[main] / rows).sqrt()
-        step = torch.zeros_like(self._values)
-        step[0], step[1], step[5] = size, rows, rows * largest[main]
+        sums_of_layers = torch.stack(layers)
+        products = sums_of_layers[:, 0] * sums_of_layers[:, 4]
+        # Indexing by a tensor of no dimension would wait for the device.
+        main = sums_of_layers.index_select(0, products.argmax(0, keepdim=True))
+        square, total, largest, count, _ = main[0].unbind()
+        usable = torch.isfinite(products).all() & (products.max() > 0)
+        rows = count.clamp(min=1.0)
+        size, unused = (products.sum() / square / rows).sqrt(), torch.zeros_like(rows)
+        step = torch.stack([size, rows, unused, unused, unused, rows * largest])
         step = step if self._new_interval else torch.maximum(self._values, step)
         self._values.copy_(torch.where(usable, step, self._values))
         self._new_interval = False
-        self._last = torch.where(usable, torch.stack([rows * square[main], total[main]]), -1.0)
+        self._last = torch.where(usable, torch.stack([rows * square, total]), -1.0)
 
     def pack_gradients(self, rank: int, world_size: int, device: torch.device) -> Tensor:
         """Mean squared and mean gradient norm of the examples in the last measured step, once.

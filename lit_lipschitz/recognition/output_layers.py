@@ -5,7 +5,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_lipschitz.recognition.autograd_nodes import nodes_below
 
@@ -15,7 +15,7 @@ class OutputLayer:
     """One call of an affine map, as the graph shows it before the backward."""
 
     node: Any  # of the autograd graph; its incoming gradient is that of the outputs
-    weight: Any  # the node or parameter of its weight, the same for all calls
+    parameters: tuple[Tensor, ...]  # of its weight, the same for all calls: one, or those that it is computed from
     inputs: Tensor | None  # what the weight multiplies; None for one-hot rows
     outputs_dim: int  # dimension of the outputs in the gradient
     copies: int = 1  # in how many rows an input value counts at most, as in the patches of a convolution
@@ -41,11 +41,21 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
             continue
         seen.add(node)
         layer = _affine_call(node, parameters)
-        if layer is not None and (owned is None or any(p in owned for p in parameters_of(layer.weight))):
+        if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
             layers.append(layer)
         elif not parameters.contains(node):
             stack.extend(nodes_below(node))
     return layers
+
+
+_LOOKUPS = (
+    "EmbeddingBackward0",
+    "EmbeddingBagBackward0",
+    "GatherBackward0",
+    "IndexBackward0",
+    "IndexSelectBackward0",
+)
+"""Nodes whose result depends on data, the indices, though the graph shows a parameter alone."""
 
 
 class _ParameterGraphs:
@@ -65,14 +75,14 @@ class _ParameterGraphs:
                 stack.pop()
                 continue
             if hasattr(current, "variable"):
-                self._known[current] = True
+                # An input may require gradients too, as for a gradient penalty.
+                self._known[current] = isinstance(current.variable, nn.Parameter)
                 continue
-            operands = [operand for operand, _ in current.next_functions]
             # A product with data that needs no gradient is a map of the data, an elementwise one may be a mask.
-            if current.name() in _AFFINE and any(operand is None for operand in _factors(current)):
+            if current.name() in _LOOKUPS or (current.name() in _AFFINE and None in _factors(current)):
                 self._known[current] = False
                 continue
-            below = [operand for operand in operands if operand is not None]
+            below = nodes_below(current)
             unknown = [operand for operand in below if operand not in self._known]
             if unknown:
                 stack.extend(unknown)
@@ -91,7 +101,7 @@ class _Affine:
     """The positions of a node's factors, and how to read its call if the factor at a position is a weight."""
 
     factors: tuple[int, ...]
-    read: Callable[[Any, int, Any], OutputLayer]
+    read: Callable[[Any, int, tuple[Tensor, ...]], OutputLayer]
 
 
 def _affine_call(node: Any, parameters: _ParameterGraphs) -> OutputLayer | None:
@@ -104,7 +114,21 @@ def _affine_call(node: Any, parameters: _ParameterGraphs) -> OutputLayer | None:
     others = [position for position in kind.factors if position not in weights]
     if not weights or (not others and len(kind.factors) > 1):
         return None
-    return kind.read(node, weights[-1], node.next_functions[weights[-1]][0])
+    return kind.read(node, weights[-1], _parameters_of(node.next_functions[weights[-1]][0]))
+
+
+def _parameters_of(weight: Any) -> tuple[Tensor, ...]:
+    """The parameters that a weight is, or is computed from."""
+    stack, seen, found = [weight], set(), list[Tensor]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(nodes_below(node))
+    return tuple(found)
 
 
 def _has_bias(node: Any, position: int) -> bool:
@@ -112,66 +136,66 @@ def _has_bias(node: Any, position: int) -> bool:
     return added is not None and hasattr(added, "variable")
 
 
-def _read_addmm(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_addmm(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     bias = _has_bias(node, 0)
     if position == 2:
-        return OutputLayer(node, _leaf(weight), node._saved_mat1, -1, has_bias=bias)
-    return OutputLayer(node, _leaf(weight), node._saved_mat2.T, 0, has_bias=bias)
+        return OutputLayer(node, weight, node._saved_mat1, -1, has_bias=bias)
+    return OutputLayer(node, weight, node._saved_mat2.T, 0, has_bias=bias)
 
 
-def _read_mm(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_mm(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     if position == 1:
-        return OutputLayer(node, _leaf(weight), node._saved_self, -1)
-    return OutputLayer(node, _leaf(weight), node._saved_mat2.T, 0)
+        return OutputLayer(node, weight, node._saved_self, -1)
+    return OutputLayer(node, weight, node._saved_mat2.T, 0)
 
 
-def _read_bmm(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_bmm(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     last = position == 1
-    return OutputLayer(node, _leaf(weight), node._saved_self if last else node._saved_mat2, -1 if last else 1)
+    return OutputLayer(node, weight, node._saved_self if last else node._saved_mat2, -1 if last else 1)
 
 
-def _read_baddbmm(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_baddbmm(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     last = position == 2
     inputs = node._saved_batch1 if last else node._saved_batch2
-    return OutputLayer(node, _leaf(weight), inputs, -1 if last else 1, has_bias=_has_bias(node, 0))
+    return OutputLayer(node, weight, inputs, -1 if last else 1, has_bias=_has_bias(node, 0))
 
 
-def _read_mv(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_mv(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     if position == 1:  # a vector of weights: one output a row
-        return OutputLayer(node, _leaf(weight), node._saved_self, 1)
-    return OutputLayer(node, _leaf(weight), node._saved_vec[None], 0)
+        return OutputLayer(node, weight, node._saved_self, 1)
+    return OutputLayer(node, weight, node._saved_vec[None], 0)
 
 
-def _read_addmv(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_addmv(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     bias = _has_bias(node, 0)
     if position == 2:
-        return OutputLayer(node, _leaf(weight), node._saved_mat, 1, has_bias=bias)
-    return OutputLayer(node, _leaf(weight), node._saved_vec[None], 0, has_bias=bias)
+        return OutputLayer(node, weight, node._saved_mat, 1, has_bias=bias)
+    return OutputLayer(node, weight, node._saved_vec[None], 0, has_bias=bias)
 
 
-def _read_dot(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_dot(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     inputs = node._saved_self if position == 1 else node._saved_tensor
-    return OutputLayer(node, _leaf(weight), inputs[None], 1)
+    return OutputLayer(node, weight, inputs[None], 1)
 
 
-def _read_trilinear(node: Any, position: int, weight: Any) -> OutputLayer:
+def _read_trilinear(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
     # The features of a bilinear map are the products of those of both inputs.
     first, second = (part.flatten(1).norm(dim=1) for part in (node._saved_i1, node._saved_i3))
-    return OutputLayer(node, _leaf(weight), (first * second)[:, None], -1)
+    return OutputLayer(node, weight, (first * second)[:, None], -1)
 
 
-def _read_convolution(node: Any, position: int, weight: Any) -> OutputLayer:
-    leaf = _leaf(weight)
-    kernel = (leaf.shape if isinstance(leaf, Tensor) else node._saved_weight.shape)[2:]
+def _read_convolution(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
+    weight_node, index = node.next_functions[1]  # the weight itself is saved only if the input needs a gradient
+    kernel = weight_node._input_metadata[index].shape[2:]
     if node._saved_transposed:
         copies = math.prod(kernel)
     else:
         copies = math.prod(math.ceil(size / stride) for size, stride in zip(kernel, node._saved_stride, strict=True))
-    return OutputLayer(node, leaf, node._saved_input, 1, copies=copies, has_bias=_has_bias(node, 2))
+    return OutputLayer(node, weight, node._saved_input, 1, copies=copies, has_bias=_has_bias(node, 2))
 
 
-def _read_embedding(node: Any, position: int, weight: Any) -> OutputLayer:
-    return OutputLayer(node, _leaf(weight), None, -1)
+def _read_embedding(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
+    return OutputLayer(node, weight, None, -1)
 
 
 _AFFINE = {
@@ -186,29 +210,3 @@ _AFFINE = {
     "ConvolutionBackward0": _Affine((0, 1), _read_convolution),
     "EmbeddingBackward0": _Affine((0,), _read_embedding),
 }
-
-
-def parameters_of(weight: Any) -> list[Tensor]:
-    """The parameters that the weight of an output layer is, or is computed from."""
-    if isinstance(weight, Tensor):
-        return [weight]
-    stack, seen, found = [weight], set(), list[Tensor]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack.extend(nodes_below(node))
-    return found
-
-
-def _leaf(node: Any) -> Any:
-    """The parameter behind views, by which calls of one layer are told; the node of a weight that is computed."""
-    while not hasattr(node, "variable"):
-        below = nodes_below(node)
-        if len(below) != 1:
-            return node
-        node = below[0]
-    return node.variable
