@@ -14,13 +14,14 @@ from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
+from lit_lipschitz.rules import papers
 
 
 def check_measured(policy: Policy, options: Options) -> None:
     """Refuses arguments that have no meaning with ``loss="measured"``.
 
     Raises:
-        ConfigurationError: An argument has another value than its default.
+        ConfigurationError: An argument has another value than its default, or the rule is one of the paper's.
     """
     expected = {
         "bound": (policy.bound, "strict"),
@@ -37,6 +38,12 @@ def check_measured(policy: Policy, options: Options) -> None:
                 "in the outputs is measured while training and belongs to no other family, norm or head; leave "
                 f"{name}= out"
             )
+    if policy.rule in (names := [info.name for info in papers.RULES]):
+        raise ConfigurationError(
+            f"LipschitzLR(loss='measured', rule={policy.rule!r}): expected a rule of the optimizer, and found one of "
+            f"the paper's ({', '.join(map(repr, names))}), which has no use for a measured gradient norm; leave rule= "
+            "out"
+        )
 
 
 class MeasuredFinder:
