@@ -68,7 +68,13 @@ class MeasuredFinder:
                 "none that train; return a loss that depends on a Linear, a convolution, an embedding or a product "
                 "with a parameter, and leave the last layer and the loss out of torch.compile"
             )
+        before = self.hooks.name
         self.hooks.name_layers(layers)
+        if self.hooks.name != before:
+            loop.notify(
+                f"LipschitzLR: the constant of the loss is measured at the output layers {self.hooks.name}, an "
+                "estimate and no proven bound"
+            )
         loss = Loss("measured")
         return FoundHeads(self.hooks, loss, 1, FoundLoss(loss))
 

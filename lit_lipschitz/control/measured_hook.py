@@ -37,7 +37,7 @@ class MeasuredHook:
         """Takes the names of the output layers' modules, or of their parameters."""
         names = {id(parameter): name for name, parameter in self._target.model.named_parameters()}
         found = [names[id(p)] for layer in layers for p in layer.parameters if id(p) in names]
-        self.name = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in found)) or _HEAD
+        self.name = ", ".join(dict.fromkeys(map(_module_of, found))) or _HEAD
 
     def owns(self, weight: Tensor) -> bool:
         """Whether the optimizer trains a weight."""
@@ -74,3 +74,9 @@ class MeasuredHook:
                 "loss='measured'; resume with the loss= that it was saved with, or pass restore=False to measure again"
             )
         self.statistic.load_state_dict(state["statistic"])
+
+
+def _module_of(name: str) -> str:
+    """The name of the module that a parameter belongs to, or that of a parameter of the network itself."""
+    module, parametrised, _ = name.rpartition(".parametrizations.")
+    return module if parametrised else name.rpartition(".")[0] or name

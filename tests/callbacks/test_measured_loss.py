@@ -1,6 +1,7 @@
 """``LipschitzLR(loss="measured")``: losses that are not recognised train, with constants that autograd confirms."""
 
 import copy
+import logging
 import math
 
 import lightning as L
@@ -77,6 +78,19 @@ def test_a_loss_that_is_not_recognised_trains(loss, optimizer):
     first, last = sum(module.losses[:6]), sum(module.losses[-6:])
     assert last < 0.8 * first
     assert callback.head_name == "net.2"
+
+
+def test_it_says_once_where_it_measures(caplog):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(16, CLASSES)))
+    module = Own()
+    module.net = net
+    with caplog.at_level(logging.INFO):
+        trainer(LipschitzLR(loss="measured")).fit(module, loader())
+    said = [record.getMessage() for record in caplog.records if "is measured at" in record.getMessage()]
+    assert said == [
+        "LipschitzLR: the constant of the loss is measured at the output layers net.2, an estimate and no proven bound"
+    ]
 
 
 @pytest.mark.parametrize("loss", [focal, masked_rows])

@@ -207,3 +207,43 @@ def test_calls_of_a_layer_whose_weight_is_computed_count_together():
         backward(outputs, focal(head(inputs), targets) / 2)
     outputs.end_step()
     assert packed(outputs)[1] == 12
+
+
+def some_loss(generator):
+    """Random output layers, masks, factors and reductions: the layers, and a loss of a batch."""
+
+    def below(count):
+        return int(torch.randint(count, (), generator=generator))
+
+    bias, kinds = bool(below(2)), [below(4) for _ in range(1 + below(2))]
+    makes = (
+        lambda: nn.Linear(16, 3, bias=bias),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3, stride=1 + below(2), bias=bias)),
+        lambda: nn.Sequential(nn.Unflatten(1, (4, 4)), nn.ConvTranspose1d(4, 2, 3, stride=1 + below(2), bias=bias)),
+        lambda: nn.Sequential(nn.Unflatten(1, (4, 4)), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))),
+    )
+    heads, body = nn.ModuleList(makes[kind]() for kind in kinds), nn.Linear(5, 16)
+    reduce = (torch.mean, torch.sum, lambda values: values.square().sum().sqrt(), torch.logsumexp)[below(4)]
+    act, factor, kept = (torch.tanh, torch.exp, torch.square)[below(3)], 10.0 ** (below(5) - 2), 1 + below(6)
+
+    def loss(inputs):
+        hidden = torch.tanh(body(inputs))
+        rows = [act(head(hidden))[:kept].flatten() for head in heads]
+        return factor * sum(reduce(row, 0) if reduce is torch.logsumexp else reduce(row) for row in rows)
+
+    return heads, loss
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_gradient_in_the_weights_never_exceeds_the_product(seed):
+    torch.manual_seed(seed)
+    heads, loss = some_loss(torch.Generator().manual_seed(seed))
+    outputs = MeasuredOutputs(CPU)
+    for count in (4, 6):  # two backwards of one step
+        backward(outputs, loss(torch.randn(count, 5)))
+    outputs.end_step()
+    size, square = packed(outputs)[0], moments(outputs)[0]
+    weights = [p for head in heads for name, p in head.named_parameters() if "parametrizations" not in name]
+    gradient = math.sqrt(sum(p.grad.square().sum().item() for p in weights))
+    assert 0 <= gradient <= size * math.sqrt(square) * (1 + 1e-4)
+    assert size * math.sqrt(square) > 0
