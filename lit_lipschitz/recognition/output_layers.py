@@ -40,10 +40,12 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
         if node is None or node in seen:
             continue
         seen.add(node)
+        if parameters.contains(node):
+            continue
         layer = _affine_call(node, parameters)
         if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
             layers.append(layer)
-        elif not parameters.contains(node):
+        else:
             stack.extend(nodes_below(node))
     return layers
 
@@ -78,8 +80,7 @@ class _ParameterGraphs:
                 # An input may require gradients too, as for a gradient penalty.
                 self._known[current] = isinstance(current.variable, nn.Parameter)
                 continue
-            # A product with data that needs no gradient is a map of the data, an elementwise one may be a mask.
-            if current.name() in _LOOKUPS or (current.name() in _AFFINE and None in _factors(current)):
+            if _uses_data(current):
                 self._known[current] = False
                 continue
             below = nodes_below(current)
@@ -89,6 +90,18 @@ class _ParameterGraphs:
             else:
                 self._known[current] = bool(below) and all(self._known[operand] for operand in below)
         return self._known[node]
+
+
+def _uses_data(node: Any) -> bool:
+    """Whether a node has data as an input; what needs no gradient in an elementwise product may be a mask."""
+    if node.name() in _LOOKUPS:
+        return True
+    if node.name() not in _AFFINE:
+        return False
+    factors = _factors(node)
+    # A weight times a single vector is a step of the power iteration of a spectral norm.
+    power_iteration = node.name() == "DotBackward0" or (node.name() == "MvBackward0" and factors[0] is not None)
+    return None in factors and not power_iteration
 
 
 def _factors(node: Any) -> list[Any]:

@@ -99,6 +99,18 @@ def test_two_heads_of_two_losses():
     assert layers == {ids(classes.weight), ids(values.weight)}
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: nn.Conv1d(4, 3, 1)])
+def test_a_weight_with_spectral_norm(norm, make):
+    head = norm(make())
+    below = nn.Conv1d(2, 4, 1)
+    hidden = below(rows(5, 2, 4)).relu()
+    (weight,) = (parameter for name, parameter in head.named_parameters() if "bias" not in name)
+    layers, (layer,) = found(head(hidden).exp().mean())
+    assert layers == {ids(weight)}
+    assert torch.equal(layer.inputs.reshape(hidden.shape), hidden)
+
+
 def test_a_weight_that_is_computed_from_parameters():
     head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     magnitude, direction = head.parametrizations.weight.original0, head.parametrizations.weight.original1
