@@ -57,7 +57,7 @@ class LipschitzLR(Callback):
         loss: ``"auto"`` finds the loss in the autograd graph of the first step. With a name of
             ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in a sum are considered; if there are none, the loss
             is assumed to be the mean of that loss with torch's defaults. ``"measured"`` takes any loss: it measures the
-            gradient norm in the outputs of the output layers, which gives an estimate of L and no proven bound.
+            gradient norm in the outputs of the output layers, which gives an estimate of L and not a proven bound.
         head: ``"auto"``, or the name of the last affine layer as in ``named_modules()``.
         bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
             estimate of arXiv 1902.07399.

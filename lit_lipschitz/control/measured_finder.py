@@ -73,7 +73,7 @@ class MeasuredFinder:
         if self.hooks.name != before:
             loop.notify(
                 f"LipschitzLR: the constant of the loss is measured at the output layers {self.hooks.name}, an "
-                "estimate and no proven bound"
+                "estimate and not a proven bound"
             )
         loss = Loss("measured")
         return FoundHeads(self.hooks, loss, 1, FoundLoss(loss))

@@ -31,8 +31,8 @@ _COEFFICIENTS = {
 _MEASURED = {
     "m": "rows of the outputs that have a gradient",
     "K_z": "norm of the output layers' inputs in these rows",
-    "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, no bound",
-    "L": "measured constant of the loss in the weights of the output layers, an estimate and no bound",
+    "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, not a bound",
+    "L": "measured constant of the loss in the weights of the output layers, an estimate, not a bound",
 }
 _CONSTANTS = {
     "paper": "the paper's estimate of the Lipschitz constant of the loss",

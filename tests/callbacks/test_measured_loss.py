@@ -89,7 +89,8 @@ def test_it_says_once_where_it_measures(caplog):
         trainer(LipschitzLR(loss="measured")).fit(module, loader())
     said = [record.getMessage() for record in caplog.records if "is measured at" in record.getMessage()]
     assert said == [
-        "LipschitzLR: the constant of the loss is measured at the output layers net.2, an estimate and no proven bound"
+        "LipschitzLR: the constant of the loss is measured at the output layers net.2, an estimate and not a proven "
+        "bound"
     ]
 
 

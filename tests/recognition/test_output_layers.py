@@ -142,14 +142,14 @@ def test_frozen_layers_and_those_of_another_optimizer_are_passed():
     assert found(critic(generator(rows(5, 6))).mean())[0] == {ids(generator.weight)}
 
 
-def test_a_penalty_of_the_parameters_is_no_layer_and_a_loss_without_one_has_none():
+def test_a_penalty_of_the_parameters_is_not_a_layer_and_a_loss_without_one_has_none():
     head = nn.Linear(6, 3)
     penalty = sum(p.square().sum() for p in head.parameters())
     assert found(head(rows(5, 6)).exp().mean() + penalty)[0] == {ids(head.weight)}
     assert found(penalty)[1] == []
 
 
-def test_inputs_that_require_gradients_are_no_parameters():
+def test_inputs_that_require_gradients_are_not_parameters():
     below, head = body(), nn.Linear(4, 3)
     assert found(head(below(rows(5, 6).requires_grad_())).exp().mean())[0] == {ids(head.weight)}
 
