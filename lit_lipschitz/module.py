@@ -143,11 +143,7 @@ class ImageClassifier(L.LightningModule):
             self.network.compile(mode=self.compile_mode)
 
     def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
-        """Checks that the network accepts images of shape (channels, height, width), and has an output for each class.
-
-        Raises:
-            ConfigurationError: It doesn't.
-        """
+        """Raises a ConfigurationError unless the network takes images of a shape and has an output for each class."""
         modes = [(module, module.training) for module in self.network.modules()]
         try:
             with torch.no_grad():

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,23 +19,14 @@ REAL_DATA = os.environ.get("LIT_LIPSCHITZ_DATA")
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each test runs in an empty folder, with a seed, without the caller's data and without Lightning's advice."""
+    """Each test runs in an empty folder, with a seed and without the caller's data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_LIPSCHITZ_DATA", raising=False)
     for name in LIGHTNING_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
-    with warnings.catch_warnings():
-        for advice in (
-            "does not have many workers",
-            "LeafSpec",
-            "smaller than the logging interval",
-            "have no `val_dataloader`",
-            "exists and is not empty",
-        ):
-            warnings.filterwarnings("ignore", f".*{advice}.*")
-        yield
+    yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     if "torch._dynamo" in sys.modules:

@@ -9,6 +9,7 @@ References:
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,10 +27,8 @@ class AveragedWeights(Callback):
     """Evaluates and saves the averaged weights of Schedule-Free optimizers, for any LightningModule.
 
     An optimizer is Schedule-Free where it has methods ``train`` and ``eval`` and a ``train_mode`` in its parameter
-    groups, like those of the package schedulefree. It is in training mode during training batches, and in evaluation
-    mode from the start of a validation or the end of an epoch until the next batch. Other optimizers are left alone,
-    and a module may still switch the modes itself.
-
+    groups, like those of the package schedulefree. It is in evaluation mode from the start of a validation or the end
+    of an epoch until the next training batch. Other optimizers are left alone, and a module may switch modes itself.
     BatchNorm layers that train have their statistics measured again for the averaged weights
     (:func:`~lit_lipschitz.training_pass.reestimate_batch_norm`).
 
@@ -38,7 +37,7 @@ class AveragedWeights(Callback):
     training weights, and evaluating it gives a warning.
 
     :class:`~lit_lipschitz.LipschitzLR` and :class:`~lit_lipschitz.ImageClassifier` add this callback themselves. It
-    runs before the other callbacks, wherever it stands among them.
+    runs before the other callbacks.
 
     Example:
         >>> import lightning as L
@@ -160,10 +159,8 @@ class _SaveHook:
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         _save_averages(self.module, checkpoint)
-        if self.replaced is None:
-            type(self.module).on_save_checkpoint(self.module, checkpoint)
-        else:
-            self.replaced(checkpoint)
+        replaced = self.replaced or partial(type(self.module).on_save_checkpoint, self.module)
+        replaced(checkpoint)
 
     @classmethod
     def install(cls, module: LightningModule) -> None:

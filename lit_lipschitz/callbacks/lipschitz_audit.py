@@ -25,10 +25,10 @@ class LipschitzAudit(Callback):
     compared with the constant L from which this step's learning rate is computed. This costs one host read per audited
     step; other steps cost nothing.
 
-    Every logger of the trainer gets ``audit/<layer>/ratio`` (norm / L) and ``audit/largest_is_head`` (1 or 0, by norm),
-    and ``audit/largest_layer``, the index of the largest one among the rows of the table, from 0. If a step has no L,
-    or one that bounds the Hessian (``bound="smooth"``), ``audit/<layer>/gradient``, the norm, replaces the ratio. A
-    table of the layers and the conclusions are printed on stderr at the end of fit; :meth:`summary` has the numbers.
+    Every logger of the trainer gets ``audit/<layer>/ratio`` (norm / L), ``audit/largest_is_head`` (1 or 0, by norm) and
+    ``audit/largest_layer``, the index of the largest one among the rows of the table, from 0. In a step without an L,
+    or with one that bounds the Hessian (``bound="smooth"``), ``audit/<layer>/gradient``, the norm, replaces the ratio.
+    A table of the layers and the conclusions are printed on stderr at the end of fit; :meth:`summary` has the numbers.
 
     - Gradients are read as the optimizer's step begins: accumulated, unscaled, averaged over the ranks, before
       clipping. Coupled weight decay, which the optimizer adds inside its step, is included in L alone.

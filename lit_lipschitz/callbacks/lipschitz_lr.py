@@ -38,6 +38,7 @@ else:
     LossOrAuto = Literal[_LOSSES]  # so that the command line offers the losses that are registered by now
 
 
+# What a resumed run must have in common with the saved one.
 _SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure", "weights")
 
 
@@ -78,18 +79,19 @@ class LipschitzLR(Callback):
         dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
         restore: Continue from the state in a checkpoint; False measures again.
         on_nonfinite: If the loss, the activations or the constant are not finite, or the constant is 0: ``"keep"`` the
-            last rate and warn once, or ``"raise"``, with the step and the ranks. All ranks notice at the next update or
-            the end of the epoch, after the parameters have moved; one process on the CPU notices a loss before they do.
-            It affects the optimizers whose heads the loss goes through, or all if its graph shows none.
+            last rate and warn once, or ``"raise"``; the message names the step, the ranks and the last rate. All ranks
+            notice at the next update or the end of the epoch, after the parameters have moved; one process on the CPU
+            notices a loss before they do. It affects the optimizers whose heads the loss goes through, or all if its
+            graph shows none.
         schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run and linear decay to 0
             (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or if the length of the run is
             unknown, as with a limit of time or a changing number of accumulated batches. Schedule-Free AdamW has the
-            warm-up alone, and none if it has ``warmup_steps``. With a squared error the rate is damped where only noise
+            warm-up alone, and none if it has ``warmup_steps``. With a squared error the rate is damped once only noise
             is left (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`). ``"none"``: constant between updates.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
-            ``"parameters"`` of the optimizer, or ``"all"`` tensors of the network, as in the authors' scripts.
+            ``"parameters"`` of the optimizer, or ``"all"`` tensors with moving statistics, as in the authors' scripts.
         second_moment: For the paper's method. Estimate of L^2 in the rules of RMSprop and Adam
             (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the rules of the authors'
             scripts and ``"constant"`` for others.
@@ -305,7 +307,6 @@ class LipschitzLR(Callback):
                 logger.log_metrics(metrics, step=loop.step - 1)
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the saved one."""
         values = {**vars(self.policy), **vars(self.options)}
         return {name: values[name] for name in _SETTINGS}
 

@@ -27,14 +27,15 @@ class TrainerFacts:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
         writes_lr = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._constants: tuple[Any, ...] = (
             trainer.strategy.root_device,
             trainer.global_rank,
             trainer.world_size,
-            _scaler_of(trainer) is not None,
+            scaler is not None,
             "StochasticWeightAveraging" if writes_lr else "",
-            partial(_loss_scale, trainer),
-            partial(_grad_scale, trainer),
+            partial(_loss_scale, trainer, scaler),
+            partial(_grad_scale, scaler),
             partial(_total_steps, trainer, module),
             partial(trainer.strategy.reduce, reduce_op="max"),
             rank_zero_info,
@@ -86,10 +87,7 @@ def logging_interval(trainer: Trainer) -> int:
 
 
 def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a checkpoint may be saved after this batch, as far as all ranks know alike.
-
-    That is every so many steps, with a validation that follows, and at the end of the epoch.
-    """
+    """Whether a checkpoint is saved after some steps, before a validation or at the epoch's end, as all ranks know."""
     step = trainer.global_step
     intervals: Sequence[int] = [getattr(c, "_every_n_train_steps", 0) or 0 for c in trainer.checkpoint_callbacks]
     due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
@@ -97,22 +95,16 @@ def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
     return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
 
 
-def _scaler_of(trainer: Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _loss_scale(trainer: Trainer) -> float | Tensor:
+def _loss_scale(trainer: Trainer, scaler: Any) -> float | Tensor:
     """Lightning divides by the number of accumulated batches, then a GradScaler multiplies, on the device."""
-    scaler = _scaler_of(trainer)
     if scaler is None:
         return 1.0 / trainer.accumulate_grad_batches
     scale = getattr(scaler, "_scale", None)
     return (scaler.get_scale() if scale is None else scale) / trainer.accumulate_grad_batches
 
 
-def _grad_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
+def _grad_scale(scaler: Any, optimizer: Optimizer) -> float | Tensor:
     """A fused optimizer divides by the GradScaler's scale within its step; other gradients are unscaled before."""
-    scaler = _scaler_of(trainer)
     fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     return scaler.get_scale() if fused else 1.0
 

@@ -119,11 +119,8 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         return self._training
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the training in its epoch.
-
-        Lightning saves the loader's state too, but does not restore it if the number of batches was requested before
-        the checkpoint was loaded, as for the length of a scheduler.
-        """
+        """Position of the training in its epoch."""
+        # Lightning does not restore the loader's state if a scheduler's length was requested before.
         return self._training.state_dict() if self._training is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

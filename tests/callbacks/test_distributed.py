@@ -129,6 +129,7 @@ def test_the_same_global_batch_gives_the_same_rate_up_to_the_bounds_tightness(se
         assert max(every) < {2: 1.35, 4: 2.0}[pieces]
 
 
+@pytest.mark.filterwarnings("ignore:LipschitzLR. 1 batches had non-finite activations")
 def test_a_rank_with_activations_that_are_not_finite_changes_nothing_about_agreement():
     class Poisoned(Classifier):
         def training_step(self, batch, batch_idx):

@@ -67,6 +67,7 @@ def test_without_a_scheduler_the_rate_stays_to_be_seen():
     assert writer.write(1.0) == pytest.approx([1.0, 0.2])
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # as after a scaler's first, skipped step
 def test_a_step_that_a_scaler_skips_leaves_the_schedulers_value():
     ours = optimizer()
     scheduler = schedulers.ExponentialLR(ours, 0.5)
