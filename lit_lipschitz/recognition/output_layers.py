@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_lipschitz.recognition.autograd_nodes import nodes_below
+from lit_lipschitz.recognition.autograd_nodes import leaf_of, nodes_below
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
         if node is None or node in seen:
             continue
         seen.add(node)
-        if parameters.contains(node):
-            continue
         layer = _affine_call(node, parameters)
         if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
             layers.append(layer)
@@ -94,14 +92,18 @@ class _ParameterGraphs:
 
 def _uses_data(node: Any) -> bool:
     """Whether a node has data as an input; what needs no gradient in an elementwise product may be a mask."""
-    if node.name() in _LOOKUPS:
+    name = node.name()
+    if name in _LOOKUPS:
         return True
-    if node.name() not in _AFFINE:
-        return False
+    if "Norm" in name or "Rnn" in name:  # a normalisation or a recurrent layer of inputs
+        return node.next_functions[0][0] is None
+    return name in _AFFINE and None in _factors(node) and not _is_power_iteration(node)
+
+
+def _is_power_iteration(node: Any) -> bool:
+    """Whether a node is a parameter times a single constant vector, as in a spectral norm."""
     factors = _factors(node)
-    # A weight times a single vector is a step of the power iteration of a spectral norm.
-    power_iteration = node.name() == "DotBackward0" or (node.name() == "MvBackward0" and factors[0] is not None)
-    return None in factors and not power_iteration
+    return None in factors and (node.name() == "DotBackward0" or (node.name() == "MvBackward0" and factors[1] is None))
 
 
 def _factors(node: Any) -> list[Any]:
@@ -120,10 +122,12 @@ class _Affine:
 def _affine_call(node: Any, parameters: _ParameterGraphs) -> OutputLayer | None:
     """The call of an affine map; None for other nodes, and for products without a weight, as in attention."""
     kind = _AFFINE.get(node.name())
-    if kind is None:
+    if kind is None or _is_power_iteration(node):
         return None
-    pairs = zip(kind.factors, _factors(node), strict=True)
-    weights = [position for position, factor in pairs if parameters.contains(factor)]
+    pairs = [(i, node.next_functions[i][0]) for i in kind.factors]
+    weights = [i for i, factor in pairs if factor is not None and isinstance(leaf_of(factor), nn.Parameter)]
+    if len(weights) != 1:  # the weight is computed, or a factor is one of several parameters
+        weights = [i for i, factor in pairs if parameters.contains(factor)]
     others = [position for position in kind.factors if position not in weights]
     if not weights or (not others and len(kind.factors) > 1):
         return None

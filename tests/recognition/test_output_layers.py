@@ -168,3 +168,49 @@ def test_a_convolution_of_images_with_a_computed_weight():
     layers, (layer,) = found(head(rows(2, 2, 8, 8)).exp().mean())
     assert layers == {ids(magnitude, direction)}
     assert layer.copies == 15
+
+
+class Scaled(nn.Module):
+    """Inputs times a parameter, plus one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, inputs):
+        return inputs * self.scale + self.shift
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, inputs):
+        return self.layer(inputs[:, None])[0][:, -1]
+
+
+FIRST = {"batch norm": lambda: nn.BatchNorm1d(6), "layer norm": lambda: nn.LayerNorm(6), "LSTM": Last, "scaled": Scaled}
+
+
+# Behind a weight that is computed, an elementwise product with data looks like a mask of the weight.
+@pytest.mark.parametrize(
+    ("first", "normed"), [*((name, False) for name in FIRST), *((name, True) for name in list(FIRST)[:3])]
+)
+def test_a_first_layer_of_inputs_without_gradients_is_not_a_weight(first, normed):
+    make, head = FIRST[first](), nn.Linear(6, 3)
+    head = nn.utils.parametrizations.weight_norm(head) if normed else head
+    weights = [parameter for name, parameter in head.named_parameters() if name != "bias"]
+    hidden = make(rows(5, 6))
+    layers, (layer,) = found(head(hidden).exp().mean())
+    assert layers == {ids(*weights)}
+    assert torch.equal(layer.inputs, hidden)
+
+
+def test_penalties_of_weights_are_passed():
+    head, other = nn.utils.spectral_norm(nn.Linear(6, 3)), nn.Linear(6, 6)
+    loss = head(rows(5, 6)).exp().mean()
+    orthogonal = (other.weight @ other.weight.T - torch.eye(6)).square().sum()
+    assert found(loss + head.weight.square().sum() + orthogonal)[0] == {ids(head.weight_orig)}
