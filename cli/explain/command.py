@@ -19,6 +19,7 @@ from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.cli.output import fail, to_json
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.measurement.head_hooks import HeadHook
 from lit_lipschitz.recognition.heads import head_size
 from lit_lipschitz.rules.registry import RULES
 
@@ -158,11 +159,15 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
 def _head(controller: Controller) -> dict[str, Any] | None:
     if controller.found is None:
         return None
-    head = controller.found.hook.head
+    hook = controller.found.hook
+    if not isinstance(hook, HeadHook):
+        return {"name": hook.name, "class": None, "inputs": None, "bias": None, "outputs": None,
+                "how": "found in the autograd graph"}  # fmt: skip
+    head = hook.head
     width, outputs = head_size(head)
     bias = getattr(head, "bias", None) is not None
     how = "found" if controller.options.head == "auto" else "named by head="
-    return {"name": controller.found.hook.name, "class": type(head).__name__, "inputs": width, "bias": bias,
+    return {"name": hook.name, "class": type(head).__name__, "inputs": width, "bias": bias,
             "outputs": outputs, "how": how}  # fmt: skip
 
 
@@ -171,4 +176,5 @@ def _loss(controller: Controller) -> dict[str, Any] | None:
         return None
     loss = controller.found.loss
     how = "found in the autograd graph" if controller.options.loss_name is None else "named by loss="
+    how = "not recognised: measured" if controller.options.measured else how
     return {"name": loss.name, "reduction": loss.reduction, "arguments": dict(loss.arguments), "how": how}

@@ -25,8 +25,15 @@ def _line(symbol: str, words: str) -> str:
     )
 
 
+def _is_measured(one: dict[str, Any]) -> bool:
+    """Whether the loss was not recognised, and its constant is measured."""
+    return bool(one["loss"]) and one["loss"]["name"] == "measured"
+
+
 def _found(one: dict[str, Any]) -> list[Row]:
     rows = []
+    if _is_measured(one):
+        return [("layers", f"{one['head']['name']}, {one['head']['how']}"), ("loss", one["loss"]["how"])]
     if head := one["head"]:
         bias = "a bias" if head["bias"] else "no bias"
         rows.append(("head", f"{head['name']}, a {head['class']} of {head['inputs']} inputs, {head['outputs']} outputs "
@@ -49,7 +56,7 @@ def _constant(one: dict[str, Any]) -> list[Row]:
     return [
         *(_row(term, notes.get(term["symbol"], "")) for term in before if term["symbol"] not in ("data", "l2")),
         ("", ""),
-        ("L", f"{constant['meaning']}, the {one['bound']} family"),
+        ("L", constant["meaning"] if _is_measured(one) else f"{constant['meaning']}, the {one['bound']} family"),
         ("", f"= {one['formula']}"),
         ("", f"= {filled}"),
         ("", f"= {values['data']} + {values['l2']}"),
@@ -62,6 +69,8 @@ def _notes(one: dict[str, Any], m: float) -> dict[str, str]:
     accumulated, ranks = one["accumulation"], one["ranks"]
     ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
     how = ", in a pass over the training set" if one["measure"] == "pass" else ""
+    if _is_measured(one):
+        return {"m": f": {m / ranks:g} in a step x {ranks} ranks", "W": f" ({one['weights']})"}
     return {
         "m": f": {m / accumulated / ranks:g} in a batch x {accumulated} accumulated batches x {ranks} ranks",
         "K_z": ones + how,

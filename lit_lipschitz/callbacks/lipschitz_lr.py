@@ -21,6 +21,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
+from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.state import OTHER_VERSION
@@ -30,7 +31,7 @@ from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
 
-_LOSSES, _RULES = ("auto", *bounds.LOSSES), ("auto", *RULES)
+_LOSSES, _RULES = ("auto", "measured", *bounds.LOSSES), ("auto", *RULES)
 if TYPE_CHECKING:
     LossOrAuto = str
     RuleOrAuto = str
@@ -56,7 +57,8 @@ class LipschitzLR(Callback):
     Args:
         loss: ``"auto"`` finds the loss in the autograd graph of the first step. With a name of
             ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in a sum are considered; if there are none, the loss
-            is assumed to be the mean of that loss with torch's defaults.
+            is assumed to be the mean of that loss with torch's defaults. ``"measured"`` takes any loss: it measures the
+            gradient norm in the outputs of the output layers, which gives an estimate of L and not a proven bound.
         head: ``"auto"``, or the name of the last affine layer as in ``named_modules()``.
         bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
             estimate of arXiv 1902.07399.
@@ -136,6 +138,8 @@ class LipschitzLR(Callback):
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
+        if self.options.measured:
+            check_measured(self.policy, self.options)
         if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
             raise ConfigurationError(
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"

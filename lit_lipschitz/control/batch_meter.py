@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_lipschitz.control.head_finder import FoundHeads
+from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.measurement.residuals import RunningResiduals
+from lit_lipschitz.measurement.head_hooks import HeadHook
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.affine import same_weight
 from lit_lipschitz.recognition.heads import output_rows
@@ -21,37 +22,54 @@ class BatchMeter:
     """Measures each batch by the head and the loss that were found, and adds up residuals of a squared error."""
 
     def __init__(
-        self, found: FoundHeads, policy: Policy, options: Options, target: Target, residuals: RunningResiduals
+        self,
+        found: FoundHeads,
+        hook: HeadHook,
+        policy: Policy,
+        options: Options,
+        target: Target,
+        updater: RateUpdater,
     ) -> None:
-        self._found, self._policy, self._residuals = found, policy, residuals
+        self._found, self._hook, self._policy, self._running = found, hook, policy, options.running
+        self._residuals, self._estimator = updater.statistics.residuals, updater.estimator
         self._only_optimizer, self._named_loss = target.is_only, options.loss_name is not None
 
-    def read(self, graph: LossGraph) -> BatchLoss | None:
+    def measure(self, graph: LossGraph, loop: LoopFacts) -> None:
+        """Measures a batch by its loss, whose backward is about to begin."""
+        estimator = self._estimator
+        watches = estimator is not None and estimator.needs_logit_grads and estimator.due
+        batch = self._read(graph) if self._running or watches else None
+        if estimator is not None and watches and batch is not None:
+            self._watch_gradients(graph, batch, estimator)
+        if self._running:
+            self._finish(batch, loop)
+
+    def _read(self, graph: LossGraph) -> BatchLoss | None:
         """The loss of a batch; None if the graph shows another one."""
         found = self._found
-        head = found.hook.weight if self._named_loss else None
+        head = self._hook.weight if self._named_loss else None
         trace = found.recognised.concatenated or bool(found.recognised.unrecognised)
         return graph.batch(found.loss.name, found.num_outputs, head=head, trace=trace)
 
-    def watch_gradients(self, graph: LossGraph, batch: BatchLoss, estimator: StepScaleEstimator) -> None:
+    def _watch_gradients(self, graph: LossGraph, batch: BatchLoss, estimator: StepScaleEstimator) -> None:
         """Has the backward that is about to begin capture the gradient norms with respect to the logits."""
         found = self._found
         edges = graph.edges(found.loss.name)
-        if not hasattr(found.hook.weight, "full_tensor"):  # the graph has another tensor of a sharded head each time
+        if not hasattr(self._hook.weight, "full_tensor"):  # the graph has another tensor of a sharded head each time
             edges = [edge for edge in edges if same_weight(edge.head_weight, found.recognised.head_weight)]
         if edges:
             estimator.logit_grads.watch(batch, edges, found.loss.reduction, self._to_rows)
 
-    def finish(self, batch: BatchLoss | None, loop: LoopFacts) -> None:
+    def _finish(self, batch: BatchLoss | None, loop: LoopFacts) -> None:
         """Ends the measurement of a batch; without a loss, every row counts as an example."""
-        found, statistic = self._found, self._found.hook.statistic
+        found, statistic = self._found, self._hook.statistic
         if batch is None:
             statistic.finish()
             return
         self._add_residuals(batch, loop)
         outputs: tuple[Tensor, ...] = ()
         if found.loss.needs_output_norm(self._policy.bound):
-            outputs = tuple(output_rows(found.hook.head, part, found.num_outputs) for part in batch.outputs)
+            outputs = tuple(output_rows(self._hook.head, part, found.num_outputs) for part in batch.outputs)
         count, weight = self._count_and_weight(batch, statistic.rows, self._norm_factor(batch, loop))
         statistic.finish(count, outputs, batch.calls, weight)
 
@@ -97,7 +115,7 @@ class BatchMeter:
 
     def pass_factor(self, graph: LossGraph, loop: LoopFacts) -> float:
         """The norm factor of a pass over the training set, which sees no loss: that of the first training batch."""
-        batch, rows = self.read(graph), self._found.recognised.rows
+        batch, rows = self._read(graph), self._found.recognised.rows
         if batch is None:
             return 1.0
         if int(batch.count) < rows:
@@ -113,5 +131,5 @@ class BatchMeter:
         # If channels were moved, the only dimension of their size is theirs.
         fitting = [i for i, size in enumerate(values.shape) if size == num_outputs] if dim is None else [dim]
         if len(fitting) != 1:
-            return output_rows(self._found.hook.head, values, num_outputs)
+            return output_rows(self._hook.head, values, num_outputs)
         return values.movedim(fitting[0], -1).reshape(-1, values.shape[fitting[0]])

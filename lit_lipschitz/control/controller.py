@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_lipschitz.control.batch_meter import BatchMeter
 from lit_lipschitz.control.builtin_schedule import BuiltinSchedule
-from lit_lipschitz.control.head_finder import FoundHeads, HeadFinder
+from lit_lipschitz.control.found_heads import FoundHeads, Hooks, Meter
+from lit_lipschitz.control.head_finder import HeadFinder
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.measured_finder import MeasuredFinder
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
@@ -32,11 +33,15 @@ class Controller:
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer))
-        self._finder = HeadFinder(policy, options, target, loop.device, saved.head)
-        self.hooks = self._finder.hooks  # on what is or can be the head
+        self._finder: HeadFinder | MeasuredFinder = (
+            MeasuredFinder(target, loop.device, saved.head)
+            if options.measured
+            else HeadFinder(policy, options, target, loop.device, saved.head)
+        )
+        self.hooks: Hooks = self._finder.hooks  # on what is or can be the head
         self._schedule = self._make_schedule(loop)
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
-        self._meter: BatchMeter | None = None
+        self._meter: Meter | None = None
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
         self.rates: list[float] = []  # learning rates of the parameter groups in it
         self._batch_open = False  # whether a batch has begun that has made no loss yet
@@ -103,18 +108,10 @@ class Controller:
         if self._meter is None or (self.decision is None and not self._target.is_only):
             found = self._finder.find(graph, loop)
             if found is not None:
-                self._meter = self._measure_by(found, loop)
-                if not self.options.running:
-                    self.updater.statistics.pass_factor = self._meter.pass_factor(graph, loop)
-        meter, estimator = self._meter, self.updater.estimator
-        if meter is not None:
-            watches = estimator is not None and estimator.needs_logit_grads and estimator.due
-            batch = meter.read(graph) if self.options.running or watches else None
-            if estimator is not None and watches and batch is not None:
-                meter.watch_gradients(graph, batch, estimator)
-            if self.options.running:
-                self._batch_open = False
-                meter.finish(batch, loop)
+                self._meter = self._measure_by(found, graph, loop)
+        if self._meter is not None:
+            self._batch_open = False
+            self._meter.measure(graph, loop)
         # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
         if loop.automatic:
             self.hooks.set_mode("off")
@@ -123,13 +120,13 @@ class Controller:
         """Records whether a loss of the head is finite; shape ()."""
         self.updater.statistics.nonfinite.update(loss, loop.step)
 
-    def _measure_by(self, found: FoundHeads, loop: LoopFacts) -> BatchMeter:
-        """Measures by a head and a loss that were found from now on."""
+    def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
+        """Measures by a head and a loss that were found, in the graph if there is one, from now on."""
         if self.found is None:
             self.updater.reporter.check_lr_of_head(found.hook, self._writer.references)
-        self.found, statistics = found, self.updater.statistics
-        statistics.measure_head(found, loop.device)
-        return BatchMeter(found, self.policy, self.options, self._target, statistics.residuals)
+        self.found = found
+        self.updater.statistics.measure_head(found, loop.device)
+        return self._finder.meter(found, self.updater, graph, loop)
 
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step."""
@@ -143,14 +140,15 @@ class Controller:
             # No loss has come: the batch was skipped, or manual optimization calls backward itself.
             if loop.automatic:
                 return False
-            self._meter = self._measure_by(self._finder.find_named(), loop)
+            self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
-        self._finder.raise_deferred_error(first_step=self.decision is None)
+        self._finder.begin_step(first_step=self.decision is None)
         if not loop.automatic and self._batch_open:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
         before = self.updater.state.decision
         batches = loop.accumulated if loop.automatic else max(1, self._micro_batches)
+        batches = 1 if self.options.measured else batches  # measured over all batches of the step
         self._micro_batches = 0
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         factor = self._schedule.factor(loop) * self.damping

@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Sequence
 
+from lit_lipschitz.control.found_heads import Hook
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement
 from lit_lipschitz.control.state import ControllerState
 from lit_lipschitz.errors import LitLipschitzError
-from lit_lipschitz.measurement.head_hooks import HeadHook
 from lit_lipschitz.measurement.nonfinite import NonfiniteLosses
 
 
@@ -43,7 +43,7 @@ class Reporter:
         self._report(_unusable(measured, usable), "" if usable else f"; keeping {last}", silent=state.warned)
         state.warned = True
 
-    def check_lr_of_head(self, head: HeadHook, references: Sequence[float]) -> None:
+    def check_lr_of_head(self, head: Hook, references: Sequence[float]) -> None:
         """Warns if the configured learning rate of the head's group is larger than that of the first group."""
         groups = self._target.optimizer.param_groups
         own = [i for i, group in enumerate(groups) if any(p is head.weight for p in group["params"])]

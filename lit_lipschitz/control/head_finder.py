@@ -1,7 +1,7 @@
 """Finds the output layer (the head) and the loss whose constant controls an optimizer's learning rate."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,24 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz.control.batch_meter import BatchMeter
+from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.head_hooks import HeadHook, HeadHooks
 from lit_lipschitz.measurement.running_maximum import RunningMaximum
 from lit_lipschitz.recognition.heads import HEADS, head_rows, head_size
 from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
-
-
-@dataclass(frozen=True)
-class FoundHeads:
-    """The head and the loss of one optimizer, and how rows of the head make examples."""
-
-    hook: HeadHook  # measures the head's inputs
-    loss: Loss
-    num_outputs: int  # of the head that enter the loss, or classes
-    recognised: FoundLoss  # what the graph of the first loss showed, without its inputs; defaults if that is nothing
 
 
 class HeadFinder:
@@ -43,6 +36,7 @@ class HeadFinder:
         self._deferred_error: ConfigurationError | None = None  # why the last loss was refused
         self._refused_own = False  # whether it belonged to the head, after a step of another optimizer
         self._other_stepped = False
+        self._hook: HeadHook  # of the head that was found last
         owned = None if target.is_only else target.parameters
         statistic = partial(self._statistic, device=device)
         self.hooks = HeadHooks(target.model, options.head, statistic, device, stored, owned)
@@ -68,7 +62,7 @@ class HeadFinder:
         """Notes that another optimizer is about to step."""
         self._other_stepped = True
 
-    def raise_deferred_error(self, first_step: bool) -> None:
+    def begin_step(self, first_step: bool) -> None:
         """Raises why a loss was refused, if it belonged to the head and the previous one to another optimizer."""
         if self._refused_own and first_step and self._deferred_error is not None:
             raise self._deferred_error
@@ -117,6 +111,13 @@ class HeadFinder:
             )
         return self._select(None, None)
 
+    def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> BatchMeter:
+        """Measures by the head that was found last, whose loss has the graph."""
+        meter = BatchMeter(found, self._hook, self._policy, self._options, self._target, updater)
+        if graph is not None and not self._options.running:
+            updater.statistics.pass_factor = meter.pass_factor(graph, loop)
+        return meter
+
     def _only_affine_map(self, graph: LossGraph) -> Tensor | None:
         """The only candidate that the graph meets first, if the loss itself is not recognised."""
         weights = [weight for weight in graph.first_affine_maps if self.hooks.owns(weight)]
@@ -142,13 +143,15 @@ class HeadFinder:
             raise ConfigurationError(
                 "LipschitzLR expected a loss of the outputs of an affine layer (torch.nn.Linear or a 1x1 convolution) "
                 f"and found {' > '.join(nodes)}; {same_shape if 'Expand' in nodes else directly}, or pass head= with "
-                "the layer's name to ignore the operations after it, if they make no gradient larger"
+                "the layer's name to ignore the operations after it, if they make no gradient larger; "
+                "LipschitzLR(loss='measured') measures the constant of any loss"
             )
 
     def _select(self, found: FoundLoss | None, weight: Tensor | None) -> FoundHeads:
         """Selects the head, and checks that there is a constant for the loss of its outputs."""
         recognised = found or FoundLoss(Loss(self._options.loss))
         loss, hook = recognised.loss, self.hooks.select(weight, recognised.num_outputs)
+        self._hook = hook
         num_outputs = recognised.num_outputs or head_size(hook.head)[1]
         self._check_constant(loss, hook.name, num_outputs, sizes_known=found is not None)
         self._check_inputs(hook, recognised.inputs)

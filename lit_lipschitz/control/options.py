@@ -25,7 +25,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("loss", ("auto", *LOSSES)),
+            ("loss", ("auto", "measured", *LOSSES)),
             ("on_nonfinite", ("keep", "raise")),
             ("schedule", ("auto", "none")),
             ("measure", ("running", "pass")),
@@ -51,4 +51,9 @@ class Options:
     @property
     def loss_name(self) -> str | None:
         """The name of the loss that the user named, or None."""
-        return None if self.loss == "auto" else self.loss
+        return None if self.loss in ("auto", "measured") else self.loss
+
+    @property
+    def measured(self) -> bool:
+        """Whether the constant of the loss is measured instead of derived."""
+        return self.loss == "measured"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +27,12 @@ _COEFFICIENTS = {
     "paper": ("estimate", "the paper's estimate of the gradient norm of an example's loss in the head's outputs"),
     "strict": ("G_max", "largest gradient norm that an example's loss can have in the head's outputs"),
     "smooth": ("curvature", "largest curvature that an example's loss can have in the head's outputs"),
+}
+_MEASURED = {
+    "m": "rows of the outputs that have a gradient",
+    "K_z": "norm of the output layers' inputs in these rows",
+    "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, not a bound",
+    "L": "measured constant of the loss in the weights of the output layers, an estimate, not a bound",
 }
 _CONSTANTS = {
     "paper": "the paper's estimate of the Lipschitz constant of the loss",
@@ -53,6 +59,8 @@ class Measurement:
         mean_logit_grad_norm: Mean of that gradient norm.
         residual_rms: Root mean square of a squared error's residuals, over all numbers; 0 if not measured.
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
+        largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
+            0.
     """
 
     activation_norm: float
@@ -66,6 +74,7 @@ class Measurement:
     mean_logit_grad_norm: float = 0.0
     residual_rms: float = 0.0
     loss_factor: float = 1.0
+    largest_grad_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -286,7 +295,10 @@ class _Constant:
             num_outputs=num_outputs,
             output_norm=measured.output_norm,
         )
-        self._data = self._data_term(bound=policy.bound, norm=policy.norm)
+        if measured.largest_grad_norm:
+            self._data = measured.largest_grad_norm * measured.activation_norm / math.sqrt(measured.batch_size)
+        else:
+            self._data = self._data_term(bound=policy.bound, norm=policy.norm)
         self._l2 = bounds.l2(l2_coefficient, measured.weight_norm, bound=policy.bound)
         self.value = self._data + self._l2
 
@@ -302,7 +314,7 @@ class _Constant:
             Term("W", measured.weight_norm, "largest norm of a weight"),
             Term("lambda", self._l2_coefficient, "the weight decay that is an L2 term of the loss"),
         ]
-        if self._loss.needs_output_norm(bound):
+        if not measured.largest_grad_norm and self._loss.needs_output_norm(bound):
             terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))
         terms += [
             Term(name, self._data / size, meaning),
@@ -310,6 +322,8 @@ class _Constant:
             Term("l2", self._l2, "L2 term"),
             Term("L", self.value, _CONSTANTS[bound]),
         ]
+        if measured.largest_grad_norm:
+            terms = [replace(term, meaning=_MEASURED.get(term.symbol, term.meaning)) for term in terms[1:]]
         return f"{name} * {size_formula} + {'lambda' if bound == 'smooth' else 'lambda * W'}", tuple(terms)
 
     def _size_of_batch(self) -> tuple[str, float]:

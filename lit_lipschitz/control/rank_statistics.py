@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_lipschitz.control.head_finder import FoundHeads
+from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Measurement, Policy
@@ -84,7 +84,7 @@ class RankStatistics:
         """
         values = self.reduce(loop, lr_ratios, _UPDATE)
         (largest_weight,) = values["weight_norm"]
-        size, count, dropped, fourth_moment_norm, output_norm = values["activations"]
+        size, count, dropped, fourth_moment_norm, output_norm, *grad_norm = values["activations"]
         self.all_residuals, self._pass_weight_norm = Residuals(*values["residuals"]), None
         batches = self._world_size * accumulated
         batch_size = int(count) * batches
@@ -100,6 +100,7 @@ class RankStatistics:
             output_norm=output_norm * growth,
             residual_rms=self.all_residuals.root_mean_square if interval_over else 0.0,
             loss_factor=self.all_residuals.factor,
+            largest_grad_norm=grad_norm[0] if grad_norm else 0.0,
         )
         return self.with_step_scale(measurement)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lit_lipschitz.control.diagnostics import Reporter
-from lit_lipschitz.control.head_finder import FoundHeads
+from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy

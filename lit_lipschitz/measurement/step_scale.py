@@ -80,6 +80,7 @@ class StepScaleEstimator:
         self.scale = FlooredScale() if kind == "floored" else StepScale()
         self.restarted = False  # whether the last step began a new estimate, since other parameters train than before
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
+        self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
         self._optimizer = optimizer
         self._is_weight = None if kind == "total" else weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
@@ -124,7 +125,7 @@ class StepScaleEstimator:
             invariance = self.invariance if self.needs_logit_grads else None
             packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, invariance, self._is_weight)
         if self.needs_logit_grads:
-            packed = torch.cat([packed, self.logit_grads.pack(rank, world_size, packed.device).flatten()])
+            packed = torch.cat([packed, self.pack_logit_grads(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
 

@@ -1,6 +1,7 @@
 """Recognises a loss, and the output layer behind it, in its autograd graph; a graph of other nodes is refused."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from lit_lipschitz.recognition.autograd_nodes import (
     take_factors,
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
+from lit_lipschitz.recognition.output_layers import OutputLayer, output_layers
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ class LossGraph:
         """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
+
+    def output_layers(self, owned: Container[Tensor] | None = None) -> list[OutputLayer]:
+        """The calls of affine maps, of parameters ``owned`` if given, that the graph meets first on each path."""
+        return [] if self._root is None else output_layers(self._root, owned)
 
     @cached_property
     def first_affine_maps(self) -> list[Tensor]:
@@ -314,7 +320,8 @@ def _not_recognised(root: Any) -> str:
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
         f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if the loss is its mean, "
-        "computed in another way, or if the other terms of a sum can be ignored"
+        "computed in another way, or if the other terms of a sum can be ignored; LipschitzLR(loss='measured') measures "
+        "the constant of any loss"
     )
 
 

@@ -79,6 +79,20 @@ def test_ranks_agree_on_the_steps_of_those_that_rescale(count, optimizer):
     assert_alike(*found)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_ranks_agree_on_a_measured_loss(optimizer):
+    class Masked(Classifier):
+        def training_step(self, batch, batch_idx):
+            kept = batch[0][:, 0] > -0.5  # another number of rows on each rank
+            return F.cross_entropy(self.net(batch[0])[kept] / 0.5, batch[1][kept])
+
+    torch.manual_seed(1)
+    found = two_ranks(LipschitzLR(loss="measured"), Masked(OPTIMIZERS[optimizer]), 8, max_epochs=3)
+    assert len(found[0]["rates"]) == 18
+    assert all(0 < rate < math.inf for (rate,) in found[0]["rates"][:-1])
+    assert_alike(*found)
+
+
 @pytest.mark.parametrize("name", ["adamw", "schedule_free"])
 def test_the_same_global_batch_gives_those_that_rescale_the_same_rates(name):
     sample = {"norm": "sample"}

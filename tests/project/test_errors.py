@@ -142,6 +142,17 @@ MISTAKES = {
     "The loss is compiled": lambda: fit(
         LipschitzLR(), module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager"))
     ),
+    "An argument that has no meaning for a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
+    "A rule of the paper's for a measured loss": lambda: LipschitzLR(loss="measured", rule="adamo"),
+    "A measured loss without output layers": lambda: fit(
+        LipschitzLR(loss="measured"),
+        module=with_step(
+            torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager"), net=compiled_before().net
+        ),
+    ),
+    "A measured loss that manual_backward does not see": lambda: fit(
+        LipschitzLR(loss="measured", optimizers=0), module=manual(lambda module, loss: loss.backward())
+    ),
     "Target probabilities do not sum to 1": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, torch.ones_like(z)))
     ),
@@ -193,6 +204,7 @@ MISTAKES = {
     "measure='pass' with an update interval": lambda: LipschitzLR(measure="pass", update=10),
     "A checkpoint with other settings": lambda: checkpointed({"bound": "smooth"}, {}),
     "A checkpoint with another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
+    "A checkpoint of a recognised loss": lambda: checkpointed({}, {"loss": "measured"}),
     "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
     ),
@@ -231,6 +243,22 @@ ADVICE = {
     "A rule that needs another setting of the optimizer": {"rule": "inverse"},
     "Ignored targets with measure='pass'": {"bound": "paper", "measure": "running"},
 }
+
+
+MEASURED = (
+    "An operation between the head and the loss",
+    "The loss is a sum of several losses",
+    "The loss is not a known one",
+)
+
+
+@pytest.mark.parametrize("mistake", MEASURED)
+def test_what_a_message_says_of_measuring_works(mistake, monkeypatch):
+    assert "LipschitzLR(loss='measured')" in entries()[mistake]
+    callback = LipschitzLR(loss="measured")
+    monkeypatch.setattr(sys.modules[__name__], "LipschitzLR", lambda **_: callback)
+    MISTAKES[mistake]()
+    assert callback.rate > 0
 
 
 @pytest.mark.parametrize("mistake", ADVICE)

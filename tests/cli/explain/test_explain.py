@@ -367,3 +367,30 @@ def test_help_says_what_it_is(lit):
     assert code == 0
     for part in ("usage: lit-lipschitz explain", "--ckpt_path", "--json", "It writes nothing"):
         assert part in out
+
+
+def test_a_measured_loss_names_its_layers_and_its_numbers_multiply_out(explain, lit):
+    _, one = explain("--lipschitz.loss", "measured")
+    terms = values(one)
+    assert one["loss"]["name"] == "measured"
+    assert one["head"]["name"] == "network.head"
+    assert "k" not in terms
+    assert recompute(one) == pytest.approx(one["L"], rel=1e-6)
+    code, out, err = lit("explain", *DIGITS, "--lipschitz.loss", "measured", "--model.optimizer", "AdamW")
+    assert code == 0, err
+    for part in (
+        "layers    network.head, found in the autograd graph",
+        "loss      not recognised: measured",
+        "m         32, rows of the outputs that have a gradient: 32 in a step x 1 ranks",
+        "norm of the output layers' inputs in these rows",
+        "times m; measured, not a bound",
+        "L         measured constant of the loss in the weights of the output layers, an estimate, not a bound\n",
+        "effective number of examples in a step (Kish)",
+    ):
+        assert part in out
+
+
+def test_a_measured_loss_with_another_family_is_one_line(lit):
+    code, out, err = lit("explain", *DIGITS, "--lipschitz.loss", "measured", "--lipschitz.bound", "smooth")
+    assert (code, out) == (2, "")
+    assert "loss='measured', bound='smooth'" in err

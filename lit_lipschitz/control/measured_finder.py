@@ -1,0 +1,117 @@
+"""Controls by any loss: measures its constant in the outputs of its output layers instead of recognising it."""
+
+from typing import Any
+
+import torch
+
+from lit_lipschitz.bounds.loss_spec import Loss
+from lit_lipschitz.control.found_heads import FoundHeads
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.measured_hook import MeasuredHook
+from lit_lipschitz.control.options import Options
+from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.rate_updater import RateUpdater
+from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
+from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
+from lit_lipschitz.rules import papers
+
+
+def check_measured(policy: Policy, options: Options) -> None:
+    """Refuses arguments that have no meaning with ``loss="measured"``.
+
+    Raises:
+        ConfigurationError: An argument has another value than its default, or the rule is one of the paper's.
+    """
+    expected = {
+        "bound": (policy.bound, "strict"),
+        "norm": (policy.norm, "frobenius"),
+        "second_moment": (policy.second_moment, "auto"),
+        "head": (options.head, "auto"),
+        "measure": (options.measure, "running"),
+        "weights": (options.weights, "decayed"),
+    }
+    for name, (found, value) in expected.items():
+        if found != value:
+            raise ConfigurationError(
+                f"LipschitzLR(loss='measured', {name}={found!r}): expected {name}={value!r}, since the gradient norm "
+                "in the outputs is measured while training and belongs to no other family, norm or head; leave "
+                f"{name}= out"
+            )
+    if policy.rule in (names := [info.name for info in papers.RULES]):
+        raise ConfigurationError(
+            f"LipschitzLR(loss='measured', rule={policy.rule!r}): expected a rule of the optimizer, and found one of "
+            f"the paper's ({', '.join(map(repr, names))}), which has no use for a measured gradient norm; leave rule= "
+            "out"
+        )
+
+
+class MeasuredFinder:
+    """Finds the output layers of each loss."""
+
+    def __init__(self, target: Target, device: torch.device, stored: dict[str, Any] | None) -> None:
+        self.hooks = MeasuredHook(target, device, stored)
+        self._target = target
+
+    def find(self, graph: LossGraph, loop: LoopFacts) -> FoundHeads | None:
+        """The output layers of a loss; None if the loss may belong to another optimizer.
+
+        Raises:
+            ConfigurationError: The graph shows none.
+        """
+        layers = self.hooks.layers(graph)
+        if not layers:
+            if not self._target.is_only or not loop.automatic:
+                return None
+            raise ConfigurationError(
+                "LipschitzLR(loss='measured') looked for output layers in the autograd graph of the loss and found "
+                "none that train; return a loss that depends on a Linear, a convolution, an embedding or a product "
+                "with a parameter, and leave the last layer and the loss out of torch.compile"
+            )
+        before = self.hooks.name
+        self.hooks.name_layers(layers)
+        if self.hooks.name != before:
+            loop.notify(
+                f"LipschitzLR: the constant of the loss is measured at the output layers {self.hooks.name}, an "
+                "estimate and not a proven bound"
+            )
+        loss = Loss("measured")
+        return FoundHeads(self.hooks, loss, 1, FoundLoss(loss))
+
+    def find_named(self) -> FoundHeads:
+        """Manual optimization has made a step without a loss.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "LipschitzLR(loss='measured') looked for a loss in manual_backward before the optimizer's step and found "
+            "none that its parameters make; call self.manual_backward(loss), or pass optimizers= with another position"
+        )
+
+    def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> "_Meter":
+        """Measures the output layers of each loss."""
+        return _Meter(self.hooks, updater.estimator)
+
+    def begin_step(self, first_step: bool) -> None:
+        """Ends the measurement of the step that is about to be made."""
+        self.hooks.statistic.end_step()
+
+    def on_other_optimizer_step(self) -> None:
+        """Another optimizer is about to step."""
+        self.hooks.statistic.on_other_optimizer_step()
+
+
+class _Meter:
+    """Measures the backwards of the steps that are due."""
+
+    def __init__(self, hook: MeasuredHook, estimator: StepScaleEstimator | None) -> None:
+        self._hook, self._estimator = hook, estimator
+        if estimator is not None:
+            estimator.pack_logit_grads = hook.statistic.pack_gradients
+
+    def measure(self, graph: LossGraph, loop: LoopFacts) -> None:
+        """Has the backward that is about to begin measured, if the step is due."""
+        if self._hook.statistic.due or (self._estimator is not None and self._estimator.due):
+            # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.
+            self._hook.statistic.watch(self._hook.layers(graph), loop.loss_scale() * loop.accumulated)
