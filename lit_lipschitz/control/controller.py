@@ -82,7 +82,7 @@ class Controller:
 
     @property
     def factor(self) -> float:
-        """Learning rate of the first parameter group over the one of the last decision: from a schedule and damping."""
+        """Factor of schedulers, built-in schedule and damping between the last decision and the first group's lr."""
         return self.rates[0] / self.decision.lr if self.decision and self.decision.lr else 1.0
 
     def close(self) -> None:
