@@ -193,6 +193,20 @@ def train(policies: list[str], tasks: list[str], seeds: list[int], path: Path) -
                 )
 
 
+def would_lose(rows: list[dict[str, Any]], runs: Path, summary: Path) -> str:
+    """Why a new summary would have nothing, or less than the file that it replaces; empty if it would not."""
+    if not rows:
+        return f"--summary: expected runs in {runs}, and found none; make them with --policies"
+    old = read_summary(summary) if summary.is_file() else []
+    missing = {(row["task"], row["policy"]) for row in old} - {(row["task"], row["policy"]) for row in rows}
+    if missing:
+        return (
+            f"--summary {summary}: expected runs of all its {len(old)} rows in {runs}, and found none of "
+            f"{len(missing)}, such as {' '.join(min(missing))}; pass another file, as in --summary new.csv"
+        )
+    return ""
+
+
 def main() -> None:
     """Parses the arguments, and trains or summarises."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -213,7 +227,10 @@ def main() -> None:
             options.policies.split(","), options.tasks.split(","), [*map(int, options.seeds.split(","))], options.runs
         )
     if options.summary:
-        write_summary(options.summary, summarise(read_rows(options.runs)))
+        rows = summarise(read_rows(options.runs))
+        if error := would_lose(rows, options.runs, options.summary):
+            parser.error(error)
+        write_summary(options.summary, rows)
         rows = read_summary(options.summary)
         print("\n\n".join(table(rows) for table in (defaults, short, regrets)))
     elif not options.policies:

@@ -1,6 +1,7 @@
 """The comparison of policies: runs are not repeated, the summary chooses by validation, the pages have its tables."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -131,3 +132,25 @@ def test_an_unknown_policy_is_named(benchmarks):
     compare, *_ = benchmarks
     with pytest.raises(SystemExit, match=r"expected a policy of lipschitz, .*, found 'nothing:0.1'"):
         compare.recipe("nothing:0.1")
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [([], "expected runs in runs.jsonl, and found none"), (["sgd:1"], "found none of 1, such as digits_mlp sgd:2;")],
+)
+def test_a_summary_of_fewer_runs_does_not_replace_another(benchmarks, monkeypatch, capsys, policies, message):
+    compare, summary, _ = benchmarks
+    old = Path("old.csv")
+    compare.write_summary(old, summary.summarise([row(policy, 0, 1.0, 1.0) for policy in ("sgd:1", "sgd:2")]))
+    before = old.read_bytes()
+    for policy in policies:
+        compare.add_row(Path("runs.jsonl"), row(policy, 0, 2.0, 2.0))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", "runs.jsonl", "--summary", "old.csv"])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert message in capsys.readouterr().err
+    assert old.read_bytes() == before
+    if policies:
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", "runs.jsonl", "--summary", "new.csv"])
+        compare.main()
+        assert [one["policy"] for one in compare.read_summary(Path("new.csv"))] == policies
