@@ -102,7 +102,7 @@ def test_a_registered_loss_is_a_choice_of_the_signature():
         "print(*typing.get_args(inspect.signature(LipschitzLR).parameters['loss'].annotation))\n"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert printed.stdout.split() == ["auto", *bounds.LOSSES, "soft_margin"]
+    assert printed.stdout.split() == ["auto", "measured", *bounds.LOSSES, "soft_margin"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_a_pass_and_a_named_loss():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "hinge"}, "LipschitzLR(loss='hinge'): expected one of 'auto', 'cross_entropy', "),
+        ({"loss": "hinge"}, "LipschitzLR(loss='hinge'): expected one of 'auto', 'measured', "),
         ({"on_nonfinite": "skip"}, "LipschitzLR(on_nonfinite='skip'): expected one of 'keep', 'raise'"),
         ({"schedule": "cosine"}, "LipschitzLR(schedule='cosine'): expected one of 'auto', 'none'"),
         ({"measure": "once"}, "LipschitzLR(measure='once'): expected one of 'running', 'pass'"),
