@@ -21,6 +21,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
+from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
@@ -138,14 +139,14 @@ class LipschitzLR(Callback):
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
-        if self.options.measured:
-            check_measured(self.policy, self.options)
+        check_measured(self.policy, self.options)
         if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
             raise ConfigurationError(
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
             )
         self.optimizers, self.restore = _checked_positions(optimizers, head), restore
         self._facts: TrainerFacts  # of the fit
+        self._loop: LoopFacts  # at the start of the batch
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
@@ -236,13 +237,17 @@ class LipschitzLR(Callback):
         if not self.options.running:
             # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
             _measure_by_pass(trainer, pl_module, list(self._controllers.values()))
-        loop = self._facts.now()
+        self._loop = self._facts.now()
         for controller in self._controllers.values():
-            controller.begin_batch(loop)
+            controller.begin_batch(self._loop)
+
+    def _loop_now(self) -> LoopFacts:
+        """The state of the loop up to the optimizer step; in manual optimization, steps may have been made before."""
+        return self._loop if self._loop.automatic else self._facts.now()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
-        loop, graph = self._facts.now(), LossGraph(loss, self.options.loss_name)
+        loop, graph = self._loop_now(), LossGraph(loss, self.options.loss_name)
         for controller in self._controllers_of(graph):
             controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
@@ -256,7 +261,7 @@ class LipschitzLR(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Updates the rate if an update is due, and writes it before the parameters move."""
-        loop = self._facts.now()
+        loop = self._loop_now()
         # A single process on the CPU can check at once: there is no device to wait for.
         checks_now = self.options.on_nonfinite == "raise" and loop.world_size == 1 and loop.device.type == "cpu"
         for position, controller in self._controllers.items():
