@@ -210,9 +210,9 @@ def growth_lines(rows: Sequence[Row]) -> Iterator[str]:
         for row in found:
             texts = [f"{row[f'{name} ms']:.2f} ms, {row[f'{name} KiB']:,.0f} KiB" for name in STATISTICS]
             yield f"| {_label(row)} | {' | '.join(texts)} |"
-        slopes = [slope(found, name) for name in STATISTICS]
-        if any(one is not None for one in slopes):
-            yield f"| power of n d | {' | '.join('' if one is None else f'{one:.2f}' for one in slopes)} |"
+        exponents = [slope(found, name) for name in STATISTICS]
+        if any(one is not None for one in exponents):
+            yield f"| power of n d | {' | '.join('' if one is None else f'{one:.2f}' for one in exponents)} |"
         yield ""
 
 

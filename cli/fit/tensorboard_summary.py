@@ -16,7 +16,7 @@ _TRAINER_SETTINGS = ("max_epochs", "max_steps", "accumulate_grad_batches", "grad
 
 
 class TensorBoardSummary(L.Callback):
-    """Shows rate, L and K_z side by side in TensorBoard, and the hyperparameters with the final metrics.
+    """Shows lr, L and K_z side by side in TensorBoard, and the hyperparameters with the final metrics.
 
     Args:
         config: The parsed configuration of fit.

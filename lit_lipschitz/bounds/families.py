@@ -163,7 +163,7 @@ def outputwise_constant(
 
 
 def check_not_smooth(loss: str, bound: Bound) -> None:
-    """Raises ValueError for the smooth constant of a loss that has none."""
+    """Raises ValueError for the smooth constant of a loss whose gradient is discontinuous."""
     if bound == "smooth":
         raise ValueError(
             f"bound='smooth': the gradient of {loss} is discontinuous, so its Hessian has no bound; expected paper "

@@ -1,4 +1,4 @@
-"""The schedule that is used if the optimizer has none: linear warm-up and decay."""
+"""The built-in schedule for optimizers without a scheduler: linear warm-up and decay."""
 
 import math
 

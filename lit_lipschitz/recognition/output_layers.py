@@ -31,7 +31,7 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
 
     Returns:
         Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a weight
-        that is computed from parameters alone. Empty if the graph has none, or is hidden by a compiled function.
+        that is computed from parameters alone. Empty if the graph shows no such call, as behind a compiled function.
     """
     parameters = _ParameterGraphs()
     layers, stack, seen = list[OutputLayer](), [root], set()
