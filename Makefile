@@ -11,7 +11,7 @@ train: $(STAMP)  ## train on real handwritten digits, and test
 	$(BIN)/lit-lipschitz fit --config digits.yaml
 
 test: $(STAMP)  ## the test suite, without what takes minutes or real data
-	$(BIN)/python -m pytest -m "not slow and not real_data" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not real_data" --timeout 300 $(PYTEST_ARGS)
 
 slow: $(STAMP)  ## the rest of it; real data are looked for in $LIT_LIPSCHITZ_DATA
 	$(BIN)/python -m pytest -m "slow or real_data" $(PYTEST_ARGS)

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES, WIDTH, CLASSES = 96, 6, 3
-# Without it Lightning gives each rank of a test one thread; more would wait for threads that a fork has left behind.
-if os.environ.get("OMP_NUM_THREADS", "1") != "1":
-    del os.environ["OMP_NUM_THREADS"]
+# One thread a process, and in those it starts: OpenMP's threads do not survive a fork, so a rank that is forked after
+# they have started waits for them for ever.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class Classifier(L.LightningModule):
