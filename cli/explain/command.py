@@ -24,36 +24,44 @@ from lit_lipschitz.recognition.heads import head_size
 from lit_lipschitz.rules.registry import RULES
 
 
-class _Explained(Exception):
-    """Ends the fit before its first step changes anything, with what there is to say of it."""
-
-    def __init__(self, account: dict[str, Any], chief: bool) -> None:
-        super().__init__("explained")
-        self.account, self.chief = account, chief
-
-
 class _OneStep(L.Callback):
-    """Ends the fit once every optimizer that is controlled has its rate."""
+    """Makes a fit end with the first step in which each optimizer that is controlled has its rate, and explains it.
+
+    The step is made, in memory; the ends of epoch and training, where modules and callbacks look for metrics of a
+    whole epoch and write what they have, are not reached.
+    """
+
+    def __init__(self) -> None:
+        self.account: dict[str, Any] | None = None  # of that step; None before it
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Comes after the callback's own, which has decided on the rate."""
+        """Comes after LipschitzLR's own, which has decided on the rate."""
         ours = find_callback(trainer, LipschitzLR)
         assert ours is not None
         controllers = ours.controllers
-        if not all(controller.decision for controller in controllers.values()):
+        if self.account is not None or not all(controller.decision for controller in controllers.values()):
             return
-        account = {
+        self.account = {
             "step": trainer.global_step + 1,
             "epoch": trainer.current_epoch + 1,
             "optimizers": [explanation(trainer, position, one) for position, one in controllers.items()],
         }
-        raise _Explained(account, trainer.is_global_zero)
+        end_with_this_step(trainer)
+
+
+def end_with_this_step(trainer: L.Trainer) -> None:
+    """Makes a fit end with the step that it is about to make, without the ends of batch loop, epoch and training."""
+    loop = trainer.fit_loop
+    loop.epoch_loop.max_steps = trainer.global_step + 1
+    for owner, name in ((loop.epoch_loop, "on_advance_end"), (loop, "on_advance_end"), (loop, "on_run_end")):
+        setattr(owner, name, lambda *_: None)
 
 
 class _Explain(QuietFit):
     """A fit that writes nothing and ends with its first step."""
 
     SETTINGS = {**QuietFit.SETTINGS, "logger": False, "profiler": None}
+    account: dict[str, Any] | None = None  # on rank 0, after the fit
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parses, and turns off what writes."""
@@ -73,16 +81,20 @@ class _Explain(QuietFit):
         """Builds a trainer whose callbacks write nothing."""
         trainer = super().instantiate_trainer(**kwargs)
         remove_callbacks(trainer, LipschitzAudit)
-        callbacks_of(trainer).append(_OneStep())
+        self.step = _OneStep()
+        callbacks_of(trainer).append(self.step)
         return trainer
 
     def after_fit(self) -> None:
-        """A fit that has ended by itself has made no step.
+        """Keeps the explanation, on rank 0.
 
         Raises:
-            ConfigurationError: Always.
+            ConfigurationError: The fit has ended without a step.
         """
         trainer = self.trainer
+        if self.step.account is not None:
+            self.account = self.step.account if trainer.is_global_zero else None
+            return
         raise ConfigurationError(
             f"explain found no optimizer step to make: the run is in epoch {trainer.current_epoch} of "
             f"{trainer.max_epochs} and has made {trainer.global_step} steps; raise --trainer.max_epochs, or pass an "
@@ -102,16 +114,16 @@ def explain(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     rest = ["fit", *(argument for argument in arguments if argument != "--json")]
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    command = _Explain()
     try:
         # What data and modules print is not part of the answer.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            return run(_Explain, rest)
-    except _Explained as end:
-        if end.chief:
-            print(to_json(end.account, indent=1) if as_json else text(end.account))
-        return 0
+            code = run(lambda: command, rest)
     except ConfigurationError as error:
         return fail(error, 2)
+    if code == 0 and command.account is not None:
+        print(to_json(command.account, indent=1) if as_json else text(command.account))
+    return code
 
 
 def explanation(trainer: L.Trainer, position: int, controller: Controller) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     """
     policy, options, decision = controller.policy, controller.options, controller.decision
     assert decision is not None
-    optimizer, rates, estimator = controller.optimizer, controller.rates, controller.updater.estimator
+    optimizer, rates = controller.optimizer, controller.rates
     own = [f"LipschitzLR's own {controller.schedule}"] if controller.schedule is not None else []
     return {
         "optimizer": type(optimizer).__name__,
@@ -135,7 +147,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "norm": policy.norm,
         "measure": options.measure,
         "weights": options.weights,
-        "accumulation": controller.updater.state.accumulated,
+        "accumulation": controller.batches,
         "ranks": trainer.world_size,
         "rule": decision.rule or None,
         "rule_description": RULES[decision.rule].description if decision.rule else None,
@@ -145,7 +157,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "rate": decision.lr,
         "limit": decision.cap or None,
         "initial_lr": options.initial_lr if not decision.rule else None,
-        "num_scale_invariant": estimator.invariance.num_scale_invariant if estimator else None,
+        "num_scale_invariant": controller.num_scale_invariant,
         "fraction_unexplained": controller.fraction_unexplained,
         "damping": controller.damping,
         "factor": controller.factor,

@@ -51,7 +51,7 @@ def _constant(one: dict[str, Any]) -> list[Row]:
         return [("", ""), ("L", "not used for this rate")]
     before, constant, _ = _split_at_constant(one["terms"])
     values = {term["symbol"]: f"{term['value']:.6g}" for term in (*before, constant)}
-    notes = _notes(one, next(term["value"] for term in before if term["symbol"] == "m"))
+    notes = _notes(one)
     filled = re.sub(r"[A-Za-z_]+", lambda match: values.get(match[0], match[0]), one["formula"])
     return [
         *(_row(term, notes.get(term["symbol"], "")) for term in before if term["symbol"] not in ("data", "l2")),
@@ -64,18 +64,13 @@ def _constant(one: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _notes(one: dict[str, Any], m: float) -> dict[str, str]:
+def _notes(one: dict[str, Any]) -> dict[str, str]:
     """What the run adds to the meanings of the terms."""
-    accumulated, ranks = one["accumulation"], one["ranks"]
-    ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
-    how = ", in a pass over the training set" if one["measure"] == "pass" else ""
-    if _is_measured(one):
-        return {"m": f": {m / ranks:g} in a step x {ranks} ranks", "W": f" ({one['weights']})"}
-    return {
-        "m": f": {m / accumulated / ranks:g} in a batch x {accumulated} accumulated batches x {ranks} ranks",
-        "K_z": ones + how,
-        "W": f" ({one['weights']})",
-    }
+    notes = {"W": f" ({one['weights']})"}
+    if not _is_measured(one):
+        ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
+        notes["K_z"] = ones + (", in a pass over the training set" if one["measure"] == "pass" else "")
+    return notes
 
 
 def _split_at_constant(terms: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any, list[dict[str, Any]]]:

@@ -66,6 +66,17 @@ class Controller:
         return self.updater.state.measurement
 
     @property
+    def batches(self) -> int:
+        """Batches in an optimizer step, on each rank."""
+        return self.updater.state.accumulated
+
+    @property
+    def num_scale_invariant(self) -> int | None:
+        """Number of scale-invariant weights; None if the rule does not look for them."""
+        estimator = self.updater.estimator
+        return estimator.invariance.num_scale_invariant if estimator else None
+
+    @property
     def schedule(self) -> str | None:
         """Description of the built-in schedule, if it is used; known from the first step on."""
         return self._schedule.description

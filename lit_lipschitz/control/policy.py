@@ -29,7 +29,6 @@ _COEFFICIENTS = {
     "smooth": ("curvature", "largest curvature that an example's loss can have in the head's outputs"),
 }
 _MEASURED = {
-    "m": "rows of the outputs that have a gradient",
     "K_z": "norm of the output layers' inputs in these rows",
     "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, not a bound",
     "L": "measured constant of the loss in the weights of the output layers, an estimate, not a bound",
@@ -61,6 +60,8 @@ class Measurement:
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
         largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
             0.
+        batches: Batches in an optimizer step on each rank.
+        ranks: Number of ranks.
     """
 
     activation_norm: float
@@ -75,6 +76,16 @@ class Measurement:
     residual_rms: float = 0.0
     loss_factor: float = 1.0
     largest_grad_norm: float = 0.0
+    batches: int = 1
+    ranks: int = 1
+
+    @property
+    def parts(self) -> str:
+        """The parts of m: the batches of an optimizer step, and the ranks."""
+        batch = self.batch_size / (self.batches * self.ranks)
+        if self.largest_grad_norm:
+            return f"{batch:g} in a step x {self.ranks} ranks"
+        return f"{batch:g} in a batch x {self.batches} accumulated batches x {self.ranks} ranks"
 
 
 @dataclass(frozen=True)
@@ -309,7 +320,7 @@ class _Constant:
         name, meaning = _COEFFICIENTS[bound]
         terms = [
             Term("k", self._num_outputs, "the head's outputs"),
-            Term("m", measured.batch_size, "examples that an optimizer step averages over"),
+            Term("m", measured.batch_size, f"examples that an optimizer step averages over: {measured.parts}"),
             Term("K_z", measured.activation_norm, _NORMS[self._policy.norm]),
             Term("W", measured.weight_norm, "largest norm of a weight"),
             Term("lambda", self._l2_coefficient, "the weight decay that is an L2 term of the loss"),
@@ -323,7 +334,8 @@ class _Constant:
             Term("L", self.value, _CONSTANTS[bound]),
         ]
         if measured.largest_grad_norm:
-            terms = [replace(term, meaning=_MEASURED.get(term.symbol, term.meaning)) for term in terms[1:]]
+            meanings = {**_MEASURED, "m": f"rows of the outputs that have a gradient: {measured.parts}"}
+            terms = [replace(term, meaning=meanings.get(term.symbol, term.meaning)) for term in terms[1:]]
         return f"{name} * {size_formula} + {'lambda' if bound == 'smooth' else 'lambda * W'}", tuple(terms)
 
     def _size_of_batch(self) -> tuple[str, float]:

@@ -101,6 +101,8 @@ class RankStatistics:
             residual_rms=self.all_residuals.root_mean_square if interval_over else 0.0,
             loss_factor=self.all_residuals.factor,
             largest_grad_norm=grad_norm[0] if grad_norm else 0.0,
+            batches=accumulated,
+            ranks=self._world_size,
         )
         return self.with_step_scale(measurement)
 

@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
+from lit_lipschitz import ImageClassifier
+
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu"]
 
 
@@ -326,6 +328,42 @@ def test_what_callbacks_of_fit_would_write_is_not_written(lit):
     code, out, err = lit("explain", *DIGITS, "--config", "mine.yaml", "--audit", "1")
     assert code == 0, err
     assert "cross_entropy" in out
+    assert [path.name for path in Path(".").iterdir()] == ["mine.yaml"]
+
+
+class Writes(L.Callback):
+    """Writes a file at the end of an epoch, a validation, training, and where training fails."""
+
+    def write(self, *_):
+        Path("written").touch()
+
+    on_train_epoch_end = on_validation_start = on_train_end = on_exception = write
+
+
+class NeedsEpochs(ImageClassifier):
+    """Needs metrics of a whole epoch, which one step does not give."""
+
+    def on_train_epoch_end(self):
+        assert "val_loss" in self.trainer.callback_metrics
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+def test_the_ends_of_epoch_and_training_are_not_reached(lit):
+    Path("mine.yaml").write_text(
+        f"model:\n  class_path: {NeedsEpochs.__module__}.NeedsEpochs\n"
+        "  init_args: {network: {class_path: lit_lipschitz.MLP}}\n"
+        "data: {class_path: lit_lipschitz.DigitsDataModule}\n"
+        f"trainer:\n  max_epochs: 3\n  min_epochs: 2\n  accelerator: cpu\n  callbacks:\n"
+        f"  - class_path: {Writes.__module__}.Writes\n"
+        "  - class_path: lightning.pytorch.callbacks.EarlyStopping\n    init_args: {monitor: val_loss}\n"
+    )
+    code, out, err = lit("explain", "--config", "mine.yaml")
+    assert (code, err) == (0, "")
+    assert "from ReduceLROnPlateau" in out
     assert [path.name for path in Path(".").iterdir()] == ["mine.yaml"]
 
 
