@@ -35,6 +35,7 @@ class RateUpdater:
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop)
         self.reporter = Reporter(options, target, loop)
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
+        self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
         if state:
             self.restore(state)
@@ -73,7 +74,7 @@ class RateUpdater:
             self._pass_epoch = None
         else:
             if ratios is not None:
-                self.statistics.reduce(loop, ratios)
+                self._measure_step_scale(found, loop, ratios)
             if is_fixed and initial_lr is not None:
                 state.decision = state.decision or Decision(initial_lr)
             elif ratios is not None and state.measurement is not None:
@@ -81,17 +82,35 @@ class RateUpdater:
         state.last_pass_epoch = loop.epoch
         return state.decision
 
+    def _measure_step_scale(self, found: FoundHeads, loop: LoopFacts, lr_ratios: Sequence[float]) -> None:
+        """Measures the step scale; in an interval's last step, what the interval's end needs by the same all-reduce."""
+        # In manual optimization the last batch may make more steps.
+        if self._options.running and loop.automatic and self._ends_interval(loop):
+            batches = self.state.accumulated
+            self._last_measurement = self.statistics.measurement(
+                found, loop, batches, interval_over=True, lr_ratios=lr_ratios
+            )
+        else:
+            self.statistics.reduce(loop, lr_ratios)
+
+    def _ends_interval(self, loop: LoopFacts) -> bool:
+        """Whether the interval ends with the step that is being made."""
+        # If the last batch is unknown or the rest of an epoch is skipped, the next epoch's first step ends it.
+        update = self._options.update
+        return self._epoch_over(loop) if update == "epoch" else self.state.steps >= update
+
+    def _epoch_over(self, loop: LoopFacts) -> bool:
+        return loop.is_last_batch or loop.epoch > self.state.epoch
+
     def end_step(self, found: FoundHeads, loop: LoopFacts) -> bool:
         """Decides on the rate of the next interval if this one ends with the last step; returns whether it does."""
-        state, update = self.state, self._options.update
-        # If the last batch is unknown or the rest of an epoch is skipped, the next epoch's first step ends it.
-        epoch_over = loop.is_last_batch or loop.epoch > state.epoch
-        if not state.steps or not (epoch_over if update == "epoch" else state.steps >= update):
+        state = self.state
+        if not state.steps or not self._ends_interval(loop):
             return False
         self._decide(found, loop, interval_over=True)
         found.hook.statistic.reset()
         self.statistics.residuals.end_interval()
-        if epoch_over:
+        if self._epoch_over(loop):
             self._damp(loop)
         state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
         return True
@@ -111,9 +130,10 @@ class RateUpdater:
     ) -> None:
         """Decides on a rate from a new measurement."""
         state, statistics = self.state, self.statistics
-        measured = statistics.measurement(
+        measured = self._last_measurement or statistics.measurement(
             found, loop, state.accumulated, interval_over=interval_over, lr_ratios=lr_ratios
         )
+        self._last_measurement = None
         if not interval_over:
             state.damping.add_first_batches(statistics.all_residuals, loop.step)
         if not self._options.running and not measured.batch_size and not measured.dropped:
