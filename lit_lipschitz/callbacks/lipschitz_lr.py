@@ -256,7 +256,9 @@ class LipschitzLR(Callback):
     def _controllers_of(self, graph: LossGraph) -> list[Controller]:
         """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
         controllers = list(self._controllers.values())
-        heads = graph.first_affine_maps if len(controllers) > 1 else ()
+        if len(controllers) == 1:
+            return controllers
+        heads = graph.first_affine_maps
         return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

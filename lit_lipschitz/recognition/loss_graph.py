@@ -45,7 +45,10 @@ class FoundLoss:
     inputs: Tensor | None = None  # of the layer, if it was called once and the graph saves them
 
 
-@dataclass(frozen=True)
+_NOT_TRACED = AffineSource()
+
+
+@dataclass  # not frozen, which takes longer than all the rest of reading a batch
 class BatchLoss:
     """A loss in one batch; tensors stay on their device."""
 
@@ -156,7 +159,7 @@ class LossGraph:
             parts = [self._terms_below(part) for part in nodes_below(node)]
         else:
             return []
-        terms = [replace(term, factors=factors + term.factors) for part in parts for term in part]
+        terms = [term._replace(factors=factors + term.factors) for part in parts for term in part]
         usable = self._name is not None or (all(parts) and all(self._alike(terms[0], term) for term in terms[1:]))
         return terms if usable else []
 
@@ -218,7 +221,7 @@ class LossGraph:
 
     def _read(self, match: LossMatch, num_outputs: int, trace: bool) -> BatchLoss:
         scale = product_of(match.factors)
-        source = self._source(match) if trace else AffineSource()
+        source = self._source(match) if trace else _NOT_TRACED
         logit_scale: Any = abs(product_of(logit_scale_of(match.below))) if source.unrecognised else 1.0
         rows = match.rows(num_outputs)
         if match.log_softmax is None:

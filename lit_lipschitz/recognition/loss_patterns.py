@@ -1,8 +1,7 @@
 """Patterns of autograd nodes by which a loss is recognised: torch's functions, and manual reductions of them."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ MANUAL_REDUCTIONS = (*_MEANS, *_SUMS)
 _RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward0", "UnsqueezeBackward0")
 
 
-@dataclass(frozen=True)
-class LossMatch:
+class LossMatch(NamedTuple):
     """A recognised loss in the graph."""
 
     name: str  # in LOSSES
@@ -90,7 +88,7 @@ def _match_manual_reduction(node: Any) -> LossMatch | None:
         return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, factors=factors)
     unreduced = getattr(below, "_saved_reduction", None) == 0
     match = _match_function(below, reduction) if unreduced else None
-    return None if match is None else replace(match, unreduced=True, factors=factors)
+    return None if match is None else match._replace(unreduced=True, factors=factors)
 
 
 def _num_reduced(node: Any) -> int:
@@ -129,7 +127,7 @@ def _match_label_smoothing(node: Any) -> LossMatch | None:
     if reduction is None or not nll.name().startswith("NllLoss") or rest.name() not in ("DivBackward0", "SumBackward0"):
         return None
     match = _match_function(nll, reduction)
-    return None if match is None else replace(match, label_smoothing=1 - float(terms[0]._saved_other))
+    return None if match is None else match._replace(label_smoothing=1 - float(terms[0]._saved_other))
 
 
 def _match_probabilities(node: Any) -> LossMatch | None:
