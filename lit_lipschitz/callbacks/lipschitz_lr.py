@@ -139,7 +139,8 @@ class LipschitzLR(Callback):
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
         self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
-        check_measured(self.policy, self.options)
+        if self.options.measured:
+            check_measured(self.policy, self.options)
         if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
             raise ConfigurationError(
                 f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"

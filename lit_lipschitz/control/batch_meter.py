@@ -34,8 +34,11 @@ class BatchMeter:
         self._residuals, self._estimator = updater.statistics.residuals, updater.estimator
         self._only_optimizer, self._named_loss = target.is_only, options.loss_name is not None
 
-    def measure(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Measures a batch by its loss, whose backward is about to begin."""
+    def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
+        """Measures a batch by its loss, whose backward is about to begin; False if that is another loss than before.
+
+        A loss may belong to another optimizer, and of a named one the graph need not show anything.
+        """
         estimator = self._estimator
         watches = estimator is not None and estimator.needs_logit_grads and estimator.due
         batch = self._read(graph) if self._running or watches else None
@@ -43,6 +46,9 @@ class BatchMeter:
             self._watch_gradients(graph, batch, estimator)
         if self._running:
             self._finish(batch, loop)
+        return (
+            not self._only_optimizer or self._named_loss or (batch is not None and graph.agrees(self._found.recognised))
+        )
 
     def _read(self, graph: LossGraph) -> BatchLoss | None:
         """The loss of a batch; None if the graph shows another one."""

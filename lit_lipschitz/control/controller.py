@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from lit_lipschitz.control.builtin_schedule import BuiltinSchedule
+from lit_lipschitz.control.finder import Finder
 from lit_lipschitz.control.found_heads import FoundHeads, Hooks, Meter
-from lit_lipschitz.control.head_finder import HeadFinder
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
-from lit_lipschitz.control.measured_finder import MeasuredFinder
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
@@ -33,12 +32,7 @@ class Controller:
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer))
-        self._finder: HeadFinder | MeasuredFinder = (
-            MeasuredFinder(target, loop.device, saved.head)
-            if options.measured
-            else HeadFinder(policy, options, target, loop.device, saved.head)
-        )
-        self.hooks: Hooks = self._finder.hooks  # on what is or can be the head
+        self._finder = Finder(policy, options, target, loop, saved.head)
         self._schedule = self._make_schedule(loop)
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
         self._meter: Meter | None = None
@@ -59,6 +53,11 @@ class Controller:
         has_warmup = averages_weights and any(group.get("warmup_steps") for group in self.optimizer.param_groups)
         enabled = wanted and not self._writer.scheduled and not has_warmup
         return BuiltinSchedule(enabled=enabled, averages_weights=averages_weights)
+
+    @property
+    def hooks(self) -> Hooks:
+        """The hooks on what is or can be the head, or on the output layers."""
+        return self._finder.hooks
 
     @property
     def measurement(self) -> Measurement | None:
@@ -122,7 +121,11 @@ class Controller:
                 self._meter = self._measure_by(found, graph, loop)
         if self._meter is not None:
             self._batch_open = False
-            self._meter.measure(graph, loop)
+            if not self._meter.measure(graph, loop) and self._finder.may_measure:
+                self._meter = self._measure_by(self._finder.measure_from_now(), graph, loop)
+                self._meter.measure(graph, loop)
+        if self.decision is None:
+            self._finder.watch_first_step(graph, loop)
         # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
         if loop.automatic:
             self.hooks.set_mode("off")
@@ -153,15 +156,17 @@ class Controller:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
-        self._finder.begin_step(first_step=self.decision is None)
+        batches = loop.accumulated if loop.automatic else max(1, self._micro_batches)
+        found = self._finder.begin_step(self.found, loop, batches, first_step=self.decision is None)
+        if found is not self.found:
+            self._meter = self._measure_by(found, None, loop)
         if not loop.automatic and self._batch_open:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
         before = self.updater.state.decision
-        batches = loop.accumulated if loop.automatic else max(1, self._micro_batches)
-        batches = 1 if self.options.measured else batches  # measured over all batches of the step
         self._micro_batches = 0
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
+        self._follow_ranks(loop)
         factor = self._schedule.factor(loop) * self.damping
         rate = decision.lr * factor if decision else None
         self.rates = self._writer.write(None if self.options.dry_run else rate)
@@ -182,6 +187,12 @@ class Controller:
             return
         if not self.updater.end_step(self.found, loop) and may_be_saved:
             self.share()
+        self._follow_ranks(loop)
+
+    def _follow_ranks(self, loop: LoopFacts) -> None:
+        """Measures the constant from now on if another rank does."""
+        if self.measurement is not None and self.measurement.largest_grad_norm and self._finder.may_measure:
+            self._meter = self._measure_by(self._finder.measure_from_now(), None, loop)
 
     def share(self) -> None:
         """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""
@@ -208,10 +219,10 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values; see :class:`~lit_lipschitz.control.state.ControllerState`."""
-        return self.updater.state_dict(self._writer.references, self.hooks.state_dict())
+        return self.updater.state_dict(self._writer.references, self._finder.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`, which some strategies restore after the fit has begun."""
         self.updater.restore(state)
         if self.updater.state.head is not None:
-            self.hooks.load_state_dict(self.updater.state.head)
+            self._finder.load_state_dict(self.updater.state.head)

@@ -28,6 +28,12 @@ class Statistic(Protocol):
     def unpack(self, reduced: Tensor) -> Tensor:
         """Gives all ranks the same numbers, and returns those to read to the host."""
 
+    def pack_grad_norm(self) -> Tensor:
+        """Largest gradient norm in the outputs, 0 if it is not measured; shape (1,)."""
+
+    def unpack_grad_norm(self, reduced: Tensor) -> Tensor:
+        """Gives all ranks the same gradient norm, and returns it."""
+
 
 class Hook(Protocol):
     """What measures the head, or the output layers."""
@@ -78,10 +84,11 @@ class FoundHeads:
     loss: Loss
     num_outputs: int  # of the head that enter the loss, or classes
     recognised: FoundLoss  # what the graph of the first loss showed, without its inputs; defaults if that is nothing
+    measured: bool = False  # whether the loss was not recognised, and the constant is measured in the backward
 
 
 class Meter(Protocol):
     """Measures by a head and a loss that were found."""
 
-    def measure(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Measures a batch by its loss, whose backward is about to begin."""
+    def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
+        """Measures a batch by its loss, whose backward is about to begin; False if the loss is not understood."""

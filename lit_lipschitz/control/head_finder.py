@@ -62,6 +62,11 @@ class HeadFinder:
         """Notes that another optimizer is about to step."""
         self._other_stepped = True
 
+    @property
+    def refused_own(self) -> bool:
+        """Whether a loss was refused that belonged to the head, and the previous one to another optimizer."""
+        return self._refused_own
+
     def begin_step(self, first_step: bool) -> None:
         """Raises why a loss was refused, if it belonged to the head and the previous one to another optimizer."""
         if self._refused_own and first_step and self._deferred_error is not None:

@@ -18,21 +18,20 @@ from lit_lipschitz.rules import papers
 
 
 def check_measured(policy: Policy, options: Options) -> None:
-    """Refuses arguments that have no meaning with ``loss="measured"``.
+    """Refuses arguments that have no meaning where the constant is measured.
 
     Raises:
         ConfigurationError: An argument has another value than its default, or the rule is one of the paper's.
     """
-    if not options.measured:
-        return
-    expected = {
+    expected: dict[str, tuple[Any, Any]] = {
         "bound": (policy.bound, "strict"),
         "norm": (policy.norm, "frobenius"),
         "second_moment": (policy.second_moment, "auto"),
-        "head": (options.head, "auto"),
         "measure": (options.measure, "running"),
         "weights": (options.weights, "decayed"),
     }
+    if options.measured:
+        expected["head"] = (options.head, "auto")
     for name, (found, value) in expected.items():
         if found != value:
             raise ConfigurationError(
@@ -70,15 +69,13 @@ class MeasuredFinder:
                 "none that train; return a loss that depends on a Linear, a convolution, an embedding or a product "
                 "with a parameter, and leave the last layer and the loss out of torch.compile"
             )
-        before = self.hooks.name
         self.hooks.name_layers(layers)
-        if self.hooks.name != before:
-            loop.notify(
-                f"LipschitzLR: the constant of the loss is measured at the output layers {self.hooks.name}, an "
-                "estimate and not a proven bound"
-            )
+        return self.found()
+
+    def found(self) -> FoundHeads:
+        """The output layers, as what the controller measures by."""
         loss = Loss("measured")
-        return FoundHeads(self.hooks, loss, 1, FoundLoss(loss))
+        return FoundHeads(self.hooks, loss, 1, FoundLoss(loss), measured=True)
 
     def find_named(self) -> FoundHeads:
         """Manual optimization has made a step without a loss.
@@ -95,9 +92,9 @@ class MeasuredFinder:
         """Measures the output layers of each loss."""
         return _Meter(self.hooks, updater.estimator)
 
-    def begin_step(self, first_step: bool) -> None:
-        """Ends the measurement of the step that is about to be made."""
-        self.hooks.statistic.end_step()
+    def end_step(self, batches: int) -> None:
+        """Ends the measurement of the step that is about to be made, of so many batches."""
+        self.hooks.statistic.end_step(batches)
 
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step."""
@@ -112,8 +109,8 @@ class _Meter:
         if estimator is not None:
             estimator.pack_logit_grads = hook.statistic.pack_gradients
 
-    def measure(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Has the backward that is about to begin measured, if the step is due."""
+    def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
+        """Has the backward that is about to begin measured, if the step is due; any loss is understood."""
         if self._hook.statistic.due or (self._estimator is not None and self._estimator.due):
-            # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.
-            self._hook.statistic.watch(self._hook.layers(graph), loop.loss_scale() * loop.accumulated)
+            self._hook.watch(graph, loop)
+        return True

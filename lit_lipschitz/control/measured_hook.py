@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_lipschitz.control.loop_facts import Target
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.errors import LitLipschitzError
 from lit_lipschitz.measurement.head_hooks import Mode
 from lit_lipschitz.measurement.measured_outputs import MeasuredOutputs
@@ -32,6 +32,14 @@ class MeasuredHook:
     def layers(self, graph: LossGraph) -> list[OutputLayer]:
         """The calls of layers of the optimizer that the graph of a loss meets first."""
         return graph.output_layers(self._owned)
+
+    def watch(self, graph: LossGraph, loop: LoopFacts) -> None:
+        """Has the backward that is about to begin measured."""
+        layers = self.layers(graph)
+        if layers:
+            self.name_layers(layers)
+            # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.
+            self.statistic.watch(layers, loop.loss_scale() * loop.accumulated)
 
     def name_layers(self, layers: list[OutputLayer]) -> None:
         """Takes the names of the output layers' modules, or of their parameters."""
@@ -68,12 +76,17 @@ class MeasuredHook:
         """
         if state is None:
             return
-        if state["head"] != _HEAD:
+        if not is_measured_state(state):
             raise LitLipschitzError(
                 f"LipschitzLR's state in the checkpoint was saved with the head {state['head']!r}, and this run has "
                 "loss='measured'; resume with the loss= that it was saved with, or pass restore=False to measure again"
             )
         self.statistic.load_state_dict(state["statistic"])
+
+
+def is_measured_state(state: dict[str, Any] | None) -> bool:
+    """Whether a state of hooks is that of output layers whose constant is measured."""
+    return state is not None and state["head"] == _HEAD
 
 
 def _module_of(name: str) -> str:

@@ -83,8 +83,6 @@ class Measurement:
     def parts(self) -> str:
         """The parts of m: the batches of an optimizer step, and the ranks."""
         batch = self.batch_size / (self.batches * self.ranks)
-        if self.largest_grad_norm:
-            return f"{batch:g} in a step x {self.ranks} ranks"
         return f"{batch:g} in a batch x {self.batches} accumulated batches x {self.ranks} ranks"
 
 

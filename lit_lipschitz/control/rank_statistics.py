@@ -17,7 +17,7 @@ from lit_lipschitz.measurement.norms import weight_norm
 from lit_lipschitz.measurement.residuals import Residuals, RunningResiduals
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
-_UPDATE = ("weight_norm", "activations", "residuals", "nonfinite")
+_UPDATE = ("weight_norm", "activations", "grad_norm", "residuals", "nonfinite")
 
 
 class RankStatistics:
@@ -32,6 +32,7 @@ class RankStatistics:
         self.all_residuals = Residuals()  # of all ranks at the last update
         self.nonfinite = NonfiniteLosses(loop.rank, loop.world_size, loop.step, loop.device)
         self.pass_factor = 1.0  # factor of the loss, which a pass over the training set does not see
+        self._reduced = False  # whether the ranks have reduced the statistics of a head
         self._pass_weight_norm: Tensor | None = None  # W at the last pass, if no step has used it yet
         self._reduction = MaxReduction(loop.reduce, loop.device)
         self._reduction.register("weight_norm", self._pack_weight_norm)
@@ -40,9 +41,11 @@ class RankStatistics:
     def measure_head(self, found: FoundHeads, device: torch.device) -> None:
         """Measures the inputs of a head, and the residuals if its loss is a squared error, from now on."""
         width = found.num_outputs if found.loss.name == "mean_squared_error" else 0
-        if width != self.residuals.width:  # a checkpoint may have restored them
+        # A checkpoint may have restored them; ranks whose loss is still recognised reduce as many numbers as before.
+        if width != self.residuals.width and not (found.measured and self._reduced):
             self.residuals = RunningResiduals(width, device)
         inputs, residuals, rank = found.hook.statistic, self.residuals, self._rank
+        self._reduction.register("grad_norm", inputs.pack_grad_norm, inputs.unpack_grad_norm)
         self._reduction.register("activations", lambda: inputs.pack(self.pass_factor, rank), inputs.unpack)
         self._reduction.register("residuals", lambda: residuals.pack(rank, self._world_size), residuals.unpack)
 
@@ -82,12 +85,13 @@ class RankStatistics:
         ``accumulated``: batches in an optimizer step. ``interval_over``: whether an interval has ended; residuals fall
         fast in the first one and are used only then.
         """
-        values = self.reduce(loop, lr_ratios, _UPDATE)
+        values, self._reduced = self.reduce(loop, lr_ratios, _UPDATE), True
         (largest_weight,) = values["weight_norm"]
-        size, count, dropped, fourth_moment_norm, output_norm, *grad_norm = values["activations"]
+        size, count, dropped, fourth_moment_norm, output_norm = values["activations"]
+        (largest_grad_norm,) = values["grad_norm"]
         self.all_residuals, self._pass_weight_norm = Residuals(*values["residuals"]), None
         batches = self._world_size * accumulated
-        batch_size = int(count) * batches
+        batch_size = round(count * batches)
         growth = 1.0
         if self._policy.norm_grows_with_batch:
             growth = math.sqrt(batch_size if found.hook.statistic.mean else batches)
@@ -100,7 +104,7 @@ class RankStatistics:
             output_norm=output_norm * growth,
             residual_rms=self.all_residuals.root_mean_square if interval_over else 0.0,
             loss_factor=self.all_residuals.factor,
-            largest_grad_norm=grad_norm[0] if grad_norm else 0.0,
+            largest_grad_norm=largest_grad_norm,
             batches=accumulated,
             ranks=self._world_size,
         )

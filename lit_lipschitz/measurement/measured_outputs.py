@@ -46,7 +46,7 @@ class MeasuredOutputs:
     mean = True
 
     def __init__(self, device: torch.device) -> None:
-        # Largest norm of the inputs over sqrt(m), largest m, three that are not used, largest m |G_i|.
+        # Largest norm of the inputs over sqrt(m), largest m of a batch, three that are not used, largest m |G_i|.
         self._values = torch.zeros(6, dtype=torch.float32, device=device)
         self._sums: dict[Any, _Sums] = {}
         self._others: dict[Any, _Sums] = {}  # before the last step of another optimizer
@@ -66,14 +66,23 @@ class MeasuredOutputs:
             sums = self._sums.setdefault(layer.parameters, _Sums())
             layer.node.register_prehook(_hook(sums, layer, scale))
 
+    @property
+    def watching(self) -> bool:
+        """Whether backwards of the coming optimizer step were watched."""
+        return bool(self._sums)
+
+    def discard(self) -> None:
+        """Forgets the backwards of the coming optimizer step."""
+        self._sums, self._others = {}, {}
+
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step: losses so far are its own if more come before the own step."""
         if self._sums:
             self._others, self._sums = self._sums, {}
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Adds the step that is about to be made, if its backwards were watched."""
+    def end_step(self, batches: int = 1) -> None:
+        """Adds the step that is about to be made, of so many batches, if its backwards were watched."""
         self._steps, self._last = self._steps + 1, None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
         layers = [one.totals().to(self._values.device) for one in sums.values() if one.count]
@@ -87,7 +96,7 @@ class MeasuredOutputs:
         usable = torch.isfinite(products).all() & (products.max() > 0)
         rows = count.clamp(min=1.0)
         size, unused = (products.sum() / square / rows).sqrt(), torch.zeros_like(rows)
-        step = torch.stack([size, rows, unused, unused, unused, rows * largest])
+        step = torch.stack([size, rows / batches, unused, unused, unused, rows * largest])
         step = step if self._new_interval else torch.maximum(self._values, step)
         self._values.copy_(torch.where(usable, step, self._values))
         self._new_interval = False
@@ -112,12 +121,21 @@ class MeasuredOutputs:
         self._new_interval = True
 
     def pack(self, scale: float, rank: int) -> Tensor:
-        """This rank's maxima for a MAX all-reduce; shape (6,)."""
-        return self._values.clone()
+        """This rank's maxima for a MAX all-reduce, without the gradient norm, as of a RunningMaximum; shape (5,)."""
+        return self._values[:5].clone()
 
     def unpack(self, reduced: Tensor) -> Tensor:
         """Gives all ranks the same maxima."""
-        self._values.copy_(reduced)
+        self._values[:5].copy_(reduced[:5])
+        return reduced[:5]
+
+    def pack_grad_norm(self) -> Tensor:
+        """This rank's largest gradient norm of a row times m, for a MAX all-reduce; shape (1,)."""
+        return self._values[5:].clone()
+
+    def unpack_grad_norm(self, reduced: Tensor) -> Tensor:
+        """Gives all ranks the same."""
+        self._values[5:].copy_(reduced)
         return reduced
 
     def state_dict(self) -> dict[str, Any]:

@@ -87,10 +87,10 @@ def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
     Activations with derivatives of at most 1 may stand between, which make no gradient larger, but not with the
     cross-entropy, whose log-softmax they would be an input of.
     """
-    names, path = tuple(names_below(node)), _Path()
+    start, path = node, _Path()
     while (below := _step(node, path, through_activations)) is not None:
         node = below
-    source = _concatenated(node, names, through_activations) or _called(node, names)
+    source = _concatenated(node, start, through_activations) or _called(node, start)
     if source.unrecognised:
         return source
     num_outputs, channels_last = source.num_outputs, node.name() != "ConvolutionBackward0"
@@ -99,8 +99,8 @@ def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
         if num_outputs is not None and of_outputs and part.size == num_outputs:
             num_outputs = part.size_left
         elif part.selects_one and part.size > 1:  # one position
-            return AffineSource(unrecognised=names)
-    behind_activation = names if path.behind_activation or source.behind_activation else ()
+            return AffineSource(unrecognised=_names(start))
+    behind_activation = _names(start) if path.behind_activation or source.behind_activation else ()
     return replace(source, pooled=path.pooled, num_outputs=num_outputs, behind_activation=behind_activation)
 
 
@@ -124,23 +124,31 @@ def _step(node: Any, path: _Path, through_activations: bool) -> Any:
     return nodes_below(node)[0]
 
 
-def _called(node: Any, names: tuple[str, ...]) -> AffineSource:
-    """The affine layer whose call is a node of the graph."""
+def _names(node: Any) -> tuple[str, ...]:
+    return tuple(names_below(node))
+
+
+def _called(node: Any, start: Any) -> AffineSource:
+    """The affine layer whose call is a node of the graph below ``start``."""
     name = node.name()
     if name.startswith("CompiledFunction"):
         return AffineSource()
     if name not in _AFFINE:
-        return AffineSource(unrecognised=names)
+        return AffineSource(unrecognised=_names(start))
     weight = weight_of(node)
     if weight is not None:
         num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
         return AffineSource(weight, num_outputs=num_outputs, node=node)
     computed = node.next_functions[_AFFINE[name][0]][0]
     # A weight computed from other parameters, as by weight_norm, whose gradients differ.
-    return AffineSource() if computed is None else AffineSource(unrecognised=(*names, "weight", *names_below(computed)))
+    return (
+        AffineSource()
+        if computed is None
+        else AffineSource(unrecognised=(*_names(start), "weight", *names_below(computed)))
+    )
 
 
-def _concatenated(node: Any, names: tuple[str, ...], through_activations: bool) -> AffineSource | None:
+def _concatenated(node: Any, start: Any, through_activations: bool) -> AffineSource | None:
     """The affine layer that was called several times, if a node concatenates outputs; None for other nodes."""
     if node.name() in ("CatBackward0", "StackBackward0"):
         nodes = nodes_below(node)
@@ -158,7 +166,7 @@ def _concatenated(node: Any, names: tuple[str, ...], through_activations: bool) 
     # Concatenated outputs come from one layer that was called several times, or from several layers.
     one_layer = all(same_weight(source.weight, first.weight) and not source.pooled for source in sources)
     if first.weight is None or not one_layer:
-        return AffineSource(unrecognised=names)
+        return AffineSource(unrecognised=_names(start))
     calls = sum(source.calls for source in sources)
     behind_activation = next((source.behind_activation for source in sources if source.behind_activation), ())
     return replace(first, calls=calls, behind_activation=behind_activation, node=None, concatenated=True)

@@ -43,6 +43,7 @@ class FoundLoss:
     calls: int = 1  # of the layer whose outputs are concatenated
     concatenated: bool = False  # whether outputs are concatenated, of one call or several
     inputs: Tensor | None = None  # of the layer, if it was called once and the graph saves them
+    saved: tuple[Any, ...] = ()  # what the graph saves of the loss's arguments
 
 
 _NOT_TRACED = AffineSource()
@@ -121,6 +122,22 @@ class LossGraph:
         terms = self._of_head(terms, head) if len(terms) > 1 else terms
         losses = [self._read(term, num_outputs, trace) for term in terms]
         return _combine(losses) if len(losses) > 1 else next(iter(losses), None)
+
+    def agrees(self, found: FoundLoss) -> bool:
+        """Whether all terms are the loss that another batch showed, with the same arguments, of the same layer."""
+        return bool(self._terms) and all(self._term_agrees(term, found) for term in self._terms)
+
+    def _term_agrees(self, match: LossMatch, found: FoundLoss) -> bool:
+        source, num_classes = self._source(match), match.num_classes
+        sharded = hasattr(found.head_weight, "full_tensor")  # the graph has another tensor each time
+        return (
+            (match.name, match.reduction) == (found.loss.name, found.loss.reduction)
+            and (num_classes or source.num_outputs) == found.num_outputs
+            and (source.pooled, source.concatenated) == (found.pooled, found.concatenated)
+            and bool(source.unrecognised) == bool(found.unrecognised)
+            and (sharded or same_weight(source.weight, found.head_weight))
+            and all(map(_same_value, _saved_arguments(match), found.saved))
+        )
 
     def edges(self, name: str) -> list[LogitEdge]:
         """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
@@ -208,6 +225,7 @@ class LossGraph:
             calls=source.calls,
             concatenated=source.concatenated,
             inputs=source.inputs,
+            saved=_saved_arguments(match),
         )
 
     def _edge(self, match: LossMatch) -> LogitEdge:
@@ -233,6 +251,22 @@ class LossGraph:
             if match.node._saved_weight is not None:
                 count = (match.node._saved_target != match.node._saved_ignore_index).sum()
         return BatchLoss(count, count, scale, rows, calls=source.calls, logit_scale=logit_scale)
+
+
+def _saved_arguments(match: LossMatch) -> tuple[Any, ...]:
+    """What the graph saves of a loss's arguments: numbers, and tensors such as class weights."""
+    if match.log_softmax is not None:
+        return match.label_smoothing, getattr(match.node, "_saved_weight", None)
+    names = (*LOSSES[match.name].arguments.values(), "_saved_weight")
+    return tuple(getattr(match.node, name, None) for name in names)
+
+
+def _same_value(one: Any, other: Any) -> bool:
+    """Whether an argument is the same number or tensor; only tensors that are made again in each batch are compared."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
+    same = one.data_ptr() == other.data_ptr() and one._version == other._version
+    return same or (one.shape == other.shape and torch.equal(one, other))
 
 
 def _outputs_and_targets(match: LossMatch) -> tuple[Tensor, ...]:

@@ -1,0 +1,164 @@
+"""Finds what an optimizer's constant is computed from: a head with a recognised loss, or else the output layers."""
+
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from lit_lipschitz.control.found_heads import FoundHeads, Hooks, Meter
+from lit_lipschitz.control.head_finder import HeadFinder
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.measured_finder import MeasuredFinder, check_measured
+from lit_lipschitz.control.measured_hook import is_measured_state
+from lit_lipschitz.control.options import Options
+from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.rate_updater import RateUpdater
+from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.recognition.loss_graph import LossGraph
+
+
+class Finder:
+    """Uses the proven constant of a recognised loss until something is not recognised, and measures from then on.
+
+    The constant of a loss is measured at the output layers that its graph meets first. It is measured from the start
+    with ``loss="measured"`` and if ``stored``, the state in the run that is resumed, was. Arguments that measuring has
+    no meaning for, such as ``bound="smooth"``, turn it off, and a loss that is not recognised is an error then.
+    """
+
+    def __init__(
+        self, policy: Policy, options: Options, target: Target, loop: LoopFacts, stored: dict[str, Any] | None
+    ) -> None:
+        self._notify = loop.notify
+        self._heads: HeadFinder | None = None
+        self._measured: MeasuredFinder | None = None
+        was_measured = is_measured_state(stored)
+        if _may_measure(policy, options):
+            state = stored if was_measured or options.measured else None
+            self._measured = MeasuredFinder(target, loop.device, state)
+        if options.measured or was_measured:
+            return
+        try:
+            self._heads = HeadFinder(policy, options, target, loop.device, stored)
+        except ConfigurationError:
+            if self._measured is None or options.head != "auto":
+                raise
+
+    @property
+    def hooks(self) -> Hooks:
+        """The hooks on what is or can be the head, or on the output layers."""
+        return self._used.hooks
+
+    @property
+    def _used(self) -> HeadFinder | MeasuredFinder:
+        used = self._heads or self._measured
+        assert used is not None
+        return used
+
+    def find(self, graph: LossGraph, loop: LoopFacts) -> FoundHeads | None:
+        """The head and the loss of a graph whose backward is about to begin, or the output layers.
+
+        None if the loss belongs to another optimizer, or may do so in manual optimization.
+
+        Raises:
+            ConfigurationError: There is neither.
+        """
+        if self._heads is None or self._measured is None:
+            return self._used.find(graph, loop)
+        try:
+            return self._heads.find(graph, loop)
+        except ConfigurationError:
+            if not self._measured.hooks.layers(graph):
+                raise
+            self.measure_from_now()
+            return self._measured.find(graph, loop)
+
+    def find_named(self) -> FoundHeads:
+        """What to use in manual optimization if a step is made before a loss was recognised.
+
+        Raises:
+            ConfigurationError: There was no loss, and the user named none.
+        """
+        if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.watching:
+            return self.measure_from_now()
+        return self._used.find_named()
+
+    def measure_from_now(self) -> FoundHeads:
+        """Measures the constant from now on; there must be no argument against it."""
+        assert self._measured is not None
+        if self._heads is not None:
+            self._heads.hooks.remove()
+            self._heads = None
+            self._notify(
+                "LipschitzLR: the loss is not recognised, so its constant is measured: an estimate and not a bound"
+            )
+        return self._measured.found()
+
+    @property
+    def may_measure(self) -> bool:
+        """Whether a recognised loss is used, and measuring is possible."""
+        return self._heads is not None and self._measured is not None
+
+    def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> Meter:
+        """What measures each batch by what was found."""
+        return self._used.meter(found, updater, graph, loop)
+
+    def watch_first_step(self, graph: LossGraph, loop: LoopFacts) -> None:
+        """Has a backward measured in case that one of the first step's losses, on any rank, is not recognised."""
+        if self._heads is not None and self._measured is not None:
+            self._measured.hooks.watch(graph, loop)
+
+    def on_other_optimizer_step(self) -> None:
+        """Another optimizer is about to step."""
+        for finder in (self._heads, self._measured):
+            if finder is not None:
+                finder.on_other_optimizer_step()
+
+    def begin_step(self, found: FoundHeads, loop: LoopFacts, batches: int, *, first_step: bool) -> FoundHeads:
+        """What to use in the step that is about to be made, of so many ``batches``: the same on all ranks.
+
+        Raises:
+            ConfigurationError: A loss of the optimizer was not recognised, and measuring is not possible.
+        """
+        if self._measured is None:
+            assert self._heads is not None
+            self._heads.begin_step(first_step)
+            return found
+        refused = self._heads is not None and self._heads.refused_own
+        if first_step and (refused or not self._same_on_all_ranks(found, loop)):
+            found = self.measure_from_now()
+        if self._heads is None:
+            self._measured.end_step(batches)
+        else:
+            self._measured.hooks.statistic.discard()
+        return found
+
+    def _same_on_all_ranks(self, found: FoundHeads, loop: LoopFacts) -> bool:
+        """Whether the ranks have found the same loss of the same number of outputs."""
+        if loop.world_size == 1:
+            return True
+        recognised = found.recognised
+        facts = (found.loss, found.num_outputs, recognised.rows_per_target, recognised.pooled, recognised.unrecognised)
+        high, low = divmod(crc32(repr(facts).encode()), 1 << 16)  # float32 holds each exactly
+        sent = torch.tensor([high, -high, low, -low], dtype=torch.float32, device=loop.device)
+        highest, lowest, *rest = loop.reduce(sent).tolist()
+        return highest == -lowest and rest[0] == -rest[1]
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The state of the hooks, for a checkpoint."""
+        return self.hooks.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Loads the state of :meth:`state_dict`; if that run had begun to measure, this one does."""
+        if is_measured_state(state) and self.may_measure:
+            self.measure_from_now()
+        self.hooks.load_state_dict(state)
+
+
+def _may_measure(policy: Policy, options: Options) -> bool:
+    if options.measured:
+        return True  # its arguments were checked
+    try:
+        check_measured(policy, options)
+    except ConfigurationError:
+        return False
+    return True
