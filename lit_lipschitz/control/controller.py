@@ -38,6 +38,8 @@ class Controller:
         self._meter: Meter | None = None
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
         self.rates: list[float] = []  # learning rates of the parameter groups in it
+        # Whether all ranks measure the constant, and so decide by it; else one of them may.
+        self._measured_by_all = self.measurement is not None and self.measurement.largest_grad_norm > 0
         self._batch_open = False  # whether a batch has begun that has made no loss yet
         self._micro_batches = 0  # batches since the last optimizer step
 
@@ -122,10 +124,9 @@ class Controller:
         if self._meter is not None:
             self._batch_open = False
             if not self._meter.measure(graph, loop) and self._finder.may_measure:
-                self._meter = self._measure_by(self._finder.measure_from_now(), graph, loop)
+                self._measure_from_now(loop)
                 self._meter.measure(graph, loop)
-        if self.decision is None:
-            self._finder.watch_first_step(graph, loop)
+        self._finder.check(graph, loop)
         # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
         if loop.automatic:
             self.hooks.set_mode("off")
@@ -160,6 +161,8 @@ class Controller:
         found = self._finder.begin_step(self.found, loop, batches, first_step=self.decision is None)
         if found is not self.found:
             self._meter = self._measure_by(found, None, loop)
+        if self.decision is None:
+            self._measured_by_all = found.measured
         if not loop.automatic and self._batch_open:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
@@ -185,14 +188,31 @@ class Controller:
             )
         if self.found is None or not self.options.running:
             return
-        if not self.updater.end_step(self.found, loop) and may_be_saved:
+        if self.updater.end_step(self.found, loop):
+            self._finder.reset()
+        elif may_be_saved:
             self.share()
         self._follow_ranks(loop)
 
+    def _measure_from_now(self, loop: LoopFacts) -> None:
+        """Measures the constant from now on, since a loss was not recognised."""
+        self._meter = self._measure_by(self._finder.measure_from_now(), None, loop)
+        if loop.world_size == 1 and self.decision is not None:
+            self._begin_again()
+
     def _follow_ranks(self, loop: LoopFacts) -> None:
-        """Measures the constant from now on if another rank does."""
-        if self.measurement is not None and self.measurement.largest_grad_norm and self._finder.may_measure:
-            self._meter = self._measure_by(self._finder.measure_from_now(), None, loop)
+        """Measures the constant from now on if a rank does or a bound was none, which all ranks know alike."""
+        measured, decision = self.measurement, self.updater.state.decision
+        exceeded = decision is not None and decision.exceeded
+        if not self._measured_by_all and (exceeded or (measured is not None and measured.largest_grad_norm)):
+            if self._finder.may_measure:
+                self._measure_from_now(loop)
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Estimates from the next step on what was estimated of a recognised loss."""
+        self._measured_by_all = True
+        self.updater.restart()
 
     def share(self) -> None:
         """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""

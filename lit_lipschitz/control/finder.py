@@ -1,5 +1,6 @@
 """Finds what an optimizer's constant is computed from: a head with a recognised loss, or else the output layers."""
 
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
@@ -65,7 +66,8 @@ class Finder:
         if self._heads is None or self._measured is None:
             return self._used.find(graph, loop)
         try:
-            return self._heads.find(graph, loop)
+            found = self._heads.find(graph, loop)
+            return found and replace(found, gradients=self._measured.hooks.statistic)
         except ConfigurationError:
             if not self._measured.hooks.layers(graph):
                 raise
@@ -80,7 +82,8 @@ class Finder:
         """
         if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.watching:
             return self.measure_from_now()
-        return self._used.find_named()
+        found = self._used.find_named()
+        return replace(found, gradients=self._measured.hooks.statistic) if self._measured is not None else found
 
     def measure_from_now(self) -> FoundHeads:
         """Measures the constant from now on; there must be no argument against it."""
@@ -102,9 +105,9 @@ class Finder:
         """What measures each batch by what was found."""
         return self._used.meter(found, updater, graph, loop)
 
-    def watch_first_step(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Has a backward measured in case that one of the first step's losses, on any rank, is not recognised."""
-        if self._heads is not None and self._measured is not None:
+    def check(self, graph: LossGraph, loop: LoopFacts) -> None:
+        """Has a backward measured, where a step is due, to check the bound of a recognised loss by its gradients."""
+        if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.due:
             self._measured.hooks.watch(graph, loop)
 
     def on_other_optimizer_step(self) -> None:
@@ -126,10 +129,7 @@ class Finder:
         refused = self._heads is not None and self._heads.refused_own
         if first_step and (refused or not self._same_on_all_ranks(found, loop)):
             found = self.measure_from_now()
-        if self._heads is None:
-            self._measured.end_step(batches)
-        else:
-            self._measured.hooks.statistic.discard()
+        self._measured.end_step(batches)
         return found
 
     def _same_on_all_ranks(self, found: FoundHeads, loop: LoopFacts) -> bool:
@@ -142,6 +142,11 @@ class Finder:
         sent = torch.tensor([high, -high, low, -low], dtype=torch.float32, device=loop.device)
         highest, lowest, *rest = loop.reduce(sent).tolist()
         return highest == -lowest and rest[0] == -rest[1]
+
+    def reset(self) -> None:
+        """Ends an interval."""
+        if self._measured is not None:
+            self._measured.hooks.reset()
 
     def state_dict(self) -> dict[str, Any] | None:
         """The state of the hooks, for a checkpoint."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.measurement.head_hooks import Mode
+from lit_lipschitz.measurement.measured_outputs import MeasuredOutputs
 from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
 
 
@@ -27,12 +28,6 @@ class Statistic(Protocol):
 
     def unpack(self, reduced: Tensor) -> Tensor:
         """Gives all ranks the same numbers, and returns those to read to the host."""
-
-    def pack_grad_norm(self) -> Tensor:
-        """Largest gradient norm in the outputs, 0 if it is not measured; shape (1,)."""
-
-    def unpack_grad_norm(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same gradient norm, and returns it."""
 
 
 class Hook(Protocol):
@@ -84,7 +79,8 @@ class FoundHeads:
     loss: Loss
     num_outputs: int  # of the head that enter the loss, or classes
     recognised: FoundLoss  # what the graph of the first loss showed, without its inputs; defaults if that is nothing
-    measured: bool = False  # whether the loss was not recognised, and the constant is measured in the backward
+    gradients: MeasuredOutputs | None = None  # in the outputs, measured in the backward; None if they are not
+    measured: bool = False  # whether the loss was not recognised, and its constant is that of these gradients
 
 
 class Meter(Protocol):

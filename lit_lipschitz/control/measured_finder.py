@@ -75,7 +75,7 @@ class MeasuredFinder:
     def found(self) -> FoundHeads:
         """The output layers, as what the controller measures by."""
         loss = Loss("measured")
-        return FoundHeads(self.hooks, loss, 1, FoundLoss(loss), measured=True)
+        return FoundHeads(self.hooks, loss, 1, FoundLoss(loss), self.hooks.statistic, measured=True)
 
     def find_named(self) -> FoundHeads:
         """Manual optimization has made a step without a loss.

@@ -16,6 +16,7 @@ from lit_lipschitz.rules.registry import RULES
 # Lower bounds that keep the rate finite as the loss goes to 0.
 MIN_GRAD_NORM_RATIO = 0.01  #: Lower bound on the measured over the largest possible gradient norm.
 MIN_RESIDUAL_RATIO = 0.1  #: Lower bound on the residuals over the norms of outputs and targets.
+ROUNDING = 0.02  #: Relative error of norms in bfloat16, by which a gradient may exceed a bound.
 NUM_DEVIATIONS = 3.0  #: Standard deviations of residuals that count as the largest; 99.7 % of normal ones are less.
 
 _NORMS = {
@@ -60,6 +61,8 @@ class Measurement:
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
         largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
             0.
+        gradient_bound: Largest product, in an optimizer step of a rank, of the norm of the gradient in the outputs of
+            the output layers and the norm of their inputs, which bounds the gradient in their weights; 0 if not measured.
         batches: Batches in an optimizer step on each rank.
         ranks: Number of ranks.
     """
@@ -76,6 +79,7 @@ class Measurement:
     residual_rms: float = 0.0
     loss_factor: float = 1.0
     largest_grad_norm: float = 0.0
+    gradient_bound: float = 0.0
     batches: int = 1
     ranks: int = 1
 
@@ -100,6 +104,8 @@ class Decision:
         rule: The name of the rule, or "" for a fixed rate.
         formula: L in symbols, or "".
         terms: All numbers of the constant, with L last, then those of the rule, then the limit that changed the rate.
+        exceeded: Whether a gradient was larger than the bound of the recognised loss, so that this was none; L is the
+            measured bound then.
     """
 
     lr: float
@@ -111,6 +117,7 @@ class Decision:
     rule: str = ""
     formula: str = ""
     terms: tuple[Term, ...] = ()
+    exceeded: bool = False
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "Decision":
@@ -274,6 +281,7 @@ class Policy:
             rule.name,
             formula,
             (*constant_terms, *terms, *limit),
+            constant.exceeded,
         )
         return decision, state
 
@@ -308,6 +316,10 @@ class _Constant:
             self._data = measured.largest_grad_norm * measured.activation_norm / math.sqrt(measured.batch_size)
         else:
             self._data = self._data_term(bound=policy.bound, norm=policy.norm)
+        proven = bool(measured.largest_grad_norm) or measured.gradient_bound <= (1 + ROUNDING) * self._data
+        self.exceeded = not proven and policy.bound == "strict"
+        if self.exceeded:
+            self._data = measured.gradient_bound
         self._l2 = bounds.l2(l2_coefficient, measured.weight_norm, bound=policy.bound)
         self.value = self._data + self._l2
 

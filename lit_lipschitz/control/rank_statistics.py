@@ -17,7 +17,7 @@ from lit_lipschitz.measurement.norms import weight_norm
 from lit_lipschitz.measurement.residuals import Residuals, RunningResiduals
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
-_UPDATE = ("weight_norm", "activations", "grad_norm", "residuals", "nonfinite")
+_UPDATE = ("weight_norm", "activations", "gradients", "residuals", "nonfinite")
 
 
 class RankStatistics:
@@ -36,6 +36,7 @@ class RankStatistics:
         self._pass_weight_norm: Tensor | None = None  # W at the last pass, if no step has used it yet
         self._reduction = MaxReduction(loop.reduce, loop.device)
         self._reduction.register("weight_norm", self._pack_weight_norm)
+        self._reduction.register("gradients", lambda: torch.zeros(2, device=loop.device))
         self._reduction.register("nonfinite", self.nonfinite.pack, self.nonfinite.unpack)
 
     def measure_head(self, found: FoundHeads, device: torch.device) -> None:
@@ -45,7 +46,10 @@ class RankStatistics:
         if width != self.residuals.width and not (found.measured and self._reduced):
             self.residuals = RunningResiduals(width, device)
         inputs, residuals, rank = found.hook.statistic, self.residuals, self._rank
-        self._reduction.register("grad_norm", inputs.pack_grad_norm, inputs.unpack_grad_norm)
+        if (gradients := found.gradients) is not None:
+            self._reduction.register(
+                "gradients", lambda: gradients.pack_grad_norms(found.measured), gradients.unpack_grad_norms
+            )
         self._reduction.register("activations", lambda: inputs.pack(self.pass_factor, rank), inputs.unpack)
         self._reduction.register("residuals", lambda: residuals.pack(rank, self._world_size), residuals.unpack)
 
@@ -88,7 +92,7 @@ class RankStatistics:
         values, self._reduced = self.reduce(loop, lr_ratios, _UPDATE), True
         (largest_weight,) = values["weight_norm"]
         size, count, dropped, fourth_moment_norm, output_norm = values["activations"]
-        (largest_grad_norm,) = values["grad_norm"]
+        largest_grad_norm, gradient_bound = values["gradients"]
         self.all_residuals, self._pass_weight_norm = Residuals(*values["residuals"]), None
         batches = self._world_size * accumulated
         batch_size = round(count * batches)
@@ -105,6 +109,7 @@ class RankStatistics:
             residual_rms=self.all_residuals.root_mean_square if interval_over else 0.0,
             loss_factor=self.all_residuals.factor,
             largest_grad_norm=largest_grad_norm,
+            gradient_bound=gradient_bound,
             batches=accumulated,
             ranks=self._world_size,
         )

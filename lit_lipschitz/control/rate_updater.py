@@ -36,9 +36,16 @@ class RateUpdater:
         self.reporter = Reporter(options, target, loop)
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
         self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
+        self._restarted = False  # whether the next step decides on new estimates
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
         if state:
             self.restore(state)
+
+    def restart(self) -> None:
+        """Decides in the next step, on new estimates: the constant is another one from now on."""
+        self._restarted = True
+        if self.estimator is not None:
+            self.estimator.restart()
 
     def needs_pass(self, epoch: int) -> bool:
         """Whether a pass over the training set is due; a checkpoint may have interrupted the epoch after it."""
@@ -64,11 +71,12 @@ class RateUpdater:
             state.epoch = loop.epoch
         state.accumulated = max(state.accumulated, batches) if self._options.running else batches
         ratios = lr_ratios() if self.estimator is not None and self.estimator.begin_step() else None
-        if self.estimator is not None and self.estimator.restarted:
+        if self._restarted or (self.estimator is not None and self.estimator.restarted):
             state.rule_state = self.rule.initial_state()
         has_pass = self._pass_epoch is not None
         is_fixed = first_interval and initial_lr is not None and state.measurement is None
         is_early = state.decision is None or (first_interval and state.steps & (state.steps - 1) == 0)
+        is_early, self._restarted = is_early or self._restarted, False
         if has_pass or (self._options.running and not is_fixed and is_early):
             self._decide(found, loop, interval_over=has_pass, lr_ratios=ratios)
             self._pass_epoch = None

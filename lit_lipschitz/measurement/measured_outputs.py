@@ -46,8 +46,8 @@ class MeasuredOutputs:
     mean = True
 
     def __init__(self, device: torch.device) -> None:
-        # Largest norm of the inputs over sqrt(m), largest m of a batch, three that are not used, largest m |G_i|.
-        self._values = torch.zeros(6, dtype=torch.float32, device=device)
+        # Largest norm of the inputs over sqrt(m), m of a batch, three that are not used, m |G_i|, and O.
+        self._values = torch.zeros(7, dtype=torch.float32, device=device)
         self._sums: dict[Any, _Sums] = {}
         self._others: dict[Any, _Sums] = {}  # before the last step of another optimizer
         self._new_interval = True  # the next step replaces the maxima; until then those of the last interval hold
@@ -96,7 +96,7 @@ class MeasuredOutputs:
         usable = torch.isfinite(products).all() & (products.max() > 0)
         rows = count.clamp(min=1.0)
         size, unused = (products.sum() / square / rows).sqrt(), torch.zeros_like(rows)
-        step = torch.stack([size, rows / batches, unused, unused, unused, rows * largest])
+        step = torch.stack([size, rows / batches, unused, unused, unused, rows * largest, products.sum().sqrt()])
         step = step if self._new_interval else torch.maximum(self._values, step)
         self._values.copy_(torch.where(usable, step, self._values))
         self._new_interval = False
@@ -129,13 +129,13 @@ class MeasuredOutputs:
         self._values[:5].copy_(reduced[:5])
         return reduced[:5]
 
-    def pack_grad_norm(self) -> Tensor:
-        """This rank's largest gradient norm of a row times m, for a MAX all-reduce; shape (1,)."""
-        return self._values[5:].clone()
+    def pack_grad_norms(self, measured: bool) -> Tensor:
+        """Largest gradient norm of a row times m, 0 unless the constant is ``measured``, and largest O; shape (2,)."""
+        return self._values[5:] * self._values.new_tensor([float(measured), 1.0])
 
-    def unpack_grad_norm(self, reduced: Tensor) -> Tensor:
-        """Gives all ranks the same."""
-        self._values[5:].copy_(reduced)
+    def unpack_grad_norms(self, reduced: Tensor) -> Tensor:
+        """Gives all ranks the same largest norms."""
+        self._values[5:].copy_(torch.maximum(self._values[5:], reduced))
         return reduced
 
     def state_dict(self) -> dict[str, Any]:

@@ -141,14 +141,6 @@ class RunningMaximum:
         self.direction.copy_(reduced[len(self.values) :])
         return values
 
-    def pack_grad_norm(self) -> Tensor:
-        """No gradient norm is measured: 0, of shape (1,)."""
-        return torch.zeros(1, device=self.values.device)
-
-    def unpack_grad_norm(self, reduced: Tensor) -> Tensor:
-        """The largest gradient norm on ranks that measure one."""
-        return reduced
-
     def reset(self) -> None:
         """Forgets all batches; the vector of the power iteration is kept as a warm start."""
         self.values.zero_()

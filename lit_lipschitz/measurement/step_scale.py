@@ -102,6 +102,10 @@ class StepScaleEstimator:
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
+    def restart(self) -> None:
+        """Begins a new estimate with the next step."""
+        self.scale = type(self.scale)()
+
     def begin_step(self) -> bool:
         """Counts a step that is about to be made, and returns whether to measure it."""
         due, self._repeat = self.due, False
