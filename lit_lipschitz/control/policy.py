@@ -62,7 +62,7 @@ class Measurement:
         largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
             0.
         gradient_bound: Largest product, in an optimizer step of a rank, of the norm of the gradient in the outputs of
-            the output layers and the norm of their inputs, which bounds the gradient in their weights; 0 if not measured.
+            the output layers and the norm of their inputs, a bound of the gradient in their weights; 0 if not measured.
         batches: Batches in an optimizer step on each rank.
         ranks: Number of ranks.
     """

@@ -16,33 +16,61 @@ Mode = Literal["off", "training", "inference", "watching"]
 """What is measured (nothing, forwards with gradients, or those without); "watching" only records which modules run."""
 
 
+class _NoHook:
+    """The hook in a copy of the network."""
+
+    mode: Mode = "off"  # for deepcopy, which copies the method of a HeadHook
+
+    def measure(self, *_: Any) -> None:
+        """Does nothing."""
+
+
+def _scripted(self: Any, input: tuple[Tensor]) -> None:
+    """The hook in a network that torch.jit.script compiles."""
+    return None
+
+
 class HeadHook:
     """A forward pre-hook that measures a module's input, on the device and under torch.compile."""
 
     def __init__(self, name: str, head: nn.Module, statistic: RunningMaximum, clock: Tensor) -> None:
-        self.name, self.head, self.statistic = name, head, statistic
+        self.name, self.head, self.statistic, self._clock = name, head, statistic, clock
         self.last_call = torch.zeros_like(clock)  # value of the clock; 0 before the first call
         self.mode: Mode = "off"
         self.selected = False  # whether the module is the head; its calls are no longer timed then
+        self.remove = head.register_forward_pre_hook(self.measure, with_kwargs=True).remove
 
-        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A deep copy of the network (weight averaging, a teacher) has a copy of the hook on another module.
-            if self.mode == "off" or module is not head or torch.is_grad_enabled() == (self.mode == "inference"):
+    def measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measures the input of a forward of the mode."""
+        if self.mode == "off" or torch.is_grad_enabled() == (self.mode == "inference"):
+            return
+        if self.mode != "watching":
+            inputs: Any = args[0] if args else kwargs.get("input")
+            if not _is_measurable(inputs, self.head):
                 return
-            if self.mode != "watching":
-                inputs = head_inputs(module, args[0] if args else kwargs["input"])
-                statistic.update(inputs) if self.mode == "inference" else statistic.add(inputs)
-            # A compiled network keeps this line, since recompiling it costs more.
-            if torch.compiler.is_compiling() or not self.selected:
-                self.last_call.copy_(clock.add_(1))
+            inputs = head_inputs(module, inputs)
+            self.statistic.update(inputs) if self.mode == "inference" else self.statistic.add(inputs)
+        # A compiled network keeps this line, since recompiling it costs more.
+        if torch.compiler.is_compiling() or not self.selected:
+            self.last_call.copy_(self._clock.add_(1))
 
-        self.remove = head.register_forward_pre_hook(measure, with_kwargs=True).remove
+    measure.__wrapped__ = _scripted  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the network, or one that is saved, has a hook that does nothing."""
+        return _NoHook, ()
 
     @property
     def weight(self) -> Tensor:
         """The module's weight."""
         weight: Any = self.head.weight
         return weight
+
+
+def _is_measurable(inputs: Any, head: nn.Module) -> bool:
+    """Whether a forward's argument is a batch of the head's inputs: plain numbers, at least one row of them."""
+    plain = isinstance(inputs, Tensor) and inputs.layout == torch.strided and inputs.is_floating_point()
+    return plain and inputs.numel() > 0
 
 
 class HeadHooks:

@@ -121,7 +121,7 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     groups = optimizer.param_groups
     if which == "decayed":
         groups = [group for group in groups if group.get("weight_decay", 0)] or groups
-    tensors = [p.detach() for group in groups for p in group["params"]]
+    tensors = [as_real(p.detach()) for group in groups for p in group["params"]]
     if which == "all":
         tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
     # The norm of a sharded tensor is combined over all ranks.

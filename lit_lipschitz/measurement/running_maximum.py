@@ -105,13 +105,14 @@ class RunningMaximum:
 
     def _finish_size(self, count: Any, may_be_zero: bool, weight: float | Tensor) -> None:
         """Raises the maximum to the batch's norm."""
-        value = self.size / count**0.5 if self.mean else self.size
-        if may_be_zero and self.mean:  # not finite for a count of 0
-            value = self._count_dropped(value)
-        elif may_be_zero:
-            self._dropped.add_(count == 0)
+        value = self.size
+        if may_be_zero:  # all targets are ignored: the batch is left out
+            value = value / count.clamp(min=1.0) ** 0.5 if self.mean else value
+            value = value * (count > 0)
+        elif self.mean:
+            value = value / count**0.5
         plain = isinstance(weight, float) and weight == 1.0
-        if plain and may_be_zero and self.mean:  # finite, or -1
+        if plain and may_be_zero and self.mean:  # finite
             torch.maximum(self._max_size, value, out=self._max_size)
         else:
             _raise_to(self._max_size, value if plain else value * weight)

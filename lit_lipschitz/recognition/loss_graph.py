@@ -14,6 +14,7 @@ from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.affine import AffineSource, logit_scale_of, same_weight, trace_to_affine, weight_of
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
+    Factors,
     dim_of,
     names_below,
     nodes_below,
@@ -166,18 +167,21 @@ class LossGraph:
 
     def _terms_below(self, node: Any) -> list[LossMatch]:
         """The loss that a graph begins with, or several with the same logits; of a named loss, its terms in a sum."""
-        factors, node = take_factors(node)
-        match = match_loss(node)
-        if match is not None and self._name in (None, match.name):
-            parts = [[match]]
-        elif (below := _same_gradient(node)) is not None:
-            parts = [self._terms_below(below)]
-        elif node.name() in ("AddBackward0", "SubBackward0") and node._saved_alpha == 1:
-            parts = [self._terms_below(part) for part in nodes_below(node)]
-        else:
-            return []
-        terms = [term._replace(factors=factors + term.factors) for part in parts for term in part]
-        usable = self._name is not None or (all(parts) and all(self._alike(terms[0], term) for term in terms[1:]))
+        terms = list[LossMatch]()
+        stack: list[tuple[Factors, Any]] = [((), node)]
+        while stack:
+            outer, node = stack.pop()
+            factors, node = take_factors(node)
+            factors, match = outer + factors, match_loss(node)
+            if match is not None and self._name in (None, match.name):
+                terms.append(match._replace(factors=factors + match.factors))
+            elif (below := _same_gradient(node)) is not None:
+                stack.append((factors, below))
+            elif node.name() in ("AddBackward0", "SubBackward0") and node._saved_alpha == 1:
+                stack.extend((factors, part) for part in reversed(nodes_below(node)))
+            elif self._name is None:
+                return []
+        usable = self._name is not None or all(self._alike(terms[0], term) for term in terms[1:])
         return terms if usable else []
 
     def _alike(self, one: LossMatch, other: LossMatch) -> bool:
@@ -288,8 +292,10 @@ def _combine(losses: list[BatchLoss]) -> BatchLoss:
 
 
 def _minimum(one: int | Tensor, other: int | Tensor) -> int | Tensor:
+    """The smaller count, of which 0 is none: all targets of that term are ignored."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return torch.minimum(torch.as_tensor(one), torch.as_tensor(other))
+        one, other = torch.as_tensor(one), torch.as_tensor(other)
+        return torch.where(torch.minimum(one, other) > 0, torch.minimum(one, other), torch.maximum(one, other))
     return min(one, other)
 
 
