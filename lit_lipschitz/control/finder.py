@@ -63,6 +63,8 @@ class Finder:
         Raises:
             ConfigurationError: There is neither.
         """
+        if self._heads is not None:
+            self._heads.check_named_head(graph)
         if self._heads is None or self._measured is None:
             return self._used.find(graph, loop)
         try:

@@ -82,6 +82,8 @@ class HeadFinder:
         try:
             loss = graph.found(self.hooks.named_weight)
             weight = loss.head_weight if loss is not None else None
+            if loss is None and self._policy.bound != "paper":
+                self._check_function(graph)
             if self._options.loss_name is not None and weight is None and self._options.head == "auto":
                 weight = self._only_affine_map(graph)
             own = weight is not None and self.hooks.owns(weight)
@@ -122,6 +124,28 @@ class HeadFinder:
         if graph is not None and not self._options.running:
             updater.statistics.pass_factor = meter.pass_factor(graph, loop)
         return meter
+
+    def check_named_head(self, graph: LossGraph) -> None:
+        """Refuses the name of a layer that does not compute the outputs, if the graph shows which ones do."""
+        layers = graph.output_layers() if self._options.head != "auto" else []
+        head = dict(self._target.model.named_modules()).get(self._options.head)
+        own = set() if head is None else set(head.parameters())
+        if not layers or not own or any(p in own for layer in layers for p in layer.parameters):
+            return
+        names: dict[Tensor, str] = {p: name.rpartition(".")[0] for name, p in self._target.model.named_parameters()}
+        found = dict.fromkeys(names[p] for layer in layers for p in layer.parameters if p in names)
+        raise ConfigurationError(
+            f"LipschitzLR(head={self._options.head!r}) expected the layer whose outputs the loss is computed from, and "
+            f"found {', '.join(map(repr, found))}; pass that name, or leave head= out"
+        )
+
+    def _check_function(self, graph: LossGraph) -> None:
+        """Refuses a function of a named loss, such as its root, which has another constant."""
+        if (function := graph.function_of_loss()) is not None:
+            raise ConfigurationError(
+                f"LipschitzLR(loss={self._options.loss!r}) expected a mean or a sum of that loss and found its "
+                f"{function}, which has another constant; return the loss itself, or leave loss= out"
+            )
 
     def _only_affine_map(self, graph: LossGraph) -> Tensor | None:
         """The only candidate that the graph meets first, if the loss itself is not recognised."""

@@ -145,6 +145,19 @@ class LossGraph:
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
 
+    def function_of_loss(self) -> str | None:
+        """Name of a function that is applied to the reduced loss, such as the root of a mean square; None without."""
+        stack = [self._root]
+        while stack:
+            node = stack.pop()
+            if node is None or node.name() in MANUAL_REDUCTIONS or match_loss(node) is not None:
+                continue
+            below = [part for part, index in node.next_functions if part is not None and _is_scalar(part, index)]
+            if below and len(below) == len(nodes_below(node)) and not _is_linear(node):
+                return short_name(node)
+            stack.extend(below)
+        return None
+
     def output_layers(self, owned: Container[Tensor] | None = None) -> list[OutputLayer]:
         """The calls of affine maps, of parameters ``owned`` if given, that the graph meets first on each path."""
         return [] if self._root is None else output_layers(self._root, owned)
@@ -271,6 +284,20 @@ def _same_value(one: Any, other: Any) -> bool:
         return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
     same = one.data_ptr() == other.data_ptr() and one._version == other._version
     return same or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _is_scalar(node: Any, index: int) -> bool:
+    """Whether a result of a node has no dimension."""
+    metadata = getattr(node, "_input_metadata", ())
+    return index < len(metadata) and len(metadata[index].shape) == 0
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node of numbers adds, or multiplies by a constant."""
+    name = node.name()
+    if name in ("MulBackward0", "DivBackward0"):
+        return len(nodes_below(node)) == 1 and (name[0] == "M" or node.next_functions[0][0] is not None)
+    return name in ("AddBackward0", "SubBackward0", "RsubBackward1", "NegBackward0", "ToCopyBackward0", *VIEWS)
 
 
 def _outputs_and_targets(match: LossMatch) -> tuple[Tensor, ...]:
