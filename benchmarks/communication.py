@@ -142,9 +142,13 @@ def summary(calls: Sequence[Call]) -> dict[str, Any]:
     }
 
 
+BYTES_OF_AGREEMENT = 4 * 4
+"""Bytes of the reduction before the first step by which the ranks know whether they have found the same loss."""
+
+
 def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
-    """Bytes of an update: six numbers, one a rank, and for ``smooth`` the direction of the power iteration."""
-    return 4 * (6 + ranks + spectral_width)
+    """Bytes of an update: eight numbers, one a rank, and for ``smooth`` the direction of the power iteration."""
+    return 4 * (8 + ranks + spectral_width)
 
 
 def bytes_of_norms(ranks: int) -> int:

@@ -188,5 +188,6 @@ def _loss(controller: Controller) -> dict[str, Any] | None:
         return None
     loss = controller.found.loss
     how = "found in the autograd graph" if controller.options.loss_name is None else "named by loss="
-    how = "not recognised: measured" if controller.options.measured else how
-    return {"name": loss.name, "reduction": loss.reduction, "arguments": dict(loss.arguments), "how": how}
+    how = "not recognised: measured" if controller.found.measured else how
+    name = "measured" if controller.found.measured else loss.name
+    return {"name": name, "reduction": loss.reduction, "arguments": dict(loss.arguments), "how": how}

@@ -1,6 +1,7 @@
 """Controls the learning rate of one optimizer: measure, reduce over the ranks, decide, write."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -175,6 +176,8 @@ class Controller:
         self.rates = self._writer.write(None if self.options.dry_run else rate)
         if self.options.dry_run and rate is not None:
             self.rates = self._writer.rates(rate)
+        if self.decision is None and decision is not None:
+            self.updater.reporter.announce(self.found, decision, self.policy.bound)
         self.decision = decision or Decision(self.rates[0])
         return self.updater.state.steps == 1 or decision is not before
 
@@ -196,9 +199,12 @@ class Controller:
 
     def _measure_from_now(self, loop: LoopFacts) -> None:
         """Measures the constant from now on, since a loss was not recognised."""
-        self._meter = self._measure_by(self._finder.measure_from_now(), None, loop)
+        found = self._finder.measure_from_now()
+        if self.found is not None:  # until all ranks know, they decide by the loss that was recognised
+            found = replace(found, loss=self.found.loss, num_outputs=self.found.num_outputs)
+        self._meter = self._measure_by(found, None, loop)
         if loop.world_size == 1 and self.decision is not None:
-            self._begin_again()
+            self._begin_again(loop)
 
     def _follow_ranks(self, loop: LoopFacts) -> None:
         """Measures the constant from now on if a rank does or a bound was none, which all ranks know alike."""
@@ -207,10 +213,14 @@ class Controller:
         if not self._measured_by_all and (exceeded or (measured is not None and measured.largest_grad_norm)):
             if self._finder.may_measure:
                 self._measure_from_now(loop)
-            self._begin_again()
+            self._begin_again(loop)
 
-    def _begin_again(self) -> None:
+    def _begin_again(self, loop: LoopFacts) -> None:
         """Estimates from the next step on what was estimated of a recognised loss."""
+        loop.notify(
+            f"LipschitzLR{self._target.label}: the loss is not the one that was recognised, or its gradient exceeds "
+            f"the bound; its constant is measured after {loop.step} steps, an estimate and not a bound"
+        )
         self._measured_by_all = True
         self.updater.restart()
 
@@ -225,11 +235,13 @@ class Controller:
         if decision is None:
             return {}
         observes = decision.observed_constant or (estimator and estimator.needs_logit_grads)
+        computed = bool(decision.rule)  # not a fixed rate
         metrics = {
             "lr": self.rates[0],
-            "constant": decision.constant,
-            "activation_norm": decision.activation_norm,
-            "weight_norm": decision.weight_norm,
+            "constant": decision.constant if computed else None,
+            "measured": float(decision.is_measured) if computed else None,
+            "activation_norm": decision.activation_norm if computed else None,
+            "weight_norm": decision.weight_norm if computed else None,
             "step_scale": estimator.scale.value if estimator else None,
             "observed_constant": decision.observed_constant if observes else None,
             "damping": self.damping if self.updater.statistics.residuals.width else None,

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Sequence
 
-from lit_lipschitz.control.found_heads import Hook
+from lit_lipschitz.bounds.families import Bound
+from lit_lipschitz.control.found_heads import FoundHeads, Hook
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement
@@ -16,8 +17,20 @@ class Reporter:
     """Reports what is not finite: a warning on rank 0, once a kind, or with ``on_nonfinite="raise"`` an error."""
 
     def __init__(self, options: Options, target: Target, loop: LoopFacts) -> None:
-        self._raises, self._target = options.on_nonfinite == "raise", target
-        self._rank, self._may_overflow = loop.rank, loop.may_overflow
+        self._raises, self._target, self._notify = options.on_nonfinite == "raise", target, loop.notify
+        self._rank, self._may_overflow, self._dry_run = loop.rank, loop.may_overflow, options.dry_run
+
+    def announce(self, found: FoundHeads, decision: Decision, bound: Bound) -> None:
+        """Says once what the learning rate is computed from, and that the configured one is ignored."""
+        kind = {"paper": "the paper's estimate"}.get(bound, "a proven bound")
+        loss = "loss not recognised: measured, an estimate and not a bound" if found.measured else found.loss.name
+        loss = loss if found.measured else f"{loss}, {kind}"
+        m = next((f", m = {term.value:g}" for term in decision.terms if term.symbol == "m"), "")
+        dry_run = "nothing is written" if self._dry_run else "configured learning rates count as ratios between groups"
+        self._notify(
+            f"LipschitzLR{self._target.label}: output layers {found.hook.name}; {loss}{m}; first rate "
+            f"{decision.lr:.4g}; {dry_run}"
+        )
 
     def check_losses(self, losses: NonfiniteLosses, decision: Decision | None, step: int) -> bool:
         """Reports non-finite losses since the last check, and forgets them; returns whether there were any."""

@@ -29,7 +29,6 @@ class Finder:
     def __init__(
         self, policy: Policy, options: Options, target: Target, loop: LoopFacts, stored: dict[str, Any] | None
     ) -> None:
-        self._notify = loop.notify
         self._heads: HeadFinder | None = None
         self._measured: MeasuredFinder | None = None
         was_measured = is_measured_state(stored)
@@ -93,9 +92,7 @@ class Finder:
         if self._heads is not None:
             self._heads.hooks.remove()
             self._heads = None
-            self._notify(
-                "LipschitzLR: the loss is not recognised, so its constant is measured: an estimate and not a bound"
-            )
+            self._measured.hooks.statistic.restart()
         return self._measured.found()
 
     @property

@@ -104,6 +104,7 @@ class Decision:
         rule: The name of the rule, or "" for a fixed rate.
         formula: L in symbols, or "".
         terms: All numbers of the constant, with L last, then those of the rule, then the limit that changed the rate.
+        is_measured: Whether L is measured, and not a bound.
         exceeded: Whether a gradient was larger than the bound of the recognised loss, so that this was none; L is the
             measured bound then.
     """
@@ -117,6 +118,7 @@ class Decision:
     rule: str = ""
     formula: str = ""
     terms: tuple[Term, ...] = ()
+    is_measured: bool = False
     exceeded: bool = False
 
     @classmethod
@@ -261,6 +263,8 @@ class Policy:
         norms = (measured.activation_norm, measured.weight_norm, measured.fourth_moment_norm, measured.output_norm)
         if not (all(map(math.isfinite, norms)) and measured.activation_norm and measured.batch_size >= 1):
             return None
+        if not (measured.largest_grad_norm or loss.name in bounds.LOSSES):
+            return None  # measured before the loss was no longer recognised
         rule = self.rule_for(optimizer, groups)
         constant = _Constant(self, measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))
         inputs = constant.rule_input(rule)
@@ -281,6 +285,7 @@ class Policy:
             rule.name,
             formula,
             (*constant_terms, *terms, *limit),
+            bool(measured.largest_grad_norm) or constant.exceeded,
             constant.exceeded,
         )
         return decision, state

@@ -71,9 +71,9 @@ class MeasuredOutputs:
         """Whether backwards of the coming optimizer step were watched."""
         return bool(self._sums)
 
-    def discard(self) -> None:
-        """Forgets the backwards of the coming optimizer step."""
-        self._sums, self._others = {}, {}
+    def restart(self) -> None:
+        """Begins an interval with the coming step, which is due."""
+        self._steps, self._new_interval = 0, True
 
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step: losses so far are its own if more come before the own step."""
@@ -117,8 +117,9 @@ class MeasuredOutputs:
         """Ends a batch without a loss, of which there is nothing to measure."""
 
     def reset(self) -> None:
-        """Ends an interval."""
+        """Ends an interval: its maxima hold until a step of the next one is measured, but O is that of an interval."""
         self._new_interval = True
+        self._values[6] = 0.0
 
     def pack(self, scale: float, rank: int) -> Tensor:
         """This rank's maxima for a MAX all-reduce, without the gradient norm, as of a RunningMaximum; shape (5,)."""

@@ -81,14 +81,16 @@ def test_a_loss_with_a_target_an_example_is_added_from_outside():
         assert constant == pytest.approx(times * size * (2 / 3) ** 0.5, rel=1e-5)
         assert 0 < module.gradient <= constant
     with pytest.raises(ConfigurationError, match="no constant for the multi_margin of the head 'head': p=2.0"):
-        first_constant(AnyLoss(lambda z, y: F.multi_margin_loss(z, y, p=2)), LABELS)
+        first_constant(AnyLoss(lambda z, y: F.multi_margin_loss(z, y, p=2)), LABELS, norm="sample")
     with pytest.raises(ConfigurationError, match="found a multi_margin with weight=, for which it has no constant"):
-        first_constant(AnyLoss(lambda z, y: F.multi_margin_loss(z, y, weight=torch.ones(CLASSES))), LABELS)
+        first_constant(
+            AnyLoss(lambda z, y: F.multi_margin_loss(z, y, weight=torch.ones(CLASSES))), LABELS, norm="sample"
+        )
 
 
 def test_without_its_record_the_loss_is_refused():
     with pytest.raises(ConfigurationError, match="found SoftMarginLoss > Addmm"):
-        first_constant(AnyLoss(F.soft_margin_loss), SIGNS)
+        first_constant(AnyLoss(F.soft_margin_loss), SIGNS, norm="sample")
     with pytest.raises(ConfigurationError, match="loss='soft_margin'"):
         LipschitzLR(loss="soft_margin")
 

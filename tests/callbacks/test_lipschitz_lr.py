@@ -284,9 +284,14 @@ def test_the_head_is_what_the_loss_is_made_from():
 
 
 def test_the_head_can_be_named():
-    callback = LipschitzLR(schedule="none", head="body", loss="cross_entropy")
+    callback = LipschitzLR(schedule="none", head="classifier", loss="cross_entropy")
     fit(callback, Order(), max_steps=1)
-    assert callback.head_name == "body"
+    assert callback.head_name == "classifier"
+
+
+def test_a_named_layer_that_does_not_compute_the_outputs_is_refused():
+    with pytest.raises(ConfigurationError, match="found 'classifier'; pass that name, or leave head= out"):
+        fit(LipschitzLR(schedule="none", head="body", loss="cross_entropy"), Order(), max_steps=1)
 
 
 def test_only_the_heads_hook_stays_during_training_and_none_after_it():
@@ -563,7 +568,6 @@ def test_a_checkpoint_of_a_run_without_the_callback_loads_and_the_other_way_roun
         ({"bound": "smooth"}, {}, "saved with bound='smooth', and this run has bound='strict'"),
         ({"norm": "sample"}, {}, "saved with norm='sample'"),
         ({"rule": "inverse"}, {}, "saved with rule='inverse'"),
-        ({"head": "net.0", "loss": "cross_entropy"}, {}, "with the head 'net.0', and the head of this run is 'net.2'"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
@@ -576,8 +580,19 @@ def test_a_checkpoint_of_other_settings_is_refused(before, after, message):
         )
 
 
+def test_a_checkpoint_of_another_head_is_refused():
+    run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint("some.ckpt")
+    saved = torch.load("some.ckpt", weights_only=False)
+    saved["callbacks"]["LipschitzLR"]["optimizers"][0]["head"]["head"] = "net.0"
+    torch.save(saved, "other.ckpt")
+    with pytest.raises(LitLipschitzError, match="with the head 'net.0', and the head of this run is 'net.2'"):
+        trainer(LipschitzLR(schedule="none"), max_epochs=2).fit(Classifier(), loader(), ckpt_path="other.ckpt")
+
+
 def test_a_stored_rate_can_be_ignored():
-    run = trainer(LipschitzLR(schedule="none", bound="smooth", head="net.0", loss="cross_entropy"), max_epochs=1)
+    run = trainer(LipschitzLR(schedule="none", bound="smooth"), max_epochs=1)
     run.fit(module := Classifier(), loader())
     run.save_checkpoint("some.ckpt")
     expected = strict_rate(head_inputs(module, examples().tensors[0][:16]))
@@ -636,7 +651,7 @@ def test_a_head_with_one_output_is_refused_in_so_many_words():
             pass
 
     with pytest.raises(ConfigurationError, match="the head 'net' has 1 output, .* needs at least 2 classes"):
-        fit(LipschitzLR(schedule="none", loss="cross_entropy"), OneOutput)
+        fit(LipschitzLR(schedule="none", loss="cross_entropy", norm="sample"), OneOutput)
 
 
 @pytest.mark.parametrize(
@@ -740,22 +755,30 @@ def two_momenta(parameters):
 @pytest.mark.parametrize(
     ("module", "callbacks", "message"),
     [
-        (Weighted, [LipschitzLR(schedule="none", optimizers=0)], "weighted by 0.5 under manual optimization"),
+        (
+            Weighted,
+            [LipschitzLR(schedule="none", optimizers=0, norm="sample")],
+            "weighted by 0.5 under manual optimization",
+        ),
         (OwnBackward, [LipschitzLR(schedule="none")], "returned 1 under manual optimization: pass optimizers="),
         (
             OwnBackward,
             [LipschitzLR(schedule="none", optimizers=1)],
             "positions from 0 to 0, since .* returned 1",
         ),
-        (NoAffine, [LipschitzLR(schedule="none")], "found none among"),
-        (Unused, [LipschitzLR(schedule="none", head="spare")], "saw no training forward through 'spare'"),
+        (NoAffine, [LipschitzLR(schedule="none", norm="sample")], "found none among"),
+        (Unused, [LipschitzLR(schedule="none", head="spare")], "found 'net.2'; pass that name"),
         (Classifier, [LipschitzLR(schedule="none", head="ne.2")], "no module of that name; pass one of 'net.2'"),
         (Classifier, [LipschitzLR(schedule="none"), LipschitzLR(schedule="none")], "found 2"),
         (TwoOptimizers, [LipschitzLR(schedule="none")], "returned 2"),
         (OwnBackward, [LipschitzLR(schedule="none", optimizers=0)], "call self.manual_backward"),
         (Ignoring, [LipschitzLR(schedule="none", bound="paper", measure="pass")], "ignores . of 16 targets"),
-        (Tempered, [LipschitzLR(schedule="none")], "found LogSoftmax > Div > Addmm"),
-        (Tied, [LipschitzLR(schedule="none")], r"the parameter 'embedding.weight' of shape \(3, 16\) is their weight"),
+        (Tempered, [LipschitzLR(schedule="none", norm="sample")], "found LogSoftmax > Div > Addmm"),
+        (
+            Tied,
+            [LipschitzLR(schedule="none", norm="sample")],
+            r"the parameter 'embedding.weight' of shape \(3, 16\) is their weight",
+        ),
         (RawOptimizer, [LipschitzLR(schedule="none", optimizers=0)], r"call self.optimizers\(\).step\(\)"),
         (
             lambda: Classifier(torch.optim.Adam),

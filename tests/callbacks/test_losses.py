@@ -106,7 +106,7 @@ def test_a_loss_can_be_named(name):
         found.append(first_constant(AnyLoss(loss), targets, inputs, **settings, **named))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     with pytest.raises(ConfigurationError, match="pass loss= with its name"):
-        first_constant(AnyLoss(other), targets, inputs, **settings)
+        first_constant(AnyLoss(other), targets, inputs, norm="sample")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_loss_can_be_named(name):
         (
             lambda z, y: (z - y).square().mean(),
             REAL,
-            {"loss": "mean_squared_error"},
+            {"loss": "mean_squared_error", "norm": "sample"},
             "use torch.nn.functional.mse_loss",
         ),
     ],
@@ -138,7 +138,7 @@ def test_more_rows_at_the_head_than_targets_are_refused():
             return F.cross_entropy(self.head(self.body(tokens))[:, :1].flatten(0, 1), batch[1])
 
     with pytest.raises(ConfigurationError, match=f"measured {4 * ROWS} rows at the head 'head' .* {ROWS} targets"):
-        first_constant(Tokens(F.cross_entropy), LABELS)
+        first_constant(Tokens(F.cross_entropy), LABELS, norm="sample")
     assert first_constant(Tokens(F.cross_entropy), LABELS, head="head") > 0
 
 
@@ -270,7 +270,7 @@ def test_a_named_loss_of_two_heads_asks_for_the_head():
             return super().training_step(batch, batch_idx) + 0.4 * F.cross_entropy(self.aux(batch[0]), batch[1])
 
     with pytest.raises(ConfigurationError, match="found 2 of different heads or kinds; pass head="):
-        first_constant(Auxiliary(), LABELS, loss="cross_entropy")
+        first_constant(Auxiliary(), LABELS, loss="cross_entropy", norm="sample")
     module = Auxiliary()
     constant = first_constant(module, LABELS, loss="cross_entropy", head="head")
     total = (module.inputs.detach().square().sum(dim=1) + 1).mean()
@@ -282,7 +282,7 @@ def test_a_named_loss_of_two_heads_asks_for_the_head():
             return self.head(hidden).exp().mean() + self.aux(batch[0]).exp().mean()
 
     with pytest.raises(ConfigurationError, match="found 2 of them behind the loss; pass head="):
-        first_constant(Words(), LABELS, loss="cross_entropy")
+        first_constant(Words(), LABELS, loss="cross_entropy", norm="sample")
 
 
 def test_mixup_has_the_constant_of_the_cross_entropy():
@@ -458,7 +458,7 @@ class Stretching(torch.nn.Linear):
         return F.linear(inputs * self.by, self.weight, self.bias)
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "sample"}, {"bound": "paper"}])
+@pytest.mark.parametrize("settings", [{"norm": "sample"}, {"bound": "paper"}])
 def test_a_head_that_changes_its_input_is_refused(settings):
     inputs = torch.randn(ROWS, WIDTH)
     for by, bias in ((10.0, True), (0.1, False), (1.0, True)):

@@ -233,7 +233,7 @@ def test_several_optimizers_have_a_head_and_a_rate_each(tmp_path):
     [
         ({}, "returned 2 under manual optimization: pass optimizers="),
         ({"optimizers": 2}, "positions from 0 to 1, since configure_optimizers of GAN returned 2"),
-        ({"optimizers": 0}, "which was not called with a loss of the optimizer's head"),
+        ({"optimizers": 0, "norm": "sample"}, "which was not called with a loss of the optimizer's head"),
         ({"optimizers": [0, 1], "head": "discriminator.2"}, "each optimizer has a head of its own"),
         ({"optimizers": -1}, "expected 'auto', a position from 0"),
         ({"optimizers": []}, "expected 'auto', a position from 0"),

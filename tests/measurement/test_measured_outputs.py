@@ -36,7 +36,7 @@ def backward(outputs, loss, scale=1.0):
 
 def packed(outputs):
     """Largest norm of the inputs over sqrt(m), m, and the largest gradient norm of a row times m."""
-    (size, count, *_), (largest,) = outputs.pack(1.0, 0).tolist(), outputs.pack_grad_norm().tolist()
+    (size, count, *_), (largest,) = outputs.pack(1.0, 0).tolist(), outputs.pack_grad_norms(True).tolist()[:1]
     return size, count, largest
 
 

@@ -606,4 +606,6 @@ def test_a_loss_whose_gradients_two_optimizers_step_by_is_seen_by_both():
 @pytest.mark.parametrize("first", [False, True])
 def test_a_loss_is_refused_whether_or_not_anothers_went_through_the_head_before(first):
     with pytest.raises(ConfigurationError, match="weighted by 100"):
-        trainer(LipschitzLR(optimizers=1), max_epochs=1).fit(Adversaries(True, first, factor=100), loader(16))
+        trainer(LipschitzLR(optimizers=1, norm="sample"), max_epochs=1).fit(
+            Adversaries(True, first, factor=100), loader(16)
+        )

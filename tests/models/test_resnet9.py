@@ -103,7 +103,7 @@ def test_a_factor_behind_the_head_is_refused_and_has_the_same_rate_once_the_head
     torch.manual_seed(0)
     scaled = Scaled(ResNet9(width=8))
     with pytest.raises(ConfigurationError, match="LogSoftmax > Mul > "):
-        first_rate(scaled)
+        first_rate(scaled, norm="sample")
     torch.manual_seed(0)
     named, _ = first_rate(Scaled(ResNet9(width=8)), head="network.network.head")
     assert named == pytest.approx(rate, rel=1e-5)

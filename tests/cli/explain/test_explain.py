@@ -419,7 +419,7 @@ def test_a_measured_loss_names_its_layers_and_its_numbers_multiply_out(explain, 
     for part in (
         "layers    network.head, found in the autograd graph",
         "loss      not recognised: measured",
-        "m         32, rows of the outputs that have a gradient: 32 in a step x 1 ranks",
+        "m         32, rows of the outputs that have a gradient: 32 in a batch x 1 accumulated batches x 1 ranks",
         "norm of the output layers' inputs in these rows",
         "times m; measured, not a bound",
         "L         measured constant of the loss in the weights of the output layers, an estimate, not a bound\n",

@@ -1,0 +1,261 @@
+"""``LipschitzLR()`` with losses and layers that are not recognised, in the first step or later: all ranks measure."""
+
+import logging
+import math
+
+import lightning as L
+import pytest
+import torch
+from helpers import CLASSES, WIDTH, Classifier, Keep, loader, ranks, trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_lipschitz import ConfigurationError, LipschitzLR
+
+
+class Constants(L.Callback):
+    """Records the constant behind each step, and the gradient norm in the weights of one layer."""
+
+    def __init__(self, lipschitz, layer):
+        self.lipschitz, self.layer = lipschitz, layer
+        self.constants, self.gradients = [], []
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(self._record)
+
+    def _record(self, *_):
+        squares = [p.grad.square().sum() for p in self.layer.parameters() if p.grad is not None]
+        self.gradients.append(float(sum(squares)) ** 0.5)
+        self.constants.append(self.lipschitz.constant)
+
+
+class Confident(Classifier):
+    """A network that is sure of class 0 and wrong, so that gradients are as large as they can be."""
+
+    def __init__(self, loss=None, width=CLASSES, optimizer=None):
+        super().__init__(optimizer, nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, width)))
+        self.loss = loss
+        with torch.no_grad():
+            self.net[1].weight.zero_()
+            self.net[1].bias.zero_()
+            self.net[1].bias[0] = 200.0
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self, batch[0], batch[1], batch_idx)
+
+
+def wrong(rows=16):
+    """Examples of class 1 alone."""
+    return DataLoader(TensorDataset(torch.randn(rows, WIDTH), torch.ones(rows, dtype=torch.long)), batch_size=8)
+
+
+def fit(module, data=None, settings=None, layer=None, **trainer_settings):
+    """Trains; returns the callback, and the constants and gradient norms of the steps."""
+    lipschitz = LipschitzLR(schedule="none", **(settings or {}))
+    constants = Constants(lipschitz, layer or module.net[-1])
+    trainer(lipschitz, constants, **{"max_epochs": 1, **trainer_settings}).fit(module, data or wrong())
+    return lipschitz, constants
+
+
+def is_measured(lipschitz):
+    return lipschitz.controllers[0].found.measured and lipschitz.controllers[0].metrics()["measured"] == 1
+
+
+def focal(m, x, y, _):
+    entropy = F.cross_entropy(m.net(x), y, reduction="none")
+    return ((1 - torch.exp(-entropy)) ** 2 * entropy).mean()
+
+
+def two_calls(m, x, y, _):
+    return F.cross_entropy(m.net(x), y) + F.cross_entropy(m.net(x.flip(0)), y)
+
+
+def transposed(m, x, y, _):
+    weight = m.net[1].weight.reshape(CLASSES, 4, 2)
+    return F.cross_entropy(torch.einsum("nij,cij->nc", m.net[0](x).reshape(-1, 4, 2), weight), y)
+
+
+LOSSES = {
+    "focal": focal,
+    "temperature": lambda m, x, y, _: F.cross_entropy(m.net(x) / 0.05, y),
+    "masked": lambda m, x, y, _: F.cross_entropy(m.net(x)[x[:, 0] > 0] * 3, y[x[:, 0] > 0]),
+    "penalty": lambda m, x, y, _: F.cross_entropy(m.net(x), y) + 1e-3 * sum(p.abs().sum() for p in m.parameters()),
+    "two terms": two_calls,
+    "einsum": transposed,
+    "margin": lambda m, x, y, _: F.multi_margin_loss(m.net(x), y),
+    "weighted examples": lambda m, x, y, _: (F.cross_entropy(m.net(x), y, reduction="none") * (1 + y)).mean(),
+    "root": lambda m, x, y, _: F.mse_loss(m.net(x), F.one_hot(y, CLASSES).float()).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_is_not_recognised_is_measured_and_no_gradient_exceeds_its_constant(name):
+    torch.manual_seed(0)
+    lipschitz, steps = fit(Confident(LOSSES[name]))
+    assert is_measured(lipschitz)
+    assert lipschitz.head_name == "net.1"
+    # The penalty's own gradient in the weights does not come through the outputs.
+    tolerance = 1e-3 * math.sqrt(9 * CLASSES) if name == "penalty" else 1e-4 * steps.constants[0]
+    assert 0 < steps.gradients[0] <= steps.constants[0] + tolerance
+
+
+# Losses that look like a recognised one and have another constant.
+LOOKS = {
+    "factor of a sum": lambda m, x, y, _: F.cross_entropy(torch.add(torch.zeros(CLASSES), m.net(x), alpha=50.0), y),
+    "broadcast": lambda m, x, y, _: F.cross_entropy(
+        (m.net(x)[:, None] + torch.zeros(1, 16, CLASSES)).transpose(1, 2), y[:, None].expand(-1, 16)
+    ),
+    "sum over probabilities": lambda m, x, y, _: F.cross_entropy(
+        m.net(x), F.one_hot(y, CLASSES).float(), reduction="sum"
+    ),
+    "difference that is broadcast": lambda m, x, y, _: (m.net(x)[:, :1] - 1000.0 * torch.ones(8)).abs().mean(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_gradient_above_the_bound_shows_that_it_is_none(name, caplog):
+    torch.manual_seed(0)
+    with caplog.at_level(logging.INFO):
+        lipschitz, steps = fit(Confident(LOOKS[name]), wrong(24), {"max_lr": 1e-9})
+    assert is_measured(lipschitz)
+    assert all(
+        gradient <= 1.0001 * constant for gradient, constant in zip(steps.gradients, steps.constants, strict=True)
+    )
+    assert steps.gradients[0] > 0
+    (said,) = [record.getMessage() for record in caplog.records if "exceeds" in record.getMessage()]
+    assert "its constant is measured after 0 steps" in said
+
+
+@pytest.mark.parametrize("named", [{"head": "net.1"}, {"loss": "cross_entropy"}])
+def test_what_the_user_names_is_checked_too(named):
+    module = Confident(lambda m, x, y, _: F.cross_entropy(m.net(x) * m.scale.exp(), y))
+    module.scale = nn.Parameter(torch.tensor(3.0))
+    lipschitz, steps = fit(module, settings={"max_lr": 1e-9, **named})
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[0] <= 1.0001 * steps.constants[0]
+
+
+def test_losses_that_are_accumulated_manually_count_together():
+    class Manual(Confident):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            if batch_idx % 3 == 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad(set_to_none=False)
+
+    lipschitz, module = LipschitzLR(schedule="none", optimizers=0, max_lr=1e-9), Manual()
+    norms = []
+
+    class Norms(L.Callback):
+        def on_before_optimizer_step(self, *_):
+            norms.append(float(sum(p.grad.square().sum() for p in module.net[1].parameters())) ** 0.5)
+
+    trainer(lipschitz, Norms(), max_epochs=1).fit(module, wrong(24))
+    assert 0 < norms[0] <= 1.0001 * lipschitz.constant
+
+
+def turns(later):
+    """The cross-entropy for two batches, then another loss."""
+
+    def loss(m, x, y, batch_idx):
+        return F.cross_entropy(m.net(x), y) if batch_idx < 2 else later(m, x, y, batch_idx)
+
+    return loss
+
+
+LATER = {
+    "another loss": focal,
+    "a factor of the logits": lambda m, x, y, _: F.cross_entropy(m.net(x) * 30, y),
+    "another layer": lambda m, x, y, _: F.cross_entropy(m.other(10 * m.net[0](x)), y),
+    "class weights": lambda m, x, y, _: F.cross_entropy(m.net(x), y, weight=torch.tensor([0.01, 9.0, 0.01])),
+    "label smoothing": lambda m, x, y, _: F.cross_entropy(m.net(x), y, label_smoothing=0.5),
+    "two terms": two_calls,
+}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_batch_with_another_loss_is_measured_at_its_own_step(name, optimizer, caplog):
+    module = Confident(turns(LATER[name]), optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+    module.other = nn.Linear(8, CLASSES)
+    layer = module.other if name == "another layer" else module.net[1]
+    with caplog.at_level(logging.INFO):
+        lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9}, layer)
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
+    said = [record.getMessage() for record in caplog.records if "its constant is measured after" in record.getMessage()]
+    assert len(said) == 1
+    assert "after 2 steps" in said[0]
+
+
+def test_the_same_arguments_that_are_made_again_in_each_batch_stay_recognised():
+    weights = [1.0, 2.0, 0.5]
+    module = Confident(lambda m, x, y, _: F.cross_entropy(m.net(x), y, weight=torch.tensor(weights)))
+    lipschitz, _ = fit(module, wrong(32))
+    assert not lipschitz.controllers[0].found.measured
+    assert lipschitz.controllers[0].metrics()["measured"] == 0
+
+
+class OnRanks(Classifier):
+    """One rank has another loss from a batch on."""
+
+    def __init__(self, rank, first, optimizer=None):
+        super().__init__(optimizer)
+        self.rank, self.first = rank, first
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == self.rank and self.global_step >= self.first:
+            return focal(self, batch[0], batch[1], batch_idx)
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("rank", "first"), [(0, 0), (1, 0), (0, 2), (1, 7)])
+def test_ranks_measure_together(rank, first, optimizer):
+    torch.manual_seed(1)
+    module = OnRanks(rank, first, lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+    one, other = ranks(2, LipschitzLR(), module, 8, max_epochs=4)
+    assert len(one["rates"]) == 24
+    assert one["rates"] == other["rates"]
+    assert all(math.isfinite(rate) for (rate,) in one["rates"])
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("first", [0, 5, 11])
+def test_a_run_that_began_to_measure_resumes_with_the_same_rates(first, optimizer):
+    def make():
+        torch.manual_seed(1)
+        return OnRanks(0, first, lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+
+    trainer(LipschitzLR(schedule="none"), Keep(), max_epochs=4).fit(make(), loader())
+    whole = torch.load("rank0.pt")
+    part = trainer(LipschitzLR(schedule="none"), max_epochs=2)
+    part.fit(make(), loader())
+    part.save_checkpoint("part.ckpt")
+    trainer(LipschitzLR(schedule="none"), Keep(), max_epochs=4).fit(make(), loader(), ckpt_path="part.ckpt")
+    rest = torch.load("rank0.pt")
+    assert rest["rates"] == whole["rates"][12:]
+    assert all(torch.equal(a, b) for a, b in zip(rest["weights"], whole["weights"], strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"norm": "sample"}, {"bound": "smooth"}, {"bound": "paper"}])
+def test_where_measuring_has_no_meaning_the_loss_is_refused(settings):
+    with pytest.raises(ConfigurationError, match="LipschitzLR looked for a loss that it has a constant for"):
+        fit(Confident(focal), settings=settings)
+
+
+def test_one_line_says_what_the_rate_is_computed_from(caplog):
+    for loss, words in ((turns(focal), "cross_entropy, a proven bound"), (focal, "loss not recognised: measured")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fit(Confident(loss), wrong(8))
+        (said,) = [line for line in (record.getMessage() for record in caplog.records) if "first rate" in line]
+        assert "output layers net.1" in said
+        assert words in said
+        assert ", m = 8; first rate " in said
