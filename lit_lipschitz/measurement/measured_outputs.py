@@ -80,14 +80,17 @@ class MeasuredOutputs:
         if self._sums:
             self._others, self._sums = self._sums, {}
 
-    @torch.no_grad()
     def end_step(self, batches: int = 1) -> None:
         """Adds the step that is about to be made, of so many batches, if its backwards were watched."""
         self._steps, self._last = self._steps + 1, None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
-        layers = [one.totals().to(self._values.device) for one in sums.values() if one.count]
-        if not layers:
-            return
+        if any(one.count for one in sums.values()):
+            self._add(list(sums.values()), batches)
+
+    @torch.no_grad()
+    def _add(self, sums: Sequence[_Sums], batches: int) -> None:
+        """Adds the sums of a step's output layers, of which one has a row at least."""
+        layers = [one.totals().to(self._values.device) for one in sums if one.count]
         sums_of_layers = torch.stack(layers)
         products = sums_of_layers[:, 0] * sums_of_layers[:, 4]
         # Indexing by a tensor of no dimension would wait for the device.

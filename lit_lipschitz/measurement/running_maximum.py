@@ -106,11 +106,10 @@ class RunningMaximum:
     def _finish_size(self, count: Any, may_be_zero: bool, weight: float | Tensor) -> None:
         """Raises the maximum to the batch's norm."""
         value = self.size
-        if may_be_zero:  # all targets are ignored: the batch is left out
-            value = value / count.clamp(min=1.0) ** 0.5 if self.mean else value
-            value = value * (count > 0)
-        elif self.mean:
+        if self.mean:
             value = value / count**0.5
+        if may_be_zero:  # a batch whose targets are all ignored is left out
+            value = torch.nan_to_num(value, nan=0.0, posinf=0.0) if self.mean else value * (count > 0)
         plain = isinstance(weight, float) and weight == 1.0
         if plain and may_be_zero and self.mean:  # finite
             torch.maximum(self._max_size, value, out=self._max_size)

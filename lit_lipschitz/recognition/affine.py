@@ -236,6 +236,11 @@ def weight_of(node: Any) -> Tensor | None:
     return None if position is None or node.next_functions[position][0] is not None else getattr(node, saved, None)
 
 
+def is_call(node: Any, weight: Tensor | None) -> bool:
+    """Whether a node is a call of the affine layer with a weight."""
+    return node.name() in _AFFINE and same_weight(weight_of(node), weight)
+
+
 def _without_bias(node: Any) -> Any:
     """The summand beside a bias or a constant; None if there are several."""
     summands = [(part, leaf_of(part)) for part in nodes_below(node)]

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.recognition.affine import AffineSource, logit_scale_of, same_weight, trace_to_affine, weight_of
+from lit_lipschitz.recognition.affine import (
+    AffineSource,
+    is_call,
+    logit_scale_of,
+    same_weight,
+    trace_to_affine,
+    weight_of,
+)
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
     Factors,
@@ -129,15 +136,20 @@ class LossGraph:
         return bool(self._terms) and all(self._term_agrees(term, found) for term in self._terms)
 
     def _term_agrees(self, match: LossMatch, found: FoundLoss) -> bool:
-        source, num_classes = self._source(match), match.num_classes
+        num_classes, arguments = match.num_classes, _saved_arguments(match)
+        kind = (match.name, match.reduction) == (found.loss.name, found.loss.reduction)
+        if not (kind and all(map(_same_value, arguments, found.saved))):
+            return False
+        plain = not (found.unrecognised or found.pooled or found.concatenated or found.head_weight is None)
+        if plain and num_classes in (None, found.num_outputs) and is_call(match.below, found.head_weight):
+            return True
+        source = self._source(match)
         sharded = hasattr(found.head_weight, "full_tensor")  # the graph has another tensor each time
         return (
-            (match.name, match.reduction) == (found.loss.name, found.loss.reduction)
-            and (num_classes or source.num_outputs) == found.num_outputs
+            (num_classes or source.num_outputs) == found.num_outputs
             and (source.pooled, source.concatenated) == (found.pooled, found.concatenated)
             and bool(source.unrecognised) == bool(found.unrecognised)
             and (sharded or same_weight(source.weight, found.head_weight))
-            and all(map(_same_value, _saved_arguments(match), found.saved))
         )
 
     def edges(self, name: str) -> list[LogitEdge]:
