@@ -66,8 +66,8 @@ class MeasuredFinder:
                 return None
             raise ConfigurationError(
                 "LipschitzLR(loss='measured') looked for output layers in the autograd graph of the loss and found "
-                "none that train; return a loss that depends on a Linear, a convolution, an embedding or a product "
-                "with a parameter, and leave the last layer and the loss out of torch.compile"
+                "no parameter that trains; return a loss that depends on one, and leave the last layer and the loss "
+                "out of torch.compile"
             )
         self.hooks.name_layers(layers)
         return self.found()

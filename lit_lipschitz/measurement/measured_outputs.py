@@ -177,7 +177,7 @@ def _hook(sums: _Sums, layer: OutputLayer, scale: float | Tensor) -> Callable[[t
     return add
 
 
-def _input_square(inputs: Tensor | None, counted: Tensor, outputs_dim: int) -> Tensor:
+def _input_square(inputs: Tensor | None, counted: Tensor, outputs_dim: int | None) -> Tensor:
     """Squared norm of the inputs of the rows that count; of all inputs if their rows are not those of the outputs."""
     if inputs is None:  # one-hot
         return counted.sum().float()
@@ -188,8 +188,10 @@ def _input_square(inputs: Tensor | None, counted: Tensor, outputs_dim: int) -> T
     return torch.linalg.vector_norm(inputs, dtype=torch.float32).square()
 
 
-def _rows(grad: Tensor, outputs_dim: int) -> Tensor:
+def _rows(grad: Tensor, outputs_dim: int | None) -> Tensor:
     """A gradient as (rows, outputs); each entry is a row if the outputs have no dimension."""
+    if outputs_dim is None:
+        return grad.reshape(1, -1)
     if outputs_dim == grad.ndim:
         return grad.reshape(-1, 1)
     return grad.movedim(outputs_dim, -1).flatten(0, -2) if grad.ndim > 1 else grad[None]

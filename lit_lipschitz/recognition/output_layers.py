@@ -17,7 +17,7 @@ class OutputLayer:
     node: Any  # of the autograd graph; its incoming gradient is that of the outputs
     parameters: tuple[Tensor, ...]  # of its weight, the same for all calls: one, or those that it is computed from
     inputs: Tensor | None  # what the weight multiplies; None for one-hot rows
-    outputs_dim: int  # dimension of the outputs in the gradient
+    outputs_dim: int | None  # dimension of the outputs in the gradient; None if the gradient is one row
     copies: int = 1  # in how many rows an input value counts at most, as in the patches of a convolution
     has_bias: bool = False
 
@@ -31,21 +31,25 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
 
     Returns:
         Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a weight
-        that is computed from parameters alone. Empty if the graph shows no such call, as behind a compiled function.
+        that is computed from parameters alone. If the graph shows no such call, the parameters that it meets, each as
+        the output of itself; empty behind a compiled function.
     """
-    parameters = _ParameterGraphs()
+    graphs, leaves = _ParameterGraphs(), list[OutputLayer]()
     layers, stack, seen = list[OutputLayer](), [root], set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or node.name().startswith("CompiledFunction"):
             continue
         seen.add(node)
-        layer = _affine_call(node, parameters)
+        layer = _affine_call(node, graphs)
         if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
             layers.append(layer)
-        else:
-            stack.extend(nodes_below(node))
-    return layers
+            continue
+        parameter = getattr(node, "variable", None)
+        if isinstance(parameter, nn.Parameter) and (owned is None or parameter in owned):
+            leaves.append(OutputLayer(node, (parameter,), None, None))
+        stack.extend(nodes_below(node))
+    return layers or leaves
 
 
 _LOOKUPS = (

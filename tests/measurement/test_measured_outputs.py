@@ -166,6 +166,19 @@ def test_losses_before_a_step_of_another_optimizer_count_if_no_other_comes():
         assert packed(outputs)[0] == pytest.approx((rows.norm() / math.sqrt(6)).item(), rel=1e-5)
 
 
+def test_a_parameter_without_a_layer_counts_as_one_row():
+    scale, shift = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    outputs = MeasuredOutputs(CPU)
+    backward(outputs, (scale * torch.randn(7, 4) + shift).square().sum())
+    outputs.end_step()
+    size, count, largest = packed(outputs)
+    longest = max(scale.grad.norm(), shift.grad.norm()).item()
+    together = torch.cat([scale.grad, shift.grad]).norm().item()
+    assert (count, largest) == (1, pytest.approx(longest))
+    assert outputs.pack_grad_norms(True).tolist()[1] == pytest.approx(together)
+    assert size * largest == pytest.approx(together)
+
+
 def test_its_state_is_restored():
     head, outputs, (inputs, targets) = nn.Linear(5, 3), MeasuredOutputs(CPU), batch()
     backward(outputs, focal(head(inputs), targets))

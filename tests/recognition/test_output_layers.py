@@ -142,11 +142,11 @@ def test_frozen_layers_and_those_of_another_optimizer_are_passed():
     assert found(critic(generator(rows(5, 6))).mean())[0] == {ids(generator.weight)}
 
 
-def test_a_penalty_of_the_parameters_is_not_a_layer_and_a_loss_without_one_has_none():
+def test_a_penalty_of_the_parameters_is_not_a_layer_but_a_loss_without_one_has_its_parameters():
     head = nn.Linear(6, 3)
     penalty = sum(p.square().sum() for p in head.parameters())
     assert found(head(rows(5, 6)).exp().mean() + penalty)[0] == {ids(head.weight)}
-    assert found(penalty)[1] == []
+    assert found(penalty)[0] == {ids(head.weight), ids(head.bias)}
 
 
 def test_inputs_that_require_gradients_are_not_parameters():
