@@ -53,12 +53,13 @@ class MeasuredOutputs:
         self._new_interval = True  # the next step replaces the maxima; until then those of the last interval hold
         self._last: Tensor | None = None  # mean squared and mean gradient norm of the last step that was measured
         self._steps = 0  # of the run
+        self._restarted = False  # whether the coming step begins an interval
 
     @property
     def due(self) -> bool:
-        """Whether to measure the coming optimizer step: steps 1, 2, 4, 8, 16 and then every 16th."""
+        """Whether to measure the coming optimizer step: 1, 2, 4, 8, 16 and then every 16th, and the first of a restart."""
         step = self._steps + 1
-        return step % MEASURE_EVERY == 0 or step & (step - 1) == 0
+        return self._restarted or step % MEASURE_EVERY == 0 or step & (step - 1) == 0
 
     def watch(self, layers: Sequence[OutputLayer], scale: float | Tensor) -> None:
         """Has the backward that is about to begin add the gradients of these calls, divided by ``scale``."""
@@ -73,7 +74,7 @@ class MeasuredOutputs:
 
     def restart(self) -> None:
         """Begins an interval with the coming step, which is due."""
-        self._steps, self._new_interval = 0, True
+        self._restarted = self._new_interval = True
 
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step: losses so far are its own if more come before the own step."""
@@ -82,7 +83,7 @@ class MeasuredOutputs:
 
     def end_step(self, batches: int = 1) -> None:
         """Adds the step that is about to be made, of so many batches, if its backwards were watched."""
-        self._steps, self._last = self._steps + 1, None
+        self._steps, self._restarted, self._last = self._steps + 1, False, None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
         if any(one.count for one in sums.values()):
             self._add(list(sums.values()), batches)
