@@ -166,7 +166,8 @@ def test_detection_and_segmentation_models_of_torchvision(figure):
             "keypoints": torch.tensor([[[10.0, 10.0, 1.0]] * 17]),
         }
         network = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
-        return network, lambda network, batch: sum(network(*batch).values()), ([torch.rand(3, 64, 64)], [target])
+        batch = [torch.rand(3, 64, 64) for _ in range(2)], [target, dict(target)]
+        return network, lambda network, batch: sum(network(*batch).values()), batch
 
     def segment(name):
         network = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
