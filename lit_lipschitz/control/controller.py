@@ -102,6 +102,8 @@ class Controller:
         """Removes all hooks."""
         self.hooks.remove()
         self._writer.close()
+        if self.updater.estimator is not None:
+            self.updater.estimator.close()
 
     def begin_epoch(self) -> None:
         """Forgets batches of the last epoch that made no step."""

@@ -31,7 +31,9 @@ class RateUpdater:
         self.estimator: StepScaleEstimator | None = None  # of the step scale; None if the rule needs none
         if self.rule.step_scale is not None:
             needs_logit_grads = self.rule.needs_logit_grads and policy.bound == "strict"
-            self.estimator = StepScaleEstimator(target.optimizer, target.model, self.rule.step_scale, needs_logit_grads)
+            self.estimator = StepScaleEstimator(
+                target.optimizer, target.model, self.rule.step_scale, needs_logit_grads, self.info, loop.notify
+            )
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop)
         self.reporter = Reporter(options, target, loop)
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
@@ -166,7 +168,8 @@ class RateUpdater:
             state=state.rule_state,
             last=state.decision,
         )
-        self.reporter.check_measurement(measured, outcome is not None, state)
+        if self.estimator is None or self.estimator.applied is None or measured.step_scale:
+            self.reporter.check_measurement(measured, outcome is not None, state)
         if self.estimator is not None and (not keep_state if outcome is not None else not measured.step_scale):
             state.measurement = measured  # for the next measurement of the step scale, which updates the rate
             return

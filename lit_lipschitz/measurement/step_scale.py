@@ -1,7 +1,7 @@
 """Periodic estimates of an adaptive optimizer's step scale and of the gradient norm in the logits."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_lipschitz.measurement.optimizer_updates import mean_grad_to_update_ratio, update_norms, weight_filter
+from lit_lipschitz.measurement.optimizer_updates import (
+    OptimizerInfo,
+    mean_grad_to_update_ratio,
+    optimizer_info,
+    update_norms,
+    weight_filter,
+)
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
+from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
 from lit_lipschitz.rules.base import StepScaleKind
 
 MEASURE_EVERY = 16
@@ -71,17 +78,25 @@ class StepScaleEstimator:
 
     The kind ``"total"`` has the norms over all parameters, ``"mean"`` the mean ratio over the weights, ``"floored"``
     the same as a :class:`FlooredScale`. With ``needs_logit_grads``, the gradient norm in the logits is measured too,
-    and the scale is corrected for the growth of scale-invariant weights.
+    and the scale is corrected for the growth of scale-invariant weights. ``info`` is what is known of the optimizer. If
+    its update is measured and no copy of it can step, ``notify`` says so, and the step before a due one is measured.
     """
 
     def __init__(
-        self, optimizer: Optimizer, module: nn.Module, kind: StepScaleKind, needs_logit_grads: bool = False
+        self,
+        optimizer: Optimizer,
+        module: nn.Module,
+        kind: StepScaleKind,
+        needs_logit_grads: bool = False,
+        info: OptimizerInfo | None = None,
+        notify: Callable[[str], None] = print,
     ) -> None:
         self.scale = FlooredScale() if kind == "floored" else StepScale()
         self.restarted = False  # whether the last step began a new estimate, since other parameters train than before
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
         self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
-        self._optimizer = optimizer
+        self._optimizer, self._info, self._notify = optimizer, info or optimizer_info(optimizer), notify
+        self.applied: AppliedStep | None = None  # measures steps that were made; None as long as copies can step
         self._is_weight = None if kind == "total" else weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
@@ -95,7 +110,9 @@ class StepScaleEstimator:
         Steps 1, 2, 4, 8 and 16 are due and then every 16th, all until there is an estimate, and the one after other
         parameters have begun to train. The step with which they do is measured as well.
         """
-        step = self._steps + 1
+        return self._is_due(self._steps + 1)
+
+    def _is_due(self, step: int) -> bool:
         return step % MEASURE_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._repeat
 
     @property
@@ -116,6 +133,8 @@ class StepScaleEstimator:
         if self.restarted:
             self._num_trained, self.scale = num_trained, type(self.scale)()
             self._repeat = self.needs_logit_grads and not due  # the backward of this step was not watched
+        if self.applied is not None:
+            self.applied.watching = self._is_due(self._steps + 1)
         return due or self.restarted
 
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
@@ -123,15 +142,41 @@ class StepScaleEstimator:
 
         Shape (2,), or with gradient norms in the logits (2 + 2 * world_size,), on the gradients' device.
         """
-        if self._is_weight is None:
-            packed = update_norms(self._optimizer, grad_scale, ratios)
-        else:
-            invariance = self.invariance if self.needs_logit_grads else None
-            packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, invariance, self._is_weight)
+        packed = self._pack_norms(grad_scale, ratios)
         if self.needs_logit_grads:
             packed = torch.cat([packed, self.pack_logit_grads(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
+
+    def _pack_norms(self, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
+        """Gradient norm and update norm of the coming step, or of an applied one; shape (2,)."""
+
+        def measure(update_of: UpdateOf | None = None) -> Tensor:
+            if self._is_weight is None:
+                return update_norms(self._optimizer, grad_scale, ratios, self._info, update_of)
+            invariance = self.invariance if self.needs_logit_grads else None
+            return mean_grad_to_update_ratio(
+                self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of
+            )
+
+        if self.applied is None:
+            try:
+                return measure()
+            except TrialError as error:
+                self.applied = AppliedStep(self._optimizer, self._info.decoupled_weight_decay, measure)
+                self.applied.watching = True
+                self._notify(
+                    f"LipschitzLR: no copy of the optimizer {self._info.name} can step ({error}); its updates are "
+                    "measured after its own steps, and the learning rate stays as it is until the first one"
+                )
+        measured, self.applied.measured = self.applied.measured, None
+        device = self._parameters[0].device
+        return torch.zeros(2, device=device) if measured is None else measured
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        if self.applied is not None:
+            self.applied.close()
 
     def update(self, reduced: Sequence[float]) -> None:
         """Updates the estimate with the MAX over all ranks of :meth:`pack`, read to the host."""
