@@ -68,6 +68,11 @@ class Controller:
         return self.updater.state.measurement
 
     @property
+    def head_name(self) -> str | None:
+        """Name of the head or of the output layers; None before the first loss."""
+        return self.found.hook.name if self.found else None
+
+    @property
     def batches(self) -> int:
         """Batches in an optimizer step, on each rank."""
         return self.updater.state.accumulated

@@ -89,6 +89,9 @@ class RateUpdater:
                 state.decision = state.decision or Decision(initial_lr)
             elif ratios is not None and state.measurement is not None:
                 self._settle(self.statistics.with_step_scale(state.measurement), found, keep_state=True)
+        if state.decision is None and self.estimator is not None and self.estimator.copies_fail:
+            group = self._target.optimizer.param_groups[0]
+            state.decision = Decision(float(group.get("initial_lr", group["lr"])))  # for a step to measure
         state.last_pass_epoch = loop.epoch
         return state.decision
 
@@ -168,7 +171,7 @@ class RateUpdater:
             state=state.rule_state,
             last=state.decision,
         )
-        if self.estimator is None or self.estimator.applied is None or measured.step_scale:
+        if self.estimator is None or not self.estimator.copies_fail or measured.step_scale:
             self.reporter.check_measurement(measured, outcome is not None, state)
         if self.estimator is not None and (not keep_state if outcome is not None else not measured.step_scale):
             state.measurement = measured  # for the next measurement of the step scale, which updates the rate

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class StepScaleEstimator:
     The kind ``"total"`` has the norms over all parameters, ``"mean"`` the mean ratio over the weights, ``"floored"``
     the same as a :class:`FlooredScale`. With ``needs_logit_grads``, the gradient norm in the logits is measured too,
     and the scale is corrected for the growth of scale-invariant weights. ``info`` is what is known of the optimizer. If
-    its update is measured and no copy of it can step, ``notify`` says so, and the step before a due one is measured.
+    its update is measured and no copy of it can step, ``notify`` says so, and a due step uses what the last one was.
     """
 
     def __init__(
@@ -96,7 +97,10 @@ class StepScaleEstimator:
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
         self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
         self._optimizer, self._info, self._notify = optimizer, info or optimizer_info(optimizer), notify
-        self.applied: AppliedStep | None = None  # measures steps that were made; None as long as copies can step
+        self.copies_fail = False  # whether an update was to be measured, and no copy of the optimizer could step
+        self._applied: AppliedStep | None = None
+        if self._info.update is None:
+            self._applied = AppliedStep(optimizer, self._info.decoupled_weight_decay)
         self._is_weight = None if kind == "total" else weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
@@ -133,8 +137,6 @@ class StepScaleEstimator:
         if self.restarted:
             self._num_trained, self.scale = num_trained, type(self.scale)()
             self._repeat = self.needs_logit_grads and not due  # the backward of this step was not watched
-        if self.applied is not None:
-            self.applied.watching = self._is_due(self._steps + 1)
         return due or self.restarted
 
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
@@ -148,35 +150,36 @@ class StepScaleEstimator:
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
 
+    def _norms(self, grad_scale: float | Tensor, ratios: Sequence[float], update_of: UpdateOf | None = None) -> Tensor:
+        """Gradient norm and update norm, or their mean ratio and 1; shape (2,)."""
+        if self._is_weight is None:
+            return update_norms(self._optimizer, grad_scale, ratios, self._info, update_of)
+        invariance = self.invariance if self.needs_logit_grads else None
+        return mean_grad_to_update_ratio(
+            self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of
+        )
+
     def _pack_norms(self, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
-        """Gradient norm and update norm of the coming step, or of an applied one; shape (2,)."""
-
-        def measure(update_of: UpdateOf | None = None) -> Tensor:
-            if self._is_weight is None:
-                return update_norms(self._optimizer, grad_scale, ratios, self._info, update_of)
-            invariance = self.invariance if self.needs_logit_grads else None
-            return mean_grad_to_update_ratio(
-                self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of
-            )
-
-        if self.applied is None:
+        """The norms of the coming step, or of one before it if no copy can step; zeros before the first one."""
+        if not self.copies_fail:
             try:
-                return measure()
+                return self._norms(grad_scale, ratios)
             except TrialError as error:
-                self.applied = AppliedStep(self._optimizer, self._info.decoupled_weight_decay, measure)
-                self.applied.watching = True
+                self.copies_fail = True
                 self._notify(
                     f"LipschitzLR: no copy of the optimizer {self._info.name} can step ({error}); its updates are "
                     "measured after its own steps, and the learning rate stays as it is until the first one"
                 )
-        measured, self.applied.measured = self.applied.measured, None
+        assert self._applied is not None
+        measured, self._applied.measured = self._applied.measured, None
+        self._applied.watch(partial(self._norms, grad_scale, ratios))
         device = self._parameters[0].device
         return torch.zeros(2, device=device) if measured is None else measured
 
     def close(self) -> None:
-        """Removes the hooks."""
-        if self.applied is not None:
-            self.applied.close()
+        """Removes the hook."""
+        if self._applied is not None:
+            self._applied.close()
 
     def update(self, reduced: Sequence[float]) -> None:
         """Updates the estimate with the MAX over all ranks of :meth:`pack`, read to the host."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lit_lipschitz.measurement.norms import as_real
 
 _SIZE = 4  # rows and columns of the weight that small copies train
-_STEPS = 10  # that they make; RAdam's first five are linear
+_GRADIENTS = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)  # in their steps, times one; RAdam's first five are linear
 
 
 class Behaviour(NamedTuple):
@@ -78,40 +78,39 @@ def _trial_step(optimizer: Optimizer, grad_scale: float | Tensor, keep_decay: bo
 class AppliedStep:
     """Measures an optimizer by steps that it has made, where no copy of it can step.
 
-    With ``decoupled`` weight decay, that is taken out of what the parameters have moved by.
+    With ``decoupled`` weight decay, that is taken out of what the parameters have moved by. It must be made before
+    other hooks are registered that change the learning rate after a step.
     """
 
-    def __init__(self, optimizer: Optimizer, decoupled: bool, measure: Callable[[UpdateOf], Tensor]) -> None:
-        self.watching = False  # whether to measure the next step
+    def __init__(self, optimizer: Optimizer, decoupled: bool) -> None:
         self.measured: Tensor | None = None  # what ``measure`` made of the updates of the last step that was watched
-        self._decoupled, self._measure = decoupled, measure
-        self._before: dict[Tensor, tuple[Tensor, float, float]] = {}  # with learning rate and weight decay
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._optimizer, self._decoupled = optimizer, decoupled
+        self._before: dict[Tensor, Tensor] = {}
+        self._measure: Callable[[UpdateOf], Tensor]
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def watch(self, measure: Callable[[UpdateOf], Tensor]) -> None:
+        """Has the step measured that the optimizer is about to make; no parameter has moved yet."""
+        self._measure = measure
+        for group in self._optimizer.param_groups:
+            self._before.update({one: _moved(self._optimizer, one).clone() for one in group["params"]})
 
     def close(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups if self.watching else ():
-            decay = group.get("weight_decay", 0.0) if self._decoupled else 0.0
-            for parameter in group["params"]:
-                self._before[parameter] = _moved(optimizer, parameter).clone(), group["lr"], decay
-        self.watching = False
+        """Removes the hook."""
+        self._handle.remove()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        def update_of(parameter: Tensor) -> Tensor:
-            before, rate, decay = self._before[parameter]
-            return as_real((before - _moved(optimizer, parameter)) / rate - decay * before)
+        if not self._before:
+            return
+        settings = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
-        if self._before:
-            self.measured = self._measure(update_of)
-            self._before = {}
+        def update_of(parameter: Tensor) -> Tensor:
+            group, before = settings[parameter], self._before[parameter]
+            update = (before - _moved(optimizer, parameter)) / group["lr"]
+            return as_real(update - group.get("weight_decay", 0.0) * before if self._decoupled else update)
+
+        self.measured, self._before = self._measure(update_of), {}
 
 
 def is_schedule_free(optimizer: Any) -> bool:
@@ -137,22 +136,20 @@ def behaviour_of(optimizer: Optimizer) -> Behaviour:
     except Exception:  # of any kind, in another package's code
         return Behaviour()
     factors = (updates * gradient).mean(dim=(1, 2, 3)) / gradient.square().mean()  # of the gradient, step by step
-    first, second, third, *_ = (factors * factors[0].sign()).tolist()
-    momentum = 0.0 if math.isclose(first, second, rel_tol=1e-3) else round((third - second) / (second - first), 4)
-    dampening = round(1 - third + momentum * second, 4) + 0.0
-    heavy_ball = 0 <= momentum < 1 and dampening < 1 and (momentum > 0 or abs(dampening) < 1e-3)
+    first, second, third, fourth, fifth, *_ = (factors * factors[0].sign()).tolist()
+    # What is left of the first gradient falls by the momentum; the other gradient enters in the fourth and fifth.
+    momentum = round(third / second, 4) if second > 1e-3 * first else 0.0
+    new, old = fourth - momentum * third, fifth - momentum**2 * third
+    dampening = round(1 - (1 - momentum) * new - old, 4) + 0.0
+    sums_up = 0 <= momentum < 1 and dampening < 1 and (momentum > 0 or abs(dampening) < 1e-3)
     parallel = _close(updates, factors.reshape(-1, 1, 1, 1) * gradient) and _close(doubled, 2 * updates)
-    if first > 0 and heavy_ball and parallel:
+    if first > 0 and sums_up and parallel:
         return Behaviour(True, momentum, dampening if momentum else 0.0, coupled)
     return Behaviour(couples_weight_decay=coupled)
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-2, atol=1e-3)
-
-
-def _small_weight() -> Tensor:
-    return torch.linspace(0.5, 1.5, _SIZE**2).reshape(_SIZE, _SIZE)
 
 
 def _small_updates(optimizer: Optimizer, gradient: Tensor, weight_decay: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -165,8 +162,7 @@ def _small_updates(optimizer: Optimizer, gradient: Tensor, weight_decay: float =
     for group in optimizer.param_groups:
         like = group["params"][0]
         device = "cpu" if like.is_meta else like.device
-        small = nn.Parameter(_small_weight().to(device))
-        small.grad = gradient.to(device)
+        small = nn.Parameter(torch.linspace(0.5, 1.5, _SIZE**2, device=device).reshape(_SIZE, _SIZE))
         copies.update(dict.fromkeys(group["params"], small))
         if like in optimizer.state:
             state[small] = {name: _small_state(value, like) for name, value in optimizer.state[like].items()}
@@ -177,10 +173,10 @@ def _small_updates(optimizer: Optimizer, gradient: Tensor, weight_decay: float =
         _set(group, 1.0, weight_decay)
     weights = [group["params"][0] for group in clone.param_groups]
     moved = []
-    for _ in range(_STEPS):
+    for factor in _GRADIENTS:
         before = [_moved(clone, weight).clone() for weight in weights]
         for weight in weights:
-            weight.grad = gradient.to(weight.device) + l2 * weight
+            weight.grad = factor * gradient.to(weight.device) + l2 * weight
         _step(clone)
         moved.append(torch.stack([(b - _moved(clone, w)).cpu() for b, w in zip(before, weights, strict=True)]))
     return torch.stack(moved)
