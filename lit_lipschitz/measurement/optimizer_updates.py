@@ -306,7 +306,8 @@ def _steps(
     for index, (group, ratio, parameter) in enumerate(places):
         if parameter.grad is None:
             continue
-        grad = as_real(parameter.grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
+        raw_grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        grad = as_real(raw_grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
         if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
             grad = grad + group["weight_decay"] * as_real(parameter.detach())
         if update_of is not None:
@@ -318,7 +319,7 @@ def _steps(
                 for name, value in optimizer.state.get(parameter, {}).items()
             }
             update = info.update(grad, state, group)
-        yield _Step(parameter, index, ratio, parameter.grad, grad, update)
+        yield _Step(parameter, index, ratio, raw_grad, grad, update)
 
 
 def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:

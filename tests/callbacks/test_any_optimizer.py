@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import (
+    CLASSES,
     LINEAR_OPTIMIZERS,
     MEASURED_OPTIMIZERS,
     Classifier,
@@ -154,6 +155,34 @@ def test_muon_beside_adamw_needs_no_more_than_their_positions(figure):
     figure(f"digits, 10 epochs, Muon beside AdamW: accuracy {accuracy:.4f}, rates {rates[0]:.3g} and {rates[1]:.3g}")
     assert [one.decision.rule for one in callback.controllers.values()] == ["observed", "observed"]
     assert accuracy > 0.95
+
+
+class SparseBesideAdamW(Classifier):
+    """An embedding with sparse gradients has an optimizer of its own."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__(net=nn.Linear(8, CLASSES))
+        self.table = nn.Embedding(20, 8, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        rows = (5 * batch[0][:, 0].abs()).long().clamp(max=19)
+        self.manual_backward(F.cross_entropy(self.net(self.table(rows)), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SparseAdam(self.table.parameters()), torch.optim.AdamW(self.net.parameters())
+
+
+def test_sparse_gradients_are_measured():
+    callback = LipschitzLR(optimizers=[0, 1])
+    fit(callback, None, SparseBesideAdamW(), max_epochs=3)
+    assert [one.decision.rule for one in callback.controllers.values()] == ["observed", "observed"]
+    assert all(0 < one.decision.lr < 1 for one in callback.controllers.values())
 
 
 @pytest.mark.parametrize("name", ["Lion, weight decay", "LAMB", "a step of its own", "another SGD"])
