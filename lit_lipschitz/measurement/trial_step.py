@@ -206,13 +206,14 @@ def _copy_of(optimizer: Any, memo: dict[int, Any]) -> Any:
             if isinstance(inner, Optimizer) and id(inner) not in memo:
                 _copy_of(inner, memo)
     for name, value in vars(optimizer).items():
+        if name == "step":  # a scheduler's wrapper, which counts steps
+            continue
         if name.endswith("_hooks"):
             value = OrderedDict()
         else:
             with suppress(Exception):  # of any kind, in another package's code
                 value = deepcopy(value, memo)
-        if name != "step":  # a scheduler's wrapper, which counts steps
-            vars(clone)[name] = value
+        vars(clone)[name] = value
     return clone
 
 
