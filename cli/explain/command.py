@@ -38,7 +38,7 @@ class _OneStep(L.Callback):
         """Comes after LipschitzLR's own, which has decided on the rate."""
         ours = find_callback(trainer, LipschitzLR)
         assert ours is not None
-        controllers = ours.controllers
+        controllers = {i: one for i, one in ours.controllers.items() if isinstance(one, Controller)}
         if self.account is not None or not all(controller.decision for controller in controllers.values()):
             return
         self.account = {

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+from lit_lipschitz.measurement.trial_step import is_schedule_free
 from lit_lipschitz.training_pass import reestimate_batch_norm
 
 KEY = "schedule_free"
@@ -118,13 +119,7 @@ def _without_averaged_weights(callbacks: Iterable[Callback]) -> list[Callback]:
 
 def schedule_free(optimizers: Iterable[Any]) -> list[Any]:
     """Those of some optimizers that average the weights and have a training and an evaluation mode."""
-    return [
-        one
-        for one in optimizers
-        if callable(getattr(one, "train", None))
-        and callable(getattr(one, "eval", None))
-        and all("train_mode" in group for group in one.param_groups)
-    ]
+    return [one for one in optimizers if is_schedule_free(one)]
 
 
 def set_mode(optimizers: Iterable[Any], mode: Literal["train", "eval"]) -> None:

@@ -21,6 +21,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
+from lit_lipschitz.control.finished import FinishedController
 from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
@@ -149,6 +150,7 @@ class LipschitzLR(Callback):
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
+        self._finished: dict[int, FinishedController] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
 
@@ -160,8 +162,8 @@ class LipschitzLR(Callback):
         return name if self._attached else f"{name}{id(self)}"
 
     @property
-    def _first(self) -> Controller | None:
-        return next(iter(self._controllers.values()), None)
+    def _first(self) -> Controller | FinishedController | None:
+        return next(iter(self.controllers.values()), None)
 
     @property
     def rate(self) -> float | None:
@@ -179,18 +181,18 @@ class LipschitzLR(Callback):
         return (self._first.decision.constant or None) if self._first and self._first.decision else None
 
     @property
-    def controllers(self) -> dict[int, Controller]:
-        """The controllers by the position of their optimizer; empty before the fit starts."""
-        return dict(self._controllers)
+    def controllers(self) -> dict[int, Controller | FinishedController]:
+        """The controllers by the position of their optimizer, or their results after the fit; empty before it."""
+        return {**self._controllers, **self._finished}
 
     def controls(self, optimizer: Optimizer) -> bool:
         """Whether the properties of this callback are those of an optimizer: the first one that is controlled."""
-        return self._first is not None and self._first.optimizer is optimizer
+        return isinstance(self._first, Controller) and self._first.optimizer is optimizer
 
     @property
     def head_name(self) -> str | None:
         """Name of the head, once the first step has shown which module it is."""
-        return self._first.found.hook.name if self._first and self._first.found else None
+        return self._first.head_name if self._first else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and forgets an earlier fit; a checkpoint's state is loaded after this."""
@@ -200,7 +202,7 @@ class LipschitzLR(Callback):
             return
         _check_callbacks(callbacks_of(trainer))
         self._detach()
-        self._controllers, self._stored = {}, {}
+        self._controllers, self._finished, self._stored = {}, {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
@@ -221,8 +223,12 @@ class LipschitzLR(Callback):
             controller.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes the hooks."""
+        """Removes the hooks, and keeps the results and nothing of the run."""
         self._detach()
+        self._finished.update({i: FinishedController.of(one) for i, one in self._controllers.items()})
+        self._controllers = {}
+        for name in ("_facts", "_loop", "log", "log_dict"):  # the last two are methods of the module, set by Lightning
+            vars(self).pop(name, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes the hooks after an interruption, which Lightning does not tear down."""
@@ -320,7 +326,7 @@ class LipschitzLR(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
-        states = {i: controller.state_dict() for i, controller in self._controllers.items()}
+        states = {i: controller.state_dict() for i, controller in self.controllers.items()}
         return {"settings": self._settings(), "optimizers": states or dict(self._stored)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -57,6 +57,11 @@ class TrainerFacts:
 def targets_of(trainer: Trainer, module: LightningModule, optimizers: Literal["auto"] | list[int]) -> list[Target]:
     """The optimizers at some positions, or the only one, with their schedulers."""
     count, name = len(trainer.optimizers), type(module).__name__
+    if not any(optimizer.param_groups for optimizer in trainer.optimizers):  # Lightning has one without, for None
+        raise ConfigurationError(
+            f"LipschitzLR sets the learning rate of an optimizer, and configure_optimizers of {name} returned none; "
+            "end it with: return torch.optim.AdamW(self.parameters(), lr=1e-3)"
+        )
     if optimizers == "auto":
         if not module.automatic_optimization or count != 1:
             how = "" if module.automatic_optimization else " under manual optimization"

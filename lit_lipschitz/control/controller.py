@@ -68,6 +68,11 @@ class Controller:
         return self.updater.state.measurement
 
     @property
+    def head_name(self) -> str | None:
+        """Name of the head or of the output layers; None before the first loss."""
+        return self.found.hook.name if self.found else None
+
+    @property
     def batches(self) -> int:
         """Batches in an optimizer step, on each rank."""
         return self.updater.state.accumulated
@@ -102,6 +107,8 @@ class Controller:
         """Removes all hooks."""
         self.hooks.remove()
         self._writer.close()
+        if self.updater.estimator is not None:
+            self.updater.estimator.close()
 
     def begin_epoch(self) -> None:
         """Forgets batches of the last epoch that made no step."""

@@ -84,7 +84,7 @@ def _unusable(measured: Measurement, usable: bool) -> str:
     if usable:
         return f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
     if not measured.step_scale:
-        return "all gradients so far were 0 or not finite"
+        return "all gradients or updates so far were 0 or not finite"
     return (
         f"no constant can be computed: the norm of the head's inputs is {measured.activation_norm:g}, that of the "
         f"weights {measured.weight_norm:g}, and {measured.dropped} batches had non-finite activations"

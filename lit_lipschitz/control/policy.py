@@ -199,7 +199,7 @@ class Policy:
         """The rule for an optimizer and its parameter groups; an error if none is known, or if it does not fit."""
         rule = RULES[self.rule if self.rule != "auto" else self._default_rule(optimizer, groups)]
         try:
-            rule.function(RuleInput(1.0, 1.0), rule.initial_state(), groups[0])
+            rule.function(RuleInput(1.0, 1.0), rule.initial_state(), optimizer.settings(groups[0]))
         except KeyError as missing:
             raise ConfigurationError(
                 f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found "
@@ -208,33 +208,25 @@ class Policy:
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         settings = [key for key in ("momentum", "dampening", "alpha", "betas", "eps") if key in groups[0]]
-        for key in settings if rule.uses_settings else ():
+        for key in settings if rule.uses_settings and optimizer.behaviour is None else ():
             if len({str(group[key]) for group in groups}) > 1:
                 raise ConfigurationError(
                     f"LipschitzLR: the rule {rule.name!r} needs the same {key} in all parameter groups; found "
                     f"{', '.join(str(group[key]) for group in groups)}: make them equal, or pass rule='inverse'"
                 )
-        if rule.step_scale is not None and optimizer.update is None:
-            known = ", ".join(info.name for info in optimizer_updates.OPTIMIZERS if info.update is not None)
-            raise ConfigurationError(
-                f"LipschitzLR(rule={rule.name!r}) needs an optimizer whose update is known ({known}), and found "
-                f"{optimizer.name}; use one of them, or pass another rule="
-            )
         return rule
 
     def _default_rule(self, optimizer: OptimizerInfo, groups: Sequence[Mapping[str, Any]]) -> str:
         """The name of the rule that an optimizer has without ``rule=``."""
-        settings = max(groups, key=lambda group: group.get("momentum", 0.0))
+        settings = max(map(optimizer.settings, groups), key=lambda group: group.get("momentum", 0.0))
         forced = f"or force a rule by rule= with one of {_quoted(RULES)}"
         name = optimizer.rule_name(self.bound, settings)
         if name is None:
             known = [info.name for info in optimizer_updates.OPTIMIZERS if self.bound in info.rules]
-            found = f"{optimizer.name} with bound={self.bound!r}" if optimizer.rules else optimizer.name
-            if found in known:  # another class of the same name
-                found = f"{optimizer.resolve().__module__}.{found}"
+            package = f"{optimizer.resolve().__module__}." if optimizer.name in known else ""
             raise ConfigurationError(
-                f"LipschitzLR: no learning-rate rule is known for the optimizer {found}; known: {', '.join(known)}; "
-                f"use one of them, {forced}"
+                f"LipschitzLR: no learning-rate rule is known for the optimizer {package}{optimizer.name} with "
+                f"bound={self.bound!r}; known: {', '.join(known)}; use one of them, {forced}"
             )
         setting = optimizer.unsupported.get(self.bound)
         if setting is not None and settings.get(setting, False):
@@ -271,7 +263,7 @@ class Policy:
         if inputs is None:
             return None
         state = state if isinstance(state, rule.state_type) else rule.initial_state()
-        rate, state, terms = rule.function(inputs, state, groups[0])
+        rate, state, terms = rule.function(inputs, state, optimizer.settings(groups[0]))
         lr, cap = self.apply_limits(rate, last)
         limit = (Term(cap, lr, f"the limit that changed the rate of {rate:.6g}"),) if cap else ()
         formula, constant_terms = constant.formula()

@@ -31,7 +31,9 @@ class RateUpdater:
         self.estimator: StepScaleEstimator | None = None  # of the step scale; None if the rule needs none
         if self.rule.step_scale is not None:
             needs_logit_grads = self.rule.needs_logit_grads and policy.bound == "strict"
-            self.estimator = StepScaleEstimator(target.optimizer, target.model, self.rule.step_scale, needs_logit_grads)
+            self.estimator = StepScaleEstimator(
+                target.optimizer, target.model, self.rule.step_scale, needs_logit_grads, self.info, loop.notify
+            )
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop)
         self.reporter = Reporter(options, target, loop)
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
@@ -87,6 +89,9 @@ class RateUpdater:
                 state.decision = state.decision or Decision(initial_lr)
             elif ratios is not None and state.measurement is not None:
                 self._settle(self.statistics.with_step_scale(state.measurement), found, keep_state=True)
+        if state.decision is None and self.estimator is not None and self.estimator.copies_fail:
+            group = self._target.optimizer.param_groups[0]
+            state.decision = Decision(float(group.get("initial_lr", group["lr"])))  # for a step to measure
         state.last_pass_epoch = loop.epoch
         return state.decision
 
@@ -166,7 +171,8 @@ class RateUpdater:
             state=state.rule_state,
             last=state.decision,
         )
-        self.reporter.check_measurement(measured, outcome is not None, state)
+        if self.estimator is None or not self.estimator.copies_fail or measured.step_scale:
+            self.reporter.check_measurement(measured, outcome is not None, state)
         if self.estimator is not None and (not keep_state if outcome is not None else not measured.step_scale):
             state.measurement = measured  # for the next measurement of the step scale, which updates the rate
             return

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSpr
 
 from lit_lipschitz.measurement.norms import as_real, norm
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
+from lit_lipschitz.measurement.trial_step import Behaviour, UpdateOf, behaviour_of, is_schedule_free, trial_step
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -26,12 +27,13 @@ class OptimizerInfo:
 
     Attributes:
         cls: Its class, or ``"module:Class"`` for a package that may not be installed and is not imported for this.
-        update: Its update at lr = 1; None where that is the gradient, as with SGD, or not known.
+        update: Its update at lr = 1; None where it is measured (:mod:`lit_lipschitz.measurement.trial_step`).
         rules: The name of its rule for each family of constants (``bound``); without an entry a family is refused.
         momentum_rules: Likewise, where its setting ``momentum`` is not 0 and the rule differs then.
         unsupported: For each family of constants, a setting for which its rule is not valid.
         decoupled_weight_decay: Whether its weight decay is never added to the gradient.
         averages_weights: Whether it averages the weights instead of decaying the learning rate.
+        behaviour: What was measured of an optimizer that is not registered; None for others.
     """
 
     cls: type[Optimizer] | str
@@ -41,6 +43,7 @@ class OptimizerInfo:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     decoupled_weight_decay: bool = False
     averages_weights: bool = False
+    behaviour: Behaviour | None = None
 
     @property
     def name(self) -> str:
@@ -55,9 +58,22 @@ class OptimizerInfo:
         return getattr(sys.modules.get(module), name, None)
 
     def rule_name(self, bound: str, settings: Mapping[str, Any]) -> str | None:
-        """The name of its rule for a family of constants and the settings of a parameter group, or None."""
+        """The name of its rule for a family of constants and the :meth:`settings` of a parameter group, or None."""
         rules = {**self.rules, **self.momentum_rules} if settings.get("momentum", 0) else self.rules
         return rules.get(bound)
+
+    def settings(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of a parameter group by torch's names, for a rule.
+
+        Of an optimizer that is not registered, ``momentum`` and ``dampening`` are measured if its updates are linear in
+        the gradients. Otherwise the first of ``betas`` is the group's, or its ``momentum``; 0 without both.
+        """
+        if self.behaviour is None:
+            return group
+        if self.behaviour.linear:
+            return {"momentum": self.behaviour.momentum, "dampening": self.behaviour.dampening}
+        (beta, *_) = group.get("betas") or (group.get("momentum", 0.0),)
+        return {"betas": (beta if isinstance(beta, float) and 0 <= beta < 1 else 0.0,)}
 
     def couples_weight_decay(self, group: Mapping[str, Any]) -> bool:
         """Whether the weight decay of a parameter group is added to the gradient, as an L2 term of the loss is."""
@@ -159,21 +175,41 @@ def register_optimizer(info: OptimizerInfo) -> None:
     OPTIMIZERS[:] = [*(one for one in OPTIMIZERS if one.cls != info.cls), info]
 
 
-def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
-    """What is known of an optimizer, by its class and not by the name of the class.
+def registered_info(optimizer: Optimizer) -> OptimizerInfo | None:
+    """What is registered of an optimizer, by its class and not by the name of the class; None if nothing is.
 
-    A subclass of a known one counts as that, unless it overrides ``step`` or is named like another known one. Of other
-    classes, neither rules nor an update are known.
+    A subclass of a registered one counts as that, unless it overrides ``step`` or is named like another one.
     """
     kind = type(optimizer)
     known = {cls: info for info in OPTIMIZERS if (cls := info.resolve()) is not None}
     found: Any = next((cls for cls in kind.__mro__ if cls in known), None)
     # torch wraps the `step` of a class when its first instance is made.
     if found is None or inspect.unwrap(kind.step) is not inspect.unwrap(found.step):
-        return OptimizerInfo(kind)
+        return None
     info = known[found]
     others = {other.name for other in OPTIMIZERS if other is not info}
-    return info if kind is found or kind.__name__ not in others else OptimizerInfo(kind)
+    return info if kind is found or kind.__name__ not in others else None
+
+
+def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
+    """What is registered of an optimizer that has not stepped yet, or is measured by steps of a small copy.
+
+    One that is not registered has the rules of SGD if its updates are linear in the gradients, else those of Adam-type
+    optimizers with a measured update.
+    """
+    info = registered_info(optimizer)
+    if info is not None:
+        return info
+    behaviour, averages = behaviour_of(optimizer), is_schedule_free(optimizer)
+    rules = _SGD if behaviour.linear else dict.fromkeys(_ADAPTIVE, "schedule_free") if averages else _ADAPTIVE
+    return OptimizerInfo(
+        type(optimizer),
+        rules=rules,
+        momentum_rules=_MOMENTUM if behaviour.linear else {},
+        decoupled_weight_decay=not behaviour.couples_weight_decay,
+        averages_weights=averages,
+        behaviour=behaviour,
+    )
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -182,15 +218,25 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def update_norms(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, ratios: Sequence[float] = ()) -> Tensor:
+def update_norms(
+    optimizer: Optimizer,
+    grad_scale: float | Tensor = 1.0,
+    ratios: Sequence[float] = (),
+    info: OptimizerInfo | None = None,
+    update_of: UpdateOf | None = None,
+) -> Tensor:
     """Euclidean norms of the gradient and of the update at lr = 1 of an optimizer that is about to step; shape (2,).
 
     Over all parameters that have a gradient, each group times its learning rate over that of the first one. Weight
     decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are divided by
-    ``grad_scale``. Without a registered update a ValueError is raised.
+    ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step; an update that is not
+    registered is ``update_of``, or measured by a step of a copy.
+
+    Raises:
+        TrialError: No copy can step.
     """
     squares: list[Tensor] = []
-    for step in _steps(optimizer, grad_scale, ratios):
+    for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         squares += [step.ratio**2 * _square(step.grad), step.ratio**2 * _square(step.update)]
     return _pairs(squares).sum(dim=0).sqrt()
 
@@ -202,6 +248,8 @@ def mean_grad_to_update_ratio(
     ratios: Sequence[float] = (),
     invariance: ScaleInvariance | None = None,
     is_weight: Callable[[Tensor], bool] = is_matrix,
+    info: OptimizerInfo | None = None,
+    update_of: UpdateOf | None = None,
 ) -> Tensor:
     r"""Mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1, and 1; shape (2,).
 
@@ -213,7 +261,7 @@ def mean_grad_to_update_ratio(
     """
     weights: list[Tensor] = []
     squares: list[Tensor] = []
-    for step in _steps(optimizer, grad_scale, ratios):
+    for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         if not step.ratio:
             continue
         growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
@@ -241,25 +289,37 @@ class _Step:
     update: Tensor
 
 
-def _steps(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Iterator[_Step]:
+def _steps(
+    optimizer: Optimizer,
+    grad_scale: float | Tensor,
+    ratios: Sequence[float],
+    info: OptimizerInfo | None,
+    update_of: UpdateOf | None,
+) -> Iterator[_Step]:
     """The steps of all parameters that have a gradient."""
-    info = optimizer_info(optimizer)
-    if info.update is None:
-        raise ValueError(f"no update is registered for the optimizer {info.name}; see register_optimizer")
-    counters = _counters(optimizer)
+    info = info or optimizer_info(optimizer)
+    if info.update is None and update_of is None:
+        update_of = trial_step(optimizer, grad_scale, keep_decay=not info.decoupled_weight_decay)
+    counters = _counters(optimizer) if update_of is None else {}
     groups = zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False)
     places = ((group, ratio, parameter) for group, ratio in groups for parameter in group["params"])
     for index, (group, ratio, parameter) in enumerate(places):
         if parameter.grad is None:
             continue
-        state = {
-            name: counters.get((parameter, name), as_real(value))
-            for name, value in optimizer.state.get(parameter, {}).items()
-        }
-        grad = as_real(parameter.grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
+        raw_grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        grad = as_real(raw_grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
         if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
             grad = grad + group["weight_decay"] * as_real(parameter.detach())
-        yield _Step(parameter, index, ratio, parameter.grad, grad, info.update(grad, state, group))
+        if update_of is not None:
+            update = update_of(parameter)
+        else:
+            assert info.update is not None
+            state = {
+                name: counters.get((parameter, name), as_real(value))
+                for name, value in optimizer.state.get(parameter, {}).items()
+            }
+            update = info.update(grad, state, group)
+        yield _Step(parameter, index, ratio, raw_grad, grad, update)
 
 
 def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:

@@ -1,17 +1,25 @@
 """Periodic estimates of an adaptive optimizer's step scale and of the gradient norm in the logits."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_lipschitz.measurement.optimizer_updates import mean_grad_to_update_ratio, update_norms, weight_filter
+from lit_lipschitz.measurement.optimizer_updates import (
+    OptimizerInfo,
+    mean_grad_to_update_ratio,
+    optimizer_info,
+    update_norms,
+    weight_filter,
+)
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
+from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
 from lit_lipschitz.rules.base import StepScaleKind
 
 MEASURE_EVERY = 16
@@ -71,17 +79,28 @@ class StepScaleEstimator:
 
     The kind ``"total"`` has the norms over all parameters, ``"mean"`` the mean ratio over the weights, ``"floored"``
     the same as a :class:`FlooredScale`. With ``needs_logit_grads``, the gradient norm in the logits is measured too,
-    and the scale is corrected for the growth of scale-invariant weights.
+    and the scale is corrected for the growth of scale-invariant weights. ``info`` is what is known of the optimizer. If
+    its update is measured and no copy of it can step, ``notify`` says so, and a due step uses what the last one was.
     """
 
     def __init__(
-        self, optimizer: Optimizer, module: nn.Module, kind: StepScaleKind, needs_logit_grads: bool = False
+        self,
+        optimizer: Optimizer,
+        module: nn.Module,
+        kind: StepScaleKind,
+        needs_logit_grads: bool = False,
+        info: OptimizerInfo | None = None,
+        notify: Callable[[str], None] = print,
     ) -> None:
         self.scale = FlooredScale() if kind == "floored" else StepScale()
         self.restarted = False  # whether the last step began a new estimate, since other parameters train than before
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
         self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
-        self._optimizer = optimizer
+        self._optimizer, self._info, self._notify = optimizer, info or optimizer_info(optimizer), notify
+        self.copies_fail = False  # whether an update was to be measured, and no copy of the optimizer could step
+        self._applied: AppliedStep | None = None
+        if self._info.update is None:
+            self._applied = AppliedStep(optimizer, self._info.decoupled_weight_decay)
         self._is_weight = None if kind == "total" else weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
@@ -95,7 +114,9 @@ class StepScaleEstimator:
         Steps 1, 2, 4, 8 and 16 are due and then every 16th, all until there is an estimate, and the one after other
         parameters have begun to train. The step with which they do is measured as well.
         """
-        step = self._steps + 1
+        return self._is_due(self._steps + 1)
+
+    def _is_due(self, step: int) -> bool:
         return step % MEASURE_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._repeat
 
     @property
@@ -123,15 +144,42 @@ class StepScaleEstimator:
 
         Shape (2,), or with gradient norms in the logits (2 + 2 * world_size,), on the gradients' device.
         """
-        if self._is_weight is None:
-            packed = update_norms(self._optimizer, grad_scale, ratios)
-        else:
-            invariance = self.invariance if self.needs_logit_grads else None
-            packed = mean_grad_to_update_ratio(self._optimizer, grad_scale, ratios, invariance, self._is_weight)
+        packed = self._pack_norms(grad_scale, ratios)
         if self.needs_logit_grads:
             packed = torch.cat([packed, self.pack_logit_grads(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
+
+    def _norms(self, grad_scale: float | Tensor, ratios: Sequence[float], update_of: UpdateOf | None = None) -> Tensor:
+        """Gradient norm and update norm, or their mean ratio and 1; shape (2,)."""
+        if self._is_weight is None:
+            return update_norms(self._optimizer, grad_scale, ratios, self._info, update_of)
+        invariance = self.invariance if self.needs_logit_grads else None
+        return mean_grad_to_update_ratio(
+            self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of
+        )
+
+    def _pack_norms(self, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
+        """The norms of the coming step, or of one before it if no copy can step; zeros before the first one."""
+        if not self.copies_fail:
+            try:
+                return self._norms(grad_scale, ratios)
+            except TrialError as error:
+                self.copies_fail = True
+                self._notify(
+                    f"LipschitzLR: no copy of the optimizer {self._info.name} can step ({error}); its updates are "
+                    "measured after its own steps, and the learning rate stays as it is until the first one"
+                )
+        assert self._applied is not None
+        measured, self._applied.measured = self._applied.measured, None
+        self._applied.watch(partial(self._norms, grad_scale, ratios))
+        device = self._parameters[0].device
+        return torch.zeros(2, device=device) if measured is None else measured
+
+    def close(self) -> None:
+        """Removes the hook."""
+        if self._applied is not None:
+            self._applied.close()
 
     def update(self, reduced: Sequence[float]) -> None:
         """Updates the estimate with the MAX over all ranks of :meth:`pack`, read to the host."""

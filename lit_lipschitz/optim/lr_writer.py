@@ -105,7 +105,8 @@ class LRWriter:
             self.references.append(lr)
 
     def _before_step(self, *_: Any) -> None:
-        if self.scheduled:
+        # A subclass that calls super().step() runs the hooks again within its own step.
+        if self.scheduled and self._scheduled_lrs is None:
             self._scheduled_lrs = self._current()
             self._set(self.rates(self._rate))
 

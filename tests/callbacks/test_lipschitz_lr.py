@@ -10,7 +10,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Steps, examples, loader, trainer
+from helpers import CLASSES, WIDTH, Classifier, Lion, Steps, examples, loader, trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -422,7 +422,7 @@ def test_an_epoch_that_is_given_up_ends_its_interval_with_the_next_step():
     callback, whole = LipschitzLR(schedule="none", bound="paper"), LipschitzLR(schedule="none", bound="paper")
     _, rates = fit(callback, Skipping, max_epochs=4)
     assert len(rates) == 12
-    assert callback.controllers[0].updater.state.intervals == 3
+    assert callback.controllers[0].state_dict()["intervals"] == 3
     assert rates[:3] == fit(whole, max_epochs=1)[1][:3]
     assert rates[3] == rates[2]  # m is not doubled by the batch that was skipped
 
@@ -436,7 +436,7 @@ def test_a_batch_without_a_loss_is_passed_over(skipped):
     callback = LipschitzLR(schedule="none")
     fit(callback, Skips, max_epochs=2)
     assert callback.rate is not None
-    assert callback.controllers[0].updater.state.intervals == 2
+    assert callback.controllers[0].state_dict()["intervals"] == 2
 
 
 def test_bfloat16_training_measures_in_float32():
@@ -501,6 +501,11 @@ class Adaptive(Classifier):
         return torch.optim.AdamW(self.parameters(), lr=0.3)
 
 
+class Measured(Classifier):
+    def configure_optimizers(self):
+        return Lion(self.parameters(), weight_decay=0.1)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -508,6 +513,7 @@ class Adaptive(Classifier):
             [Classifier, Scheduled], [{"bound": "strict"}, {"bound": "smooth"}, {"bound": "paper"}, BY_PASS]
         ),
         *itertools.product([Adaptive], [{"bound": "strict"}, {"bound": "paper"}]),
+        *itertools.product([Measured], [{"bound": "strict"}, {"bound": "smooth"}]),
     ],
 )
 @pytest.mark.parametrize("stop", ["epoch's end", "mid-epoch"])

@@ -198,7 +198,7 @@ class Adversaries(L.LightningModule):
 def test_several_optimizers_have_output_layers_of_their_own(toggles):
     callback = LipschitzLR(loss="measured", optimizers=[0, 1])
     trainer(callback, max_epochs=2).fit(Adversaries(toggles), loader())
-    heads = {i: one.found.hook.name for i, one in callback.controllers.items()}
+    heads = {i: one.head_name for i, one in callback.controllers.items()}
     assert heads == {0: "generator.2", 1: "critic.2"}
     assert all(0 < one.decision.lr < math.inf for one in callback.controllers.values())
     assert callback.controllers[0].decision.lr != callback.controllers[1].decision.lr

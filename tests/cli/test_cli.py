@@ -261,7 +261,11 @@ def test_every_bundled_config_is_whole(lit, name):
         (["--config", "extra.yaml"], 2, "trainer.max_epoch: no such option; closest: trainer.max_epochs"),
         (["--ckpt_path", "truncated.ckpt"], 1, "not a checkpoint, or only a part of one"),
         (["--ckpt_path", "foreign.ckpt"], 1, "the checkpoint is of another network: Missing key(s)"),
-        (["--model.optimizer", "torch.optim.Adagrad"], 2, "no learning-rate rule is known for the optimizer Adagrad"),
+        (
+            ["--model.optimizer", "torch.optim.Adagrad", "--lipschitz.bound", "paper"],
+            2,
+            "no learning-rate rule is known for the optimizer Adagrad",
+        ),
         (
             ["--model.network.num_classes", "5"],
             2,

@@ -3,6 +3,17 @@
 from helpers.command import SCRIPT, error_line, last, same
 from helpers.data import TEST_IMAGES, TRAIN_IMAGES, write_cifar, write_idx
 from helpers.losses import LOSSES, ROWS, AnyLoss, LossCase, first_constant, one_hot
+from helpers.optimizers import (
+    LINEAR_OPTIMIZERS,
+    MEASURED_OPTIMIZERS,
+    Lamb,
+    Lion,
+    Lookahead,
+    MuonWithAdam,
+    OtherAdamW,
+    OtherSGD,
+    stepping,
+)
 from helpers.runs import Curves, Keep, Slices, ranks, two_ranks
 from helpers.tables import ADAPTIVE_DEFAULTS, ADAPTIVE_OPTIMIZERS, OPTIMIZERS, SCHEDULER_STEPS, SCHEDULERS
 from helpers.task import (
@@ -26,7 +37,9 @@ __all__ = [
     "ADAPTIVE_OPTIMIZERS",
     "CLASSES",
     "EXAMPLES",
+    "LINEAR_OPTIMIZERS",
     "LOSSES",
+    "MEASURED_OPTIMIZERS",
     "OPTIMIZERS",
     "ROOT",
     "ROWS",
@@ -40,7 +53,13 @@ __all__ = [
     "Classifier",
     "Curves",
     "Keep",
+    "Lamb",
+    "Lion",
+    "Lookahead",
     "LossCase",
+    "MuonWithAdam",
+    "OtherAdamW",
+    "OtherSGD",
     "Slices",
     "Steps",
     "adamws_scale",
@@ -55,6 +74,7 @@ __all__ = [
     "one_hot",
     "ranks",
     "same",
+    "stepping",
     "trainer",
     "two_ranks",
     "write_cifar",

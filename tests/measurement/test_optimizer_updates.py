@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ADAPTIVE_OPTIMIZERS
+from helpers import ADAPTIVE_OPTIMIZERS, MEASURED_OPTIMIZERS, MuonWithAdam, OtherSGD, stepping
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -15,6 +15,7 @@ from lit_lipschitz.measurement.optimizer_updates import (
     weight_filter,
 )
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
+from lit_lipschitz.measurement.trial_step import Behaviour
 
 
 @pytest.mark.parametrize("name", ADAPTIVE_OPTIMIZERS)
@@ -160,11 +161,30 @@ def test_a_rank_without_a_gradient_leaves_the_measurement_to_the_others():
     assert ranks[1].scale.value == pytest.approx(5.0 / 2**0.5, rel=1e-5)
 
 
-def test_an_optimizer_that_is_not_known_is_no_guess():
-    for kind in (torch.optim.SGD, torch.optim.Adagrad):
-        for measure in (update_norms, mean_grad_to_update_ratio):
-            with pytest.raises(ValueError, match=f"no update is registered for the optimizer {kind.__name__};"):
-                measure(kind([nn.Parameter(torch.ones(1))], lr=0.1))
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adafactor])
+def test_an_update_that_is_not_known_is_measured(kind):
+    for measure in (update_norms, mean_grad_to_update_ratio):
+        parameter = parameter_with([3.0, 4.0], [0.0, 12.0])
+        optimizer = kind([parameter], lr=0.1)
+        grad_norm, update_norm = measure(optimizer).tolist()
+        before = parameter.detach().clone()
+        optimizer.step()
+        moved = float((before - parameter.detach()).norm()) / 0.1
+        assert grad_norm / update_norm == pytest.approx(13.0 / moved, rel=1e-3)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_counts_as_with_a_known_update(decoupled):
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    norms = []
+    for make in (kind, stepping(kind)):
+        parameters = [parameter_with([3.0, 4.0], [0.0, 12.0]), parameter_with(1.0, 0.0)]
+        optimizer = make(parameters, lr=0.1, weight_decay=0.2)
+        for _ in range(4):
+            norms.append(update_norms(optimizer).tolist())
+            optimizer.step()
+    for known, measured in zip(norms[:4], norms[4:], strict=True):
+        assert measured == pytest.approx(known, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
@@ -213,17 +233,20 @@ def test_a_subclass_counts_as_its_class_unless_it_steps_by_itself():
         assert info_of(torch.optim.Adam).cls is torch.optim.Adam
         assert info_of(torch.optim.SGD).cls is torch.optim.SGD
     assert info_of(ZeroStartSGD).resolve() is ZeroStartSGD
-    unknown = info_of(Stepping)
-    assert (unknown.cls, unknown.update, dict(unknown.rules)) == (Stepping, None, {})
-    assert info_of(type("Further", (Stepping,), {})).update is None
+    for kind in (Stepping, type("Further", (Stepping,), {})):
+        measured = info_of(kind)
+        assert (measured.cls, measured.update, measured.behaviour) == (kind, None, Behaviour())
+        assert dict(measured.rules) == {"strict": "observed", "smooth": "grafted"}
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "AdamWScheduleFree", "ZeroStartSGD"])
 def test_an_optimizer_of_another_package_is_not_known_by_its_name(name):
     assert name in {info.name for info in optimizer_updates.OPTIMIZERS}
     for kind in (named(name), named(name, torch.optim.NAdam)):
-        unknown = info_of(kind)
-        assert (unknown.cls, unknown.update, dict(unknown.rules)) == (kind, None, {})
+        measured = info_of(kind)
+        assert (measured.cls, measured.update) == (kind, None)
+        assert measured.behaviour is not None
+        assert measured.rule_name("paper", {}) is None
 
 
 def test_the_weight_decay_of_a_group_is_coupled_as_torch_steps():
@@ -241,3 +264,22 @@ def test_the_weight_decay_of_a_group_is_coupled_as_torch_steps():
         optimizer.step()
         assert bool(optimizer.state[parameter]["exp_avg"].any()) == coupled
         assert optimizer_info(optimizer).couples_weight_decay(optimizer.param_groups[0]) == coupled
+
+
+def test_rules_see_the_settings_of_torch():
+    """By whatever name, or measured; those of a known optimizer are its own."""
+    weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))]
+    muon = MuonWithAdam(weights)
+    assert [optimizer_info(muon).settings(group)["betas"] for group in muon.param_groups] == [(0.95,), (0.9,)]
+    for make, expected in (
+        (MEASURED_OPTIMIZERS["Lion"], {"betas": (0.9,)}),
+        (MEASURED_OPTIMIZERS["Adagrad"], {"betas": (0.0,)}),
+        (OtherSGD, {"momentum": 0.9, "dampening": 0.0}),
+    ):
+        optimizer = make(weights)
+        assert optimizer_info(optimizer).settings(optimizer.param_groups[0]) == expected
+    known = torch.optim.SGD(weights, lr=0.1)
+    assert optimizer_info(known).settings(known.param_groups[0]) is known.param_groups[0]
+    odd = {"betas": (None, 0.9)}, {"momentum": True}, {"betas": (1.5, 0.9)}
+    info = optimizer_info(muon)
+    assert [info.settings(group) for group in odd] == [{"betas": (0.0,)}] * 3

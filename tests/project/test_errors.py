@@ -186,10 +186,8 @@ MISTAKES = {
     "A loss weight under manual optimization": lambda: fit(
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
-    "An optimizer without a rule": lambda: fit(LipschitzLR(), module=Classifier(torch.optim.Adagrad)),
-    "A rule that needs an optimizer with a known update": lambda: fit(
-        LipschitzLR(rule="grafted"), module=Classifier(torch.optim.Adagrad)
-    ),
+    "No optimizer": lambda: fit(LipschitzLR(), module=Classifier(lambda parameters: [])),
+    "An optimizer without a rule": lambda: fit(LipschitzLR(bound="paper"), module=Classifier(torch.optim.Adagrad)),
     "A rule for another bound": lambda: LipschitzLR(bound="smooth", rule="observed"),
     "A rule that needs another setting of the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)

@@ -375,7 +375,11 @@ def test_the_ends_of_epoch_and_training_are_not_reached(lit):
         ([*DIGITS, "--lipschitz.bund", "strict"], 2, "lipschitz.bund: no such option; closest: lipschitz.bound"),
         ([*DIGITS, "--fixed_rate", "true"], 2, "the learning rate is the one in the config"),
         ([*DIGITS, "--ckpt_path", "last"], 2, "has saved a checkpoint; pass a path"),
-        ([*DIGITS, "--model.optimizer", "torch.optim.Adagrad"], 2, "no learning-rate rule is known"),
+        (
+            [*DIGITS, "--model.optimizer", "torch.optim.Adagrad", "--lipschitz.bound", "paper"],
+            2,
+            "no learning-rate rule is known",
+        ),
         ([*DIGITS, "--trainer.strategy", "ddp_spawn"], 2, "pass --trainer.strategy ddp"),
     ],
 )
