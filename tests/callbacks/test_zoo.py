@@ -49,16 +49,16 @@ def rates_of(network, loss, batch):
 
 def train_all(cases, figure, what):
     """Trains each case, made by a function; fails with those that raise."""
-    failed, measured = {}, 0
+    failed, measured = {}, 0.0
     for name, make in cases.items():
         torch.manual_seed(0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the packages
-                measured += rates_of(*make()).controllers[0].found.measured
+                measured += rates_of(*make()).controllers[0].metrics()["measured"]
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:300]
-    figure(f"{len(cases) - len(failed)} of {len(cases)} {what} train, {measured} by a measured constant")
+    figure(f"{len(cases) - len(failed)} of {len(cases)} {what} train, {measured:g} by a measured constant")
     assert not failed
 
 
@@ -313,7 +313,7 @@ PAPERS = [pairs, autoencoder, actor_critic, mixture_density, connectionist, trip
 def test_losses_of_papers(make):
     torch.manual_seed(0)
     callback = rates_of(*make())
-    assert callback.controllers[0].found.measured
+    assert callback.controllers[0].metrics()["measured"] == 1
     assert callback.constant > 0
 
 
