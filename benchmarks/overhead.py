@@ -71,7 +71,6 @@ class Inside:
             "on_train_batch_start",
             "on_before_backward",
             "on_after_backward",
-            "on_before_zero_grad",
             "on_before_optimizer_step",
             "before_step",
             "on_train_batch_end",

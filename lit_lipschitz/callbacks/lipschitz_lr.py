@@ -262,6 +262,8 @@ class LipschitzLR(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
         loop, graph = self._loop_now(), LossGraph(loss, self.options.loss_name)
+        for controller in self._controllers.values():
+            controller.begin_backward()
         for controller in self._controllers_of(graph):
             controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
@@ -279,12 +281,6 @@ class LipschitzLR(Callback):
         """Notes how long the gradients are, which may be clipped."""
         for controller in self._controllers.values():
             controller.after_backward(self._loop)
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Forgets batches whose gradients make no step."""
-        for controller in self._controllers.values():
-            if controller.optimizer is optimizer:
-                controller.discard_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tells the other controllers; the rate is decided later, when the gradients are clipped."""

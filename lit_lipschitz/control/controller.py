@@ -54,6 +54,7 @@ class Controller:
         self._begun = 0  # batches since the last optimizer step
         self._with_loss = 0  # of these, batches whose gradients are in the next one
         self._has_loss = False  # whether this batch is one of them
+        self._pending = False  # whether a loss has come since the last step
         self._versions = 0  # changes to the weights before this batch
 
     def _make_schedule(self, loop: LoopFacts) -> BuiltinSchedule:
@@ -130,9 +131,12 @@ class Controller:
         """Reports that an epoch has skipped batches that the schedule counts on."""
         self._schedule.on_short_epoch(loop)
 
-    def discard_gradients(self) -> None:
-        """Forgets the batches since the last step: their gradients are not in the next one."""
-        self._begun = self._with_loss = 0
+    def begin_backward(self) -> None:
+        """Forgets the batches and losses since the last step if their gradients are not in the next one."""
+        groups = self.optimizer.param_groups
+        if not self._pending or any(p.grad is not None for group in groups for p in group["params"]):
+            return
+        self._begun, self._with_loss, self._has_loss, self._pending = 0, 0, False, False
         self._finder.discard_gradients()
         if self.updater.estimator is not None:
             self.updater.estimator.logit_grads.discard()
@@ -154,6 +158,7 @@ class Controller:
 
     def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Ends the measurement of a batch by its loss, before the backward; the first one shows the head."""
+        self._pending = True
         # With several optimizers, the last loss before the first step is the one that the step uses.
         if self._meter is None or (self.decision is None and not self._target.is_only):
             found = self._finder.find(graph, loop)
@@ -222,7 +227,7 @@ class Controller:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
         before = self.updater.state.decision
-        self._begun = self._with_loss = 0
+        self._begun, self._with_loss, self._pending = 0, 0, False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         self._follow_ranks(loop)
         factor = self._schedule.factor(loop) * self.damping
