@@ -1,5 +1,6 @@
 """Steps of any kind have the computed rate: it is decided once the gradients are final, by the batches that are in."""
 
+import contextlib
 import logging
 import math
 import warnings
@@ -514,3 +515,56 @@ def test_a_warm_up_beside_a_scheduler_is_a_factor():
     assert rates[0] == plain[0]
     assert rates[1] < 0.5 * plain[1]
     assert math.isfinite(callback.rate)
+
+
+class Twice(torch.optim.SGD):
+    """A subclass whose step contains that of SGD, so that the hooks of a step run within it again."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_decides_once():
+    decided = []
+
+    class Counts(LipschitzLR):
+        def before_step(self, position):
+            decided.append(position)
+            super().before_step(position)
+
+    def make(parameters):
+        return Twice(parameters, lr=0.1, momentum=0.9)
+
+    expected, _ = fit(seeded(Classifier, momentum), LipschitzLR(schedule="none", rule="inverse"))
+    rates, _ = fit(seeded(Classifier, make), Counts(schedule="none", rule="inverse"))
+    assert rates[::2] == pytest.approx(expected, rel=1e-6)  # the recorder's hook runs twice a step
+    assert rates[1::2] == rates[::2]
+    assert decided == [0] * 12
+
+
+def test_a_step_that_fails_does_not_keep_the_next_one_from_its_rate():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            if fails and fails.pop():
+                raise RuntimeError("out of memory")
+
+    def suppressed(module, optimizer, loss):
+        optimizer.zero_grad()
+        module.manual_backward(loss())
+        with contextlib.suppress(RuntimeError):
+            optimizer.step()
+
+    def make(parameters):
+        return Fails(parameters, lr=0.1)
+
+    decided, fails = [], [True]
+
+    class Counts(LipschitzLR):
+        def before_step(self, position):
+            decided.append(position)
+            super().before_step(position)
+
+    fit(seeded(Manual, suppressed, make), Counts(schedule="none", rule="inverse", optimizers=0))
+    assert not fails
+    assert decided == [0] * 12
