@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_lipschitz import LipschitzLR
 
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "barrier")
-HOOKS = ("on_fit_start", "on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+HOOKS = ("on_fit_start", "on_train_batch_start", "on_before_backward", "before_step", "on_train_batch_end")
 TIMES = ("strict_ms", "smooth_ms", "epoch_ms", "epoch_adamw_ms", "first_epoch_ms")
 WIDTH, STEPS = 64, 40
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
@@ -147,8 +147,8 @@ BYTES_OF_AGREEMENT = 4 * 4
 
 
 def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
-    """Bytes of an update: eight numbers, one a rank, and for ``smooth`` the direction of the power iteration."""
-    return 4 * (8 + ranks + spectral_width)
+    """Bytes of an update: nine numbers, one a rank, and for ``smooth`` the direction of the power iteration."""
+    return 4 * (9 + ranks + spectral_width)
 
 
 def bytes_of_norms(ranks: int) -> int:

@@ -78,7 +78,7 @@ class Module(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Keeps the learning rate; the configured one where a callback replaces it later in the step."""
+        """Keeps the learning rate; a callback may replace it later in the step."""
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def configure_optimizers(self) -> Any:

@@ -67,7 +67,14 @@ class Inside:
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {}
         self.now = clock(device)
-        for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+        for name in (
+            "on_train_batch_start",
+            "on_before_backward",
+            "on_after_backward",
+            "on_before_optimizer_step",
+            "before_step",
+            "on_train_batch_end",
+        ):
             setattr(callback, name, self.timed(getattr(callback, name)))
 
     def timed(self, function: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,6 @@ from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from torch.optim import Optimizer
 
 from lit_lipschitz.cli.fit.callbacks import find_callback
 from lit_lipschitz.errors import ConfigurationError
@@ -13,7 +12,7 @@ from lit_lipschitz.optim.lr_writer import LRWriter
 
 
 class FixedRate(L.Callback):
-    """Writes a fixed rate before each step, as LipschitzLR writes a computed one.
+    """Writes a fixed rate in each step, as LipschitzLR writes a computed one.
 
     Args:
         rate: The learning rate of the first parameter group at a schedule factor of 1.
@@ -42,11 +41,10 @@ class FixedRate(L.Callback):
             else:
                 self._writers.append(writer)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Writes the rate."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the rate, after a checkpoint has been loaded; the writers keep it in every step."""
         for writer in self._writers:
-            if writer.optimizer is optimizer:
-                writer.write(self._rate)
+            writer.write(self._rate)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Removes the hooks."""

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-from torch.optim import Optimizer
 
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
@@ -34,25 +33,25 @@ class _OneStep(L.Callback):
     def __init__(self) -> None:
         self.account: dict[str, Any] | None = None  # of that step; None before it
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Comes after LipschitzLR's own, which has decided on the rate."""
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Comes before LipschitzLR's own, which may end the interval."""
         ours = find_callback(trainer, LipschitzLR)
         assert ours is not None
         controllers = {i: one for i, one in ours.controllers.items() if isinstance(one, Controller)}
         if self.account is not None or not all(controller.decision for controller in controllers.values()):
             return
         self.account = {
-            "step": trainer.global_step + 1,
+            "step": trainer.global_step,
             "epoch": trainer.current_epoch + 1,
             "optimizers": [explanation(trainer, position, one) for position, one in controllers.items()],
         }
-        end_with_this_step(trainer)
+        end_with_this_batch(trainer)
 
 
-def end_with_this_step(trainer: L.Trainer) -> None:
-    """Makes a fit end with the step that it is about to make, without the ends of batch loop, epoch and training."""
+def end_with_this_batch(trainer: L.Trainer) -> None:
+    """Makes a fit end with the batch that has made its step, without the ends of batch loop, epoch and training."""
     loop = trainer.fit_loop
-    loop.epoch_loop.max_steps = trainer.global_step + 1
+    loop.epoch_loop.max_steps = trainer.global_step
     for owner, name in ((loop.epoch_loop, "on_advance_end"), (loop, "on_advance_end"), (loop, "on_run_end")):
         setattr(owner, name, lambda *_: None)
 
@@ -82,7 +81,7 @@ class _Explain(QuietFit):
         trainer = super().instantiate_trainer(**kwargs)
         remove_callbacks(trainer, LipschitzAudit)
         self.step = _OneStep()
-        callbacks_of(trainer).append(self.step)
+        callbacks_of(trainer).insert(0, self.step)
         return trainer
 
     def after_fit(self) -> None:
@@ -130,7 +129,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     """How the learning rate of an optimizer comes about, as plain values.
 
     Args:
-        trainer: The trainer, about to make an optimizer step.
+        trainer: The trainer, at the end of a batch that made an optimizer step.
         position: The optimizer's position among the trainer's.
         controller: What controls its learning rate.
     """

@@ -15,7 +15,6 @@ class GradientSnapshot:
     step: int  # its number, for loggers
     layers: list[str]  # of each of P parameters
     sizes: Tensor  # Euclidean norms of the parameters' gradients, and their largest absolute entries, shape (2, P)
-    constant: float | None  # L in effect when the gradients were read
 
     def by_layer(self) -> dict[str, tuple[float, float]]:
         """Euclidean norm and largest absolute entry of each layer's gradient; synchronises with the device."""
@@ -44,9 +43,7 @@ def layers_with_parameters(root: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def read_gradients(
-    root: nn.Module, optimizer: Optimizer, step: int, constant: float | None = None
-) -> GradientSnapshot | None:
+def read_gradients(root: nn.Module, optimizer: Optimizer, step: int) -> GradientSnapshot | None:
     """Measures the gradients that an optimizer is about to use, if any, without synchronising with the device.
 
     Other parameters of the network are left out: they accumulate gradients that nothing resets.
@@ -71,7 +68,7 @@ def read_gradients(
     dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
     sizes = [size for order in (2, math.inf) for size in torch._foreach_norm(gradients, order, dtype=dtype)]
     stacked = torch.stack([size.to(sizes[0].device) for size in sizes])
-    return GradientSnapshot(step, names, stacked.reshape(2, -1), constant)
+    return GradientSnapshot(step, names, stacked.reshape(2, -1))
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -59,7 +59,6 @@ class LipschitzAudit(Callback):
             raise ConfigurationError(f"LipschitzAudit(every={every!r}): expected a number of steps >= 1")
         self.every = every
         self._lipschitz: LipschitzLR | None = None
-        self._runs_after_lipschitz = False  # order of the two callbacks' hooks
         self._reset()
 
     def _reset(self, bound: Bound = "strict") -> None:
@@ -86,7 +85,6 @@ class LipschitzAudit(Callback):
             )
         self._reset(lipschitz.policy.bound)
         self._lipschitz = lipschitz
-        self._runs_after_lipschitz = callbacks.index(lipschitz) < callbacks.index(self)
         if lipschitz.policy.bound == "smooth":
             rank_zero_info(
                 "LipschitzAudit: the constant of bound='smooth' bounds the Hessian, not the gradient; gradient norms "
@@ -104,7 +102,7 @@ class LipschitzAudit(Callback):
         if (self._steps - 1) % self.every:
             return
         self._layer_order = list(layers_with_parameters(pl_module))
-        self._snapshot = read_gradients(pl_module, optimizer, trainer.global_step, self._lipschitz.constant)
+        self._snapshot = read_gradients(pl_module, optimizer, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,9 +115,8 @@ class LipschitzAudit(Callback):
         if snapshot is None:
             return
         assert self._lipschitz is not None
-        # Before LipschitzLR in the callbacks' order, this is the first hook after the step's constant was set.
-        constant = snapshot.constant if self._runs_after_lipschitz else self._lipschitz.constant
-        constant = None if self._tally.bound == "smooth" else constant
+        # This is the first hook after the step, which has set the constant.
+        constant = None if self._tally.bound == "smooth" else self._lipschitz.constant
         head = self._lipschitz.head_name
         gradients = snapshot.by_layer()
         if self._tally.add(gradients, constant, head) and trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     callbacks_of,
     logging_interval,
     may_save_checkpoint,
+    shortens_run,
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
@@ -51,7 +53,10 @@ class LipschitzLR(Callback):
     (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns L into a learning rate (:mod:`lit_lipschitz.rules`),
     every epoch or every N optimizer steps. All ranks use the same rate, by one MAX all-reduce an update.
 
-    The first rate comes from the first batch and applies to the step made with it. During the first interval the rate
+    The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
+    one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
+    callbacks see the numbers of a step from its end on (``on_train_batch_end``), not before (as in
+    ``on_before_optimizer_step``). During the first interval the rate
     is updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
     optimizers the norm of the update is measured every 16 steps as well. Each parameter group gets the computed rate
     times its configured lr over the first group's. The value of a scheduler over its configured one is a factor.
@@ -149,6 +154,8 @@ class LipschitzLR(Callback):
         self.optimizers, self.restore = _checked_positions(optimizers, head), restore
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
+        self._logging_interval = 1
+        self._unlogged: list[int] = []  # positions of optimizers with new metrics
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._finished: dict[int, FinishedController] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
@@ -212,11 +219,11 @@ class LipschitzLR(Callback):
                 "one, or use measure='running'"
             )
         self._facts = TrainerFacts(trainer, pl_module)
-        loop = self._facts.now()
-        self._controllers = {
-            target.position: Controller(self.policy, self.options, target, loop, self._stored.get(target.position))
-            for target in targets_of(trainer, pl_module, self.optimizers)
-        }
+        self._loop, self._logging_interval = self._facts.now(), logging_interval(trainer)
+        for target in targets_of(trainer, pl_module, self.optimizers):
+            i = target.position
+            before_step, stored = partial(self.before_step, i), self._stored.get(i)
+            self._controllers[i] = Controller(self.policy, self.options, target, self._loop, stored, before_step)
 
     def _detach(self) -> None:
         for controller in self._controllers.values():
@@ -255,6 +262,8 @@ class LipschitzLR(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
         loop, graph = self._loop_now(), LossGraph(loss, self.options.loss_name)
+        for controller in self._controllers.values():
+            controller.begin_backward()
         for controller in self._controllers_of(graph):
             controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
@@ -268,25 +277,34 @@ class LipschitzLR(Callback):
         heads = graph.first_affine_maps
         return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes how long the gradients are, which may be clipped."""
+        for controller in self._controllers.values():
+            controller.after_backward(self._loop)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Updates the rate if an update is due, and writes it before the parameters move."""
-        loop = self._loop_now()
-        # A single process on the CPU can check at once: there is no device to wait for.
-        checks_now = self.options.on_nonfinite == "raise" and loop.world_size == 1 and loop.device.type == "cpu"
-        for position, controller in self._controllers.items():
-            if controller.optimizer is optimizer:
-                if checks_now:
-                    controller.updater.check_losses(loop)
-                changed = controller.on_step(loop)
-                if changed or (loop.step + 1) % logging_interval(trainer) == 0:
-                    self._log(pl_module, position)
-            else:
+        """Tells the other controllers; the rate is decided later, when the gradients are clipped."""
+        for controller in self._controllers.values():
+            if controller.optimizer is not optimizer:
                 controller.on_other_optimizer_step()
+
+    def before_step(self, position: int) -> None:
+        """Updates the rate of an optimizer if an update is due, and writes it; its step calls this.
+
+        The gradients are final by then: accumulated, reduced over the ranks, unscaled and clipped.
+        """
+        loop = self._loop_now()
+        changed = self._controllers[position].on_step(loop)
+        if changed or (loop.step + 1) % self._logging_interval == 0:
+            self._unlogged.append(position)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the interval with its last step, so that an epoch's checkpoint holds values that all ranks share."""
+        """Logs, and ends the interval with its last step, so that an epoch's checkpoint has what all ranks share."""
+        for position in dict.fromkeys(self._unlogged):
+            self._log(pl_module, position)
+        self._unlogged.clear()
         loop = self._facts.now()
         may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
         for controller in self._controllers.values():
@@ -313,6 +331,8 @@ class LipschitzLR(Callback):
         loop = self._facts.now()
         for controller in self._controllers.values():
             controller.updater.check_remaining_losses(loop)
+            if shortens_run(trainer):
+                controller.on_short_epoch(loop)
         if loop.step % logging_interval(trainer) == 0:
             return
         for position in self._controllers:

@@ -100,6 +100,12 @@ def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
     return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
 
 
+def shortens_run(trainer: Trainer) -> bool:
+    """Whether the epoch that ends has skipped batches by which the length of the run was computed."""
+    started: int = trainer.fit_loop.epoch_loop.batch_progress.current.started  # type: ignore[attr-defined]
+    return trainer.max_steps < 0 and not trainer.should_stop and started < trainer.num_training_batches
+
+
 def _loss_scale(trainer: Trainer, scaler: Any) -> float | Tensor:
     """Lightning divides by the number of accumulated batches, then a GradScaler multiplies, on the device."""
     if scaler is None:

@@ -13,6 +13,7 @@ class BuiltinSchedule:
         self._averages_weights = averages_weights
         # Optimizer steps of the run; inf without a schedule, None before the first step.
         self._total_steps: float | None = None if enabled else math.inf
+        self._told = False  # of an epoch that was shortened
 
     @property
     def description(self) -> str | None:
@@ -20,6 +21,16 @@ class BuiltinSchedule:
         if self._total_steps is None or self._total_steps == math.inf:
             return None
         return "warm-up" if self._averages_weights else "warm-up and decay"
+
+    def on_short_epoch(self, loop: LoopFacts) -> None:
+        """Reports once that the run will be shorter than its length, if the schedule is used."""
+        if self.description and not self._told:
+            self._told = True
+            loop.notify(
+                f"LipschitzLR: the {self.description} is over {int(self._total_steps or 0)} optimizer steps, and this "
+                "epoch was shortened (on_train_batch_start has returned -1); pass the number of steps as max_steps to "
+                "the Trainer, or add a scheduler"
+            )
 
     def factor(self, loop: LoopFacts) -> float:
         """Factor of the learning rate in the next optimizer step; the first call reports the length of the run."""

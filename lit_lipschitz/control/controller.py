@@ -1,6 +1,6 @@
 """Controls the learning rate of one optimizer: measure, reduce over the ranks, decide, write."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +21,27 @@ from lit_lipschitz.recognition.loss_graph import LossGraph
 class Controller:
     """Measures what enters the head, updates the learning rate of one optimizer, and writes it.
 
-    A training loop calls :meth:`begin_batch`, :meth:`on_loss` before the backward, :meth:`on_step` before the optimizer
-    steps, and :meth:`end_batch`; ``state`` is the :meth:`state_dict` of a run that is resumed.
+    A training loop calls :meth:`begin_batch`, :meth:`on_loss` before the backward, and :meth:`end_batch`. The optimizer
+    calls ``before_step`` when its gradients are final, from which the loop calls :meth:`on_step`. ``state`` is the
+    :meth:`state_dict` of a run that is resumed.
     """
 
     def __init__(
-        self, policy: Policy, options: Options, target: Target, loop: LoopFacts, state: Mapping[str, Any] | None
+        self,
+        policy: Policy,
+        options: Options,
+        target: Target,
+        loop: LoopFacts,
+        state: Mapping[str, Any] | None,
+        before_step: Callable[[], None],
     ) -> None:
         self.policy, self.options, self.optimizer = policy, options, target.optimizer
         self._target, self.schedulers = target, target.schedulers
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
-        self._writer = LRWriter(target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer))
+        self._writer = LRWriter(
+            target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer), before_step
+        )
         self._finder = Finder(policy, options, target, loop, saved.head)
         self._schedule = self._make_schedule(loop)
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
@@ -42,7 +51,11 @@ class Controller:
         # Whether all ranks measure the constant, and so decide by it; else one of them may.
         self._measured_by_all = self.measurement is not None and self.measurement.largest_grad_norm > 0
         self._batch_open = False  # whether a batch has begun that has made no loss yet
-        self._micro_batches = 0  # batches since the last optimizer step
+        self._begun = 0  # batches since the last optimizer step
+        self._with_loss = 0  # of these, batches whose gradients are in the next one
+        self._has_loss = False  # whether this batch is one of them
+        self._pending = False  # whether a loss has come since the last step
+        self._versions = 0  # changes to the weights before this batch
 
     def _make_schedule(self, loop: LoopFacts) -> BuiltinSchedule:
         """The built-in schedule, unless something else changes the learning rate."""
@@ -112,18 +125,40 @@ class Controller:
 
     def begin_epoch(self) -> None:
         """Forgets batches of the last epoch that made no step."""
-        self._micro_batches = 0
+        self._begun = self._with_loss = 0
+
+    def on_short_epoch(self, loop: LoopFacts) -> None:
+        """Reports that an epoch has skipped batches that the schedule counts on."""
+        self._schedule.on_short_epoch(loop)
+
+    def begin_backward(self) -> None:
+        """Forgets the batches and losses since the last step if their gradients are not in the next one."""
+        groups = self.optimizer.param_groups
+        if not self._pending or any(p.grad is not None for group in groups for p in group["params"]):
+            return
+        self._begun, self._with_loss, self._has_loss, self._pending = 0, 0, False, False
+        self._finder.discard_gradients()
+        if self.updater.estimator is not None:
+            self.updater.estimator.logit_grads.discard()
 
     def begin_batch(self, loop: LoopFacts) -> None:
         """Starts the measurement of a batch; discards a batch that made no loss."""
-        self._micro_batches += 1
+        self._writer.end_step()
+        self._begun, self._has_loss = self._begun + 1, False
         if self._batch_open or not loop.automatic:
             self.hooks.discard()
         self._batch_open = self.options.running
         self.hooks.set_mode("training" if self.options.running else "watching")
+        if self.decision is None and not loop.automatic:
+            self._versions = self._count_changes()
+
+    def _count_changes(self) -> int:
+        """How often the weights have been changed in place."""
+        return sum(parameter._version for parameter in self._target.parameters)
 
     def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Ends the measurement of a batch by its loss, before the backward; the first one shows the head."""
+        self._pending = True
         # With several optimizers, the last loss before the first step is the one that the step uses.
         if self._meter is None or (self.decision is None and not self._target.is_only):
             found = self._finder.find(graph, loop)
@@ -140,7 +175,8 @@ class Controller:
             self.hooks.set_mode("off")
 
     def observe_loss(self, loss: Tensor, loop: LoopFacts) -> None:
-        """Records whether a loss of the head is finite; shape ()."""
+        """Counts the batch of a loss of the head, and records whether the loss is finite; shape ()."""
+        self._with_loss, self._has_loss = self._with_loss + (not self._has_loss), True
         self.updater.statistics.nonfinite.update(loss, loop.step)
 
     def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
@@ -157,15 +193,31 @@ class Controller:
         if self.updater.estimator is not None:
             self.updater.estimator.logit_grads.on_other_optimizer_step()
 
+    def after_backward(self, loop: LoopFacts) -> None:
+        """A backward of the loop has ended; the gradients may be clipped before the step."""
+        estimator = self.updater.estimator
+        if estimator is None:
+            return
+        if loop.automatic or self._with_loss == 1:
+            estimator.after_backward(lambda: loop.loss_scale() * loop.accumulated)
+        else:
+            estimator.forget_grad_norm()
+
     def on_step(self, loop: LoopFacts) -> bool:
-        """Updates the rate if an update is due, and writes it before the optimizer steps; returns whether to log it."""
+        """Updates the rate if an update is due, and writes it before the parameters move; returns whether to log it.
+
+        Until a gradient gives a rate, the rate is 0.
+        """
+        # A single process on the CPU can check at once: there is no device to wait for.
+        if self.options.on_nonfinite == "raise" and loop.world_size == 1 and loop.device.type == "cpu":
+            self.updater.check_losses(loop)
         if self.found is None:
             # No loss has come: the batch was skipped, or manual optimization calls backward itself.
             if loop.automatic:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
-        batches = loop.accumulated if loop.automatic else max(1, self._micro_batches)
+        batches = max(1, self._with_loss or (0 if loop.automatic else self._begun))
         found = self._finder.begin_step(self.found, loop, batches, first_step=self.decision is None)
         if found is not self.found:
             self._meter = self._measure_by(found, None, loop)
@@ -175,26 +227,28 @@ class Controller:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
         before = self.updater.state.decision
-        self._micro_batches = 0
+        self._begun, self._with_loss, self._pending = 0, 0, False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         self._follow_ranks(loop)
         factor = self._schedule.factor(loop) * self.damping
-        rate = decision.lr * factor if decision else None
+        rate = decision.lr * factor if decision else 0.0
         self.rates = self._writer.write(None if self.options.dry_run else rate)
-        if self.options.dry_run and rate is not None:
+        if self.options.dry_run:
             self.rates = self._writer.rates(rate)
-        if self.decision is None and decision is not None:
+        if decision is not None and (self.decision is None or before is None):
             self.updater.reporter.announce(self.found, decision, self.policy.bound)
+        self.updater.reporter.check_overwritten(self._writer.overwritten)
         self.decision = decision or Decision(self.rates[0])
         return self.updater.state.steps == 1 or decision is not before
 
     def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
         """Ends the interval with its last step; ``may_be_saved``: in a checkpoint, which all ranks know alike."""
         self.hooks.set_mode("off")
-        if self.decision is None and self._writer.steps and not loop.automatic:
+        if self.decision is None and not loop.automatic and self._versions != self._count_changes():
             raise ConfigurationError(
-                "LipschitzLR writes the learning rate before a step of Lightning's optimizer, and found a step of the "
-                "torch optimizer inside it; call self.optimizers().step(), not self.optimizers().optimizer.step()"
+                f"LipschitzLR writes the learning rate in the step of the optimizer{self._target.label}, and found "
+                "that the weights moved without it; move them in step() of the optimizer, or of one that it has as an "
+                "attribute and whose param_groups are its own"
             )
         if self.found is None or not self.options.running:
             return

@@ -19,6 +19,7 @@ class Reporter:
     def __init__(self, options: Options, target: Target, loop: LoopFacts) -> None:
         self._raises, self._target, self._notify = options.on_nonfinite == "raise", target, loop.notify
         self._rank, self._may_overflow, self._dry_run = loop.rank, loop.may_overflow, options.dry_run
+        self._warned_of_overwriting = False
 
     def announce(self, found: FoundHeads, decision: Decision, bound: Bound) -> None:
         """Says once what the learning rate is computed from, and that the configured one is ignored."""
@@ -52,8 +53,10 @@ class Reporter:
         # The initial scale of a GradScaler may be too large, and the steps that overflow are skipped.
         if (usable and not measured.dropped) or (not measured.step_scale and self._may_overflow):
             return
-        last = "the configured rate" if state.decision is None else f"the last rate, {state.decision.lr:.4g}"
-        self._report(_unusable(measured, usable), "" if usable else f"; keeping {last}", silent=state.warned)
+        last = (
+            "the rate is 0 until then" if state.decision is None else f"keeping the last rate, {state.decision.lr:.4g}"
+        )
+        self._report(_unusable(measured, usable), "" if usable else f"; {last}", silent=state.warned)
         state.warned = True
 
     def check_lr_of_head(self, head: Hook, references: Sequence[float]) -> None:
@@ -67,6 +70,16 @@ class Reporter:
                 "times that of the first group. The first group gets the computed learning rate and the head "
                 f"{ratio:g} times that; put the group of the head first in the optimizer, then the other groups keep "
                 "their ratios to it"
+            )
+
+    def check_overwritten(self, overwritten: bool) -> None:
+        """Warns once if other code has set the rate and it was overwritten."""
+        if overwritten and not self._warned_of_overwriting:
+            self._warned_of_overwriting = True
+            self._warn(
+                f"the learning rate{self._target.label} that other code has set between two steps is overwritten and "
+                "has no effect; return a scheduler from configure_optimizers, such as LambdaLR: its value over the "
+                "configured one is a factor of the computed rate"
             )
 
     def _report(self, message: str, kept: str, silent: bool) -> None:

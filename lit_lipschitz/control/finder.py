@@ -109,6 +109,11 @@ class Finder:
         if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.due:
             self._measured.hooks.watch(graph, loop)
 
+    def discard_gradients(self) -> None:
+        """Forgets the backwards since the last step."""
+        if self._measured is not None:
+            self._measured.hooks.statistic.discard()
+
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step."""
         for finder in (self._heads, self._measured):

@@ -12,7 +12,6 @@ from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
 from lit_lipschitz.rules import papers
 
@@ -90,7 +89,7 @@ class MeasuredFinder:
 
     def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> "_Meter":
         """Measures the output layers of each loss."""
-        return _Meter(self.hooks, updater.estimator)
+        return _Meter(self.hooks, updater)
 
     def end_step(self, batches: int) -> None:
         """Ends the measurement of the step that is about to be made, of so many batches."""
@@ -104,13 +103,14 @@ class MeasuredFinder:
 class _Meter:
     """Measures the backwards of the steps that are due."""
 
-    def __init__(self, hook: MeasuredHook, estimator: StepScaleEstimator | None) -> None:
-        self._hook, self._estimator = hook, estimator
-        if estimator is not None:
-            estimator.pack_logit_grads = hook.statistic.pack_gradients
+    def __init__(self, hook: MeasuredHook, updater: RateUpdater) -> None:
+        self._hook, self._updater = hook, updater
+        if updater.estimator is not None:
+            updater.estimator.pack_logit_grads = hook.statistic.pack_gradients
 
     def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
         """Has the backward that is about to begin measured, if the step is due; any loss is understood."""
-        if self._hook.statistic.due or (self._estimator is not None and self._estimator.due):
+        updater, estimator = self._updater, self._updater.estimator
+        if self._hook.statistic.due or not updater.state.decision or (estimator is not None and estimator.due):
             self._hook.watch(graph, loop)
         return True

@@ -17,7 +17,7 @@ from lit_lipschitz.measurement.norms import weight_norm
 from lit_lipschitz.measurement.residuals import Residuals, RunningResiduals
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 
-_UPDATE = ("weight_norm", "activations", "gradients", "residuals", "nonfinite")
+_UPDATE = ("weight_norm", "accumulated", "activations", "gradients", "residuals", "nonfinite")
 
 
 class RankStatistics:
@@ -33,9 +33,11 @@ class RankStatistics:
         self.nonfinite = NonfiniteLosses(loop.rank, loop.world_size, loop.step, loop.device)
         self.pass_factor = 1.0  # factor of the loss, which a pass over the training set does not see
         self._reduced = False  # whether the ranks have reduced the statistics of a head
+        self._accumulated = 1  # largest number of batches in a step on this rank; another may have skipped some
         self._pass_weight_norm: Tensor | None = None  # W at the last pass, if no step has used it yet
         self._reduction = MaxReduction(loop.reduce, loop.device)
         self._reduction.register("weight_norm", self._pack_weight_norm)
+        self._reduction.register("accumulated", lambda: torch.tensor([float(self._accumulated)]))
         self._reduction.register("gradients", lambda: torch.zeros(2, device=loop.device))
         self._reduction.register("nonfinite", self.nonfinite.pack, self.nonfinite.unpack)
 
@@ -86,11 +88,12 @@ class RankStatistics:
     ) -> Measurement:
         """The measurement of an update that all ranks agree on, by one :meth:`reduce`.
 
-        ``accumulated``: batches in an optimizer step. ``interval_over``: whether an interval has ended; residuals fall
-        fast in the first one and are used only then.
+        ``accumulated``: largest number of batches in an optimizer step on this rank. ``interval_over``: whether an
+        interval has ended; residuals fall fast in the first one and are used only then.
         """
+        self._accumulated = accumulated
         values, self._reduced = self.reduce(loop, lr_ratios, _UPDATE), True
-        (largest_weight,) = values["weight_norm"]
+        (largest_weight,), accumulated = values["weight_norm"], int(values["accumulated"][0])
         size, count, dropped, fourth_moment_norm, output_norm = values["activations"]
         largest_grad_norm, gradient_bound = values["gradients"]
         self.all_residuals, self._pass_weight_norm = Residuals(*values["residuals"]), None

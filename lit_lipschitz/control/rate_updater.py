@@ -146,7 +146,7 @@ class RateUpdater:
         measured = self._last_measurement or statistics.measurement(
             found, loop, state.accumulated, interval_over=interval_over, lr_ratios=lr_ratios
         )
-        self._last_measurement = None
+        self._last_measurement, state.accumulated = None, measured.batches
         if not interval_over:
             state.damping.add_first_batches(statistics.all_residuals, loop.step)
         if not self._options.running and not measured.batch_size and not measured.dropped:

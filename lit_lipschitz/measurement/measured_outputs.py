@@ -76,6 +76,10 @@ class MeasuredOutputs:
         """Begins an interval with the coming step, which is due."""
         self._restarted = self._new_interval = True
 
+    def discard(self) -> None:
+        """Forgets the backwards since the last step."""
+        self._sums, self._others = {}, {}
+
     def on_other_optimizer_step(self) -> None:
         """Another optimizer is about to step: losses so far are its own if more come before the own step."""
         if self._sums:

@@ -34,6 +34,10 @@ class LogitGradientNorms:
         """
         self._num_before = len(self._batches)
 
+    def discard(self) -> None:
+        """Forgets the batches so far."""
+        self._batches, self._num_before = [], 0
+
     def watch(self, batch: BatchLoss, edges: Sequence[LogitEdge], reduction: Reduction, to_rows: ToRows) -> None:
         """Registers hooks where the gradients in the logits enter the graph of a loss, before its backward."""
         norms: list[Tensor] = []
@@ -49,7 +53,7 @@ class LogitGradientNorms:
         For a MAX all-reduce: the other columns are -1, and all if no backward was captured. Shape (2, world_size).
         """
         batches = self._batches[self._num_before :] or self._batches
-        self._batches, self._num_before = [], 0
+        self.discard()
         captured: list[Tensor] = []
         for norms, factor, count in batches:
             if norms:

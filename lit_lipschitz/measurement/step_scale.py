@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_lipschitz.measurement.norms import as_real, norm
 from lit_lipschitz.measurement.optimizer_updates import (
     OptimizerInfo,
     mean_grad_to_update_ratio,
@@ -106,6 +107,7 @@ class StepScaleEstimator:
         self._num_trained = 0  # parameters that the estimate belongs to
         self._steps = 0  # of the run
         self._repeat = False
+        self._grad_norm: Tensor | None = None  # of the coming step, as the backward has left its gradients
 
     @property
     def due(self) -> bool:
@@ -127,6 +129,23 @@ class StepScaleEstimator:
         """Begins a new estimate with the next step."""
         self.scale = type(self.scale)()
 
+    @torch.no_grad()
+    def _current_grad_norm(self) -> Tensor:
+        norms = [norm(as_real(one.grad)) for one in self._parameters if one.grad is not None]
+        return torch.stack([one.to(norms[0].device) for one in norms]).norm() if norms else torch.zeros(())
+
+    def after_backward(self, loss_scale: Callable[[], float | Tensor]) -> None:
+        """Keeps the norm of the gradients, divided by a factor of the loss, if the coming step is due.
+
+        They may be clipped before the step. The length of Adam-type updates does not depend on that of the gradients,
+        so the rate must not either.
+        """
+        self._grad_norm = self._current_grad_norm() / loss_scale() if self.due else None
+
+    def forget_grad_norm(self) -> None:
+        """Forgets the norm: the gradients of several batches may be divided by their number before the step."""
+        self._grad_norm = None
+
     def begin_step(self) -> bool:
         """Counts a step that is about to be made, and returns whether to measure it."""
         due, self._repeat = self.due, False
@@ -140,11 +159,15 @@ class StepScaleEstimator:
         return due or self.restarted
 
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
-        """This rank's numbers of the step that has begun, for a MAX all-reduce; gradients are not clipped yet.
+        """This rank's numbers of the step that has begun, for a MAX all-reduce; the gradient norm before clipping.
 
         Shape (2,), or with gradient norms in the logits (2 + 2 * world_size,), on the gradients' device.
         """
         packed = self._pack_norms(grad_scale, ratios)
+        if self._grad_norm is not None:
+            clipping = self._grad_norm / (self._current_grad_norm() / grad_scale)
+            packed[0] *= torch.where(torch.isfinite(clipping), clipping, 1.0)
+            self._grad_norm = None
         if self.needs_logit_grads:
             packed = torch.cat([packed, self.pack_logit_grads(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.

@@ -1,10 +1,11 @@
 """Writes a learning rate into an optimizer's parameter groups, composed with its schedulers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_lipschitz.errors import ConfigurationError
@@ -23,6 +24,10 @@ class LRWriter:
     The optimizer is as configured: neither stepped nor restored from a checkpoint. ``stored`` are the
     ``references``, the configured lr of each group, of the run that is resumed, for groups that were added during
     training. ``keep_scheduled`` treats the optimizer as one with schedulers, which will be added during training.
+
+    ``before_step`` is called once in each step, when its gradients are final and no parameter has moved: as the step
+    begins, or after the first call of its closure; it may :meth:`write` the rate, and without it the last one is kept.
+    A step of an optimizer that this one wraps, with the same parameter groups, counts as well.
     """
 
     def __init__(
@@ -31,9 +36,10 @@ class LRWriter:
         schedulers: Sequence[Any] = (),
         stored: Sequence[float] = (),
         keep_scheduled: bool = False,
+        before_step: Callable[[], None] | None = None,
     ) -> None:
         self.optimizer = optimizer
-        self.steps = 0  # optimizer steps since the writer was made
+        self.overwritten = False  # whether a rate that other code had set was overwritten
         schedulers, groups = list(_flatten(schedulers)), optimizer.param_groups
         self.scheduled = keep_scheduled or bool(schedulers) or any("initial_lr" in group for group in groups)
         self.references = [_configured_lr(group, i, schedulers) for i, group in enumerate(groups)]
@@ -47,9 +53,13 @@ class LRWriter:
         self._rate: float | None = None
         self._scheduled_lrs: list[float] | None = None  # while the optimizer steps
         self._written: list[float] = []  # by the last write
+        self._before_step = before_step
+        self._depth = 0  # steps that contain each other and have begun
+        self._begun = False  # whether their gradients are final
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            handle
+            for one in (optimizer, *_wrapped(optimizer))
+            for handle in (one.register_step_pre_hook(self._enter), one.register_step_post_hook(self._leave))
         ]
 
     @property
@@ -66,7 +76,6 @@ class LRWriter:
         """
         self._sync_groups()
         self._rate = rate
-        # With a GradScaler the closure runs before the optimizer's step, which may be skipped; otherwise within it.
         if self.scheduled and self._scheduled_lrs is None:
             return self.rates(rate)
         self._set(self.rates(rate))
@@ -92,26 +101,62 @@ class LRWriter:
     def _sync_groups(self) -> None:
         """Takes over groups that were added, or given another lr, since the last step."""
         current = self._current()
-        if self._rate is not None and not self.scheduled and self._written[:1] == current[:1]:
-            for i, written in enumerate(self._written):
+        if self._written and self._rate is not None and not self.scheduled:
+            self.overwritten |= self._written[0] != current[0]
+            for i, written in enumerate(self._written if self._written[0] == current[0] and self._rate else ()):
                 if current[i] != written:
                     self.references[i] = current[i] * self.reference / self._rate
         for i, lr in enumerate(current[len(self.references) :], len(self.references)):
             if i < len(self._stored):
                 lr = self._stored[i]
-            elif self._rate is not None and not self.scheduled:
+            elif self._rate and not self.scheduled:
                 # Code that adds a group chooses its lr relative to the written one.
                 lr *= self.reference / self._rate
             self.references.append(lr)
 
-    def _before_step(self, *_: Any) -> None:
-        # A subclass that calls super().step() runs the hooks again within its own step.
-        if self.scheduled and self._scheduled_lrs is None:
-            self._scheduled_lrs = self._current()
-            self._set(self.rates(self._rate))
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A wrapper's step contains that of another optimizer, and a subclass's may contain super().step().
+        self._depth += 1
+        # Its own arguments begin with the optimizer.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._begin()
+            return None
+        results: list[Any] = []
+        if isinstance(optimizer, LBFGS):  # it reads the rate, then calls the closure
+            with torch.enable_grad():
+                results.append(closure())
+            self._begin()
 
-    def _after_step(self, *_: Any) -> None:
-        self.steps += 1
+        def closure_then_begin() -> Any:
+            result = results.pop() if results else closure()
+            self._begin()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_begin}
+        return (args[0], closure_then_begin, *args[2:]), kwargs
+
+    def _begin(self) -> None:
+        """The gradients of a step are final."""
+        if self._begun:
+            return
+        self._begun = True
+        if self.scheduled:
+            self._scheduled_lrs = self._current()
+        if self._before_step is None:
+            self.write(self._rate)
+        else:
+            self._before_step()
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth <= 0:
+            self.end_step()
+
+    def end_step(self) -> None:
+        """Ends a step, which an error may have interrupted."""
+        self._depth, self._begun = 0, False
         self._restore()
 
     def _restore(self) -> None:
@@ -125,6 +170,12 @@ class LRWriter:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+
+def _wrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one holds and that have its parameter groups, as sharpness-aware minimization does."""
+    held = (one for one in vars(optimizer).values() if isinstance(one, Optimizer) and one is not optimizer)
+    return [one for one in held if one.param_groups[0] is optimizer.param_groups[0]]
 
 
 def _flatten(schedulers: Sequence[Any]) -> Iterator[Any]:

@@ -300,14 +300,14 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
             Path(f"reductions{trainer.global_rank}").write_text(repr(self.reductions))
 
     two_ranks(LipschitzLR(), model(), 8, Count(), max_epochs=3)
-    # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; eight numbers, and one a rank. Four
+    # After 1, 2 and 4 steps and at the end of the first epoch, then once an epoch; nine numbers, and one a rank. Four
     # numbers before the first step: whether the ranks have found the same loss.
     for rank in range(2):
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 8 + 2]
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 9 + 2]
         assert len(reductions) == 4 + 2
     two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
     for rank in range(2):  # and six more a rank, and the mean of each output
-        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 8 + 2 + 6 * 2 + CLASSES]
+        reductions = [n for n in eval(Path(f"reductions{rank}").read_text()) if n == 9 + 2 + 6 * 2 + CLASSES]
         assert len(reductions) == 4 + 2
 
 

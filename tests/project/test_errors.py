@@ -72,6 +72,20 @@ def spare():
     return module
 
 
+class Descends(Classifier):
+    """Makes its own step of gradient descent."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.sub_(parameter.grad)
+
+
 class TwoOptimizers(Classifier):
     def __init__(self):
         super().__init__()
@@ -186,6 +200,7 @@ MISTAKES = {
     "A loss weight under manual optimization": lambda: fit(
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
+    "Weights that move without a step of the optimizer": lambda: fit(LipschitzLR(optimizers=0), module=Descends()),
     "No optimizer": lambda: fit(LipschitzLR(), module=Classifier(lambda parameters: [])),
     "An optimizer without a rule": lambda: fit(LipschitzLR(bound="paper"), module=Classifier(torch.optim.Adagrad)),
     "A rule for another bound": lambda: LipschitzLR(bound="smooth", rule="observed"),

@@ -49,13 +49,13 @@ class Look(L.Callback):
         self.before = [p.detach().clone() for p in pl_module.parameters()]
         self.grads = [p.grad.clone() for p in pl_module.parameters()]
         self.gradients.append(length(self.grads))
-        self.constants.append(self.ours.constant)
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         optimizer = trainer.optimizers[0]
         group = optimizer.param_groups[0]
         self.moves.append(length([p.detach() - b for p, b in zip(pl_module.parameters(), self.before, strict=True)]))
         self.rates.append(group["lr"])
+        self.constants.append(self.ours.constant)
         roots = [
             (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** group["k"])) ** 0.5 + 1e-8 for p in pl_module.parameters()
         ]

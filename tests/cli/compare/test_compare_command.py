@@ -142,8 +142,12 @@ class Fixed(L.LightningModule):
     def val_dataloader(self):
         return loader()
 
-    def on_before_optimizer_step(self, optimizer):
-        # The module's hook comes after the callbacks'.
+    def on_train_start(self):
+        optimizer = self.trainer.optimizers[0]
+        handle = optimizer.register_step_post_hook(self.after_step)
+        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+
+    def after_step(self, optimizer, *_):
         RATES.append(optimizer.param_groups[0]["lr"])
         KINDS.append(type(optimizer))
 
