@@ -49,9 +49,8 @@ _SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure"
 class LipschitzLR(Callback):
     r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
 
-    A hook measures the inputs of the output layer (the head) while the network trains. Their norm gives L
-    (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns L into a learning rate (:mod:`lit_lipschitz.rules`),
-    every epoch or every N optimizer steps. All ranks use the same rate, by one MAX all-reduce an update.
+    The norm of the inputs of that layer, the head, gives L (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns
+    L into a learning rate (:mod:`lit_lipschitz.rules`), every epoch or N optimizer steps, the same on all ranks.
 
     The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
     one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
@@ -62,21 +61,20 @@ class LipschitzLR(Callback):
     times its configured lr over the first group's. The value of a scheduler over its configured one is a factor.
 
     Args:
-        loss: ``"auto"`` finds the loss in the autograd graph of the first step. With a name of
-            ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in a sum are considered; if there are none, the loss
-            is assumed to be the mean of that loss with torch's defaults. ``"measured"`` takes any loss: it measures the
-            gradient norm in the outputs of the output layers, which gives an estimate of L and not a proven bound.
-        head: ``"auto"``, or the name of the last affine layer as in ``named_modules()``.
-        bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` is the
-            estimate of arXiv 1902.07399.
+        loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
+            check. From a batch on whose loss is another one or not recognised, L is measured, an estimate from the
+            gradient norm in the outputs; ``"measured"`` does so from the start. With other bounds and norms than the
+            default such a loss is an error. With a name of ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in
+            a sum are considered; if there are none, the loss is assumed to be its mean with torch's defaults.
+        head: ``"auto"``, or the name of the affine layer that computes the outputs, as in ``named_modules()``.
+        bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` estimates L.
         norm: Norm of the head's inputs: ``"frobenius"`` (of the batch), ``"sample"`` (largest row) or ``"spectral"``;
             ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
             ``"inverse"`` is 1/L; ``"noise"``, for SGD with momentum, grows with the square root of the batch size;
-            ``"grafted"`` makes the updates of Adam-type optimizers as long as those of SGD at 1/L; ``"observed"`` does
-            so on average over the weights and with the measured gradient norm in the logits; ``"schedule_free"`` is for
-            Schedule-Free AdamW; ``"adamo"`` is the paper's for momentum, ``"adamo_authors"`` that of its scripts.
+            ``"grafted"`` makes Adam-type updates as long as SGD's at 1/L, ``"observed"`` on average over the weights
+            and with measured gradient norms; ``"schedule_free"`` is for Schedule-Free AdamW; others are the papers'.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.
         max_lr: Upper limit of the learning rate, before a schedule's factor.
@@ -85,23 +83,21 @@ class LipschitzLR(Callback):
             each with its own head and loss. ``"auto"`` is the only optimizer; manual optimization needs a position.
         dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
         restore: Continue from the state in a checkpoint; False measures again.
-        on_nonfinite: If the loss, the activations or the constant are not finite, or the constant is 0: ``"keep"`` the
-            last rate and warn once, or ``"raise"``; the message names the step, the ranks and the last rate. All ranks
-            notice at the next update or the end of the epoch, after the parameters have moved; one process on the CPU
-            notices a loss before they do. It affects the optimizers whose heads the loss goes through, or all if its
-            graph shows none.
+        on_nonfinite: If the loss, the activations or L are not finite, or L is 0: ``"keep"`` the last rate and warn
+            once, or ``"raise"``; the message names step, ranks and last rate. All ranks notice at the next update or
+            the end of the epoch, after the parameters have moved; one process on the CPU notices a loss before they do.
+            It affects the optimizers whose heads the loss goes through, or all if its graph shows none.
         schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run and linear decay to 0
-            (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or if the length of the run is
-            unknown, as with a limit of time or a changing number of accumulated batches. Schedule-Free AdamW has the
-            warm-up alone, and none if it has ``warmup_steps``. With a squared error the rate is damped once only noise
-            is left (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`). ``"none"``: constant between updates.
+            (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or in a run of unknown length.
+            Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared error the
+            rate is damped once only noise is left (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`).
+            ``"none"``: constant between updates.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
             ``"parameters"`` of the optimizer, or ``"all"`` tensors with moving statistics, as in the authors' scripts.
-        second_moment: For the paper's method. Estimate of L^2 in the rules of RMSprop and Adam
-            (:func:`lit_lipschitz.bounds.second_moment`); ``"auto"`` is ``"scripts"`` for the rules of the authors'
-            scripts and ``"constant"`` for others.
+        second_moment: For the paper's method. Estimate of L^2 (:func:`lit_lipschitz.bounds.second_moment`);
+            ``"auto"`` is ``"scripts"`` for the rules of the authors' scripts and ``"constant"`` for others.
         initial_lr: For the paper's method. Learning rate of the first interval, instead of a measured one; the authors'
             rule for momentum also starts its average there.
 
