@@ -49,8 +49,8 @@ _SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure"
 class LipschitzLR(Callback):
     r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
 
-    The norm of the inputs of that layer, the head, gives L (:mod:`lit_lipschitz.bounds`), and the optimizer's rule turns
-    L into a learning rate (:mod:`lit_lipschitz.rules`), every epoch or N optimizer steps, the same on all ranks.
+    The norm of the inputs of that layer, the head, gives L (:mod:`lit_lipschitz.bounds`), and the optimizer's rule
+    turns L into a learning rate (:mod:`lit_lipschitz.rules`), every epoch or N optimizer steps, the same on all ranks.
 
     The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
     one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other

@@ -85,7 +85,7 @@ class Measurement:
 
     @property
     def parts(self) -> str:
-        """The parts of m: the batches of an optimizer step, and the ranks."""
+        """What m is the product of, with the batches of an optimizer step and the ranks."""
         batch = self.batch_size / (self.batches * self.ranks)
         return f"{batch:g} in a batch x {self.batches} accumulated batches x {self.ranks} ranks"
 

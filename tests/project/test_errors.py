@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from lit_lipschitz import LipschitzAudit, LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
 
+# Nothing is measured with it, so that a loss or a head that is not recognised is an error.
+UNMEASURED = {"norm": "sample"}
+
 PAGE = ROOT / "docs" / "reference" / "errors.md"
 CATALOGUE = PAGE.read_text()
 
@@ -66,10 +69,26 @@ def compiled_before():
     return module
 
 
-def spare():
-    module = Classifier()
-    module.spare = nn.Linear(2, 2)
-    return module
+class Spare(Classifier):
+    """Logits from the weight of a Linear, by a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(16, CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(F.linear(self.net[:-1](batch[0]), self.spare.weight, self.spare.bias), batch[1])
+
+
+class Either(Classifier):
+    """Two layers, of which the named one computes the logits."""
+
+    def __init__(self, used):
+        super().__init__(net=nn.ModuleDict({"first": nn.Linear(WIDTH, CLASSES), "second": nn.Linear(WIDTH, CLASSES)}))
+        self.used = used
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net[self.used](batch[0]), batch[1])
 
 
 class Descends(Classifier):
@@ -117,11 +136,11 @@ class Stretching(nn.Linear):
         return F.linear(10 * inputs, self.weight, self.bias)
 
 
-def checkpointed(before, after):
+def checkpointed(before, after, make_before=Classifier, make_after=Classifier):
     run = trainer(LipschitzLR(**before), max_epochs=1)
-    run.fit(Classifier(), loader())
+    run.fit(make_before(), loader())
     run.save_checkpoint("some.ckpt")
-    trainer(LipschitzLR(**after), max_epochs=2).fit(Classifier(), loader(), ckpt_path="some.ckpt")
+    trainer(LipschitzLR(**after), max_epochs=2).fit(make_after(), loader(), ckpt_path="some.ckpt")
 
 
 def dead():
@@ -133,28 +152,32 @@ def dead():
 
 
 MISTAKES = {
-    "No head": lambda: fit(LipschitzLR(), module=without_linear()),
+    "No head": lambda: fit(LipschitzLR(**UNMEASURED), module=without_linear()),
     "The head's name is not that of a module": lambda: fit(LipschitzLR(head="net.3")),
     "The head is not an affine layer": lambda: fit(LipschitzLR(head="net.1")),
-    "The head is not called in training": lambda: fit(LipschitzLR(head="spare"), module=spare()),
+    "The named head does not compute the outputs": lambda: fit(LipschitzLR(head="net.0")),
+    "The head is not called in training": lambda: fit(LipschitzLR(head="spare", **UNMEASURED), module=Spare()),
     "The network has run compiled before the fit": lambda: fit(LipschitzLR(), module=compiled_before()),
-    "The logits are not the output of a module": lambda: fit(LipschitzLR(), module=Functional()),
+    "The logits are not the output of a module": lambda: fit(LipschitzLR(**UNMEASURED), module=Functional()),
     "An operation between the head and the loss": lambda: fit(
-        LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))
+        LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))
     ),
-    "The head has more rows than the loss has targets": lambda: fit(LipschitzLR(), module=TwoHeads()),
+    "The head has more rows than the loss has targets": lambda: fit(LipschitzLR(**UNMEASURED), module=TwoHeads()),
     "The head changes its input": lambda: fit(
-        LipschitzLR(), module=Classifier(net=nn.Sequential(nn.Linear(WIDTH, 16), Stretching(16, CLASSES)))
+        LipschitzLR(**UNMEASURED), module=Classifier(net=nn.Sequential(nn.Linear(WIDTH, 16), Stretching(16, CLASSES)))
     ),
     "The loss has no autograd graph": lambda: fit(
         LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, y).detach().requires_grad_().clone().detach())
     ),
     "The loss is a sum of several losses": lambda: fit(
-        LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean())
+        LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean())
     ),
-    "The loss is not a known one": lambda: fit(LipschitzLR(), module=with_step(lambda z, y: F.multi_margin_loss(z, y))),
+    "The loss is not a known one": lambda: fit(
+        LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.multi_margin_loss(z, y))
+    ),
     "The loss is compiled": lambda: fit(
-        LipschitzLR(), module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager"))
+        LipschitzLR(**UNMEASURED),
+        module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager")),
     ),
     "An argument that has no meaning for a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
     "A rule of the paper's for a measured loss": lambda: LipschitzLR(loss="measured", rule="adamo"),
@@ -168,27 +191,31 @@ MISTAKES = {
         LipschitzLR(loss="measured", optimizers=0), module=manual(lambda module, loss: loss.backward())
     ),
     "Target probabilities do not sum to 1": lambda: fit(
-        LipschitzLR(), module=with_step(lambda z, y: F.cross_entropy(z, torch.ones_like(z)))
+        LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.cross_entropy(z, torch.ones_like(z)))
     ),
     "The loss has a weight for each element": lambda: fit(
-        LipschitzLR(),
+        LipschitzLR(**UNMEASURED),
         module=with_step(
             lambda z, y: F.binary_cross_entropy_with_logits(z, torch.ones_like(z), weight=torch.ones_like(z))
         ),
     ),
     "A squared error that is not computed by mse_loss": lambda: fit(
-        LipschitzLR(loss="mean_squared_error"), module=with_step(lambda z, y: (z - 1).square().mean())
+        LipschitzLR(loss="mean_squared_error", **UNMEASURED), module=with_step(lambda z, y: (z - 1).square().mean())
     ),
     "The smooth bound of a loss with a discontinuous gradient": lambda: fit(
         LipschitzLR(bound="smooth"), module=with_step(lambda z, y: F.l1_loss(z, torch.ones_like(z)))
     ),
     "A cross-entropy with one class": lambda: fit(
-        LipschitzLR(),
+        LipschitzLR(**UNMEASURED),
         module=with_step(lambda z, y: F.cross_entropy(z, 0 * y), net=nn.Sequential(nn.Linear(WIDTH, 1))),
     ),
     "Ignored targets with measure='pass'": lambda: fit(
         LipschitzLR(bound="paper", measure="pass"),
         module=with_step(lambda z, y: F.cross_entropy(z, torch.where(torch.arange(len(y)) < 4, -100, y))),
+    ),
+    "A function of a named loss": lambda: fit(
+        LipschitzLR(loss="mean_squared_error", **UNMEASURED),
+        module=with_step(lambda z, y: F.mse_loss(z, torch.ones_like(z)).sqrt()),
     ),
     "Manual optimization without optimizers=": lambda: fit(
         LipschitzLR(), module=manual(lambda module, loss: module.manual_backward(loss))
@@ -198,7 +225,7 @@ MISTAKES = {
         LipschitzLR(optimizers=0), module=manual(lambda module, loss: loss.backward())
     ),
     "A loss weight under manual optimization": lambda: fit(
-        LipschitzLR(optimizers=0), module=manual(lambda module, loss: module.manual_backward(loss / 4))
+        LipschitzLR(optimizers=0, **UNMEASURED), module=manual(lambda module, loss: module.manual_backward(loss / 4))
     ),
     "Weights that move without a step of the optimizer": lambda: fit(LipschitzLR(optimizers=0), module=Descends()),
     "No optimizer": lambda: fit(LipschitzLR(), module=Classifier(lambda parameters: [])),
@@ -216,7 +243,7 @@ MISTAKES = {
     "A norm that the bound is not defined for": lambda: LipschitzLR(bound="strict", norm="spectral"),
     "measure='pass' with an update interval": lambda: LipschitzLR(measure="pass", update=10),
     "A checkpoint with other settings": lambda: checkpointed({"bound": "smooth"}, {}),
-    "A checkpoint with another head": lambda: checkpointed({"head": "net.0", "loss": "cross_entropy"}, {}),
+    "A checkpoint with another head": lambda: checkpointed({}, {}, lambda: Either("first"), lambda: Either("second")),
     "A checkpoint of a recognised loss": lambda: checkpointed({}, {"loss": "measured"}),
     "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
@@ -242,14 +269,15 @@ def test_a_mistake_prints_what_the_catalogue_says(mistake):
 
 ADVICE = {
     "The head's name is not that of a module": {"head": "net.2"},
-    "An operation between the head and the loss": {"head": "net.2"},
-    "The head has more rows than the loss has targets": {"head": "net.2"},
-    "The head changes its input": {"head": "net.1"},
-    "The loss is a sum of several losses": {"loss": "cross_entropy"},
-    "The loss is compiled": {"loss": "cross_entropy"},
-    "Target probabilities do not sum to 1": {"loss": "cross_entropy"},
-    "The loss has a weight for each element": {"loss": "binary_cross_entropy"},
-    "A loss weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy"},
+    "The named head does not compute the outputs": {"head": "net.2"},
+    "An operation between the head and the loss": {"head": "net.2", **UNMEASURED},
+    "The head has more rows than the loss has targets": {"head": "net.2", **UNMEASURED},
+    "The head changes its input": {"head": "net.1", **UNMEASURED},
+    "The loss is a sum of several losses": {"loss": "cross_entropy", **UNMEASURED},
+    "The loss is compiled": {"loss": "cross_entropy", **UNMEASURED},
+    "Target probabilities do not sum to 1": {"loss": "cross_entropy", **UNMEASURED},
+    "The loss has a weight for each element": {"loss": "binary_cross_entropy", **UNMEASURED},
+    "A loss weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy", **UNMEASURED},
     "loss.backward() instead of manual_backward(loss)": {"optimizers": 0, "loss": "cross_entropy"},
     "Manual optimization without optimizers=": {"optimizers": 0},
     "An optimizer without a rule": {"rule": "inverse"},
@@ -279,6 +307,41 @@ def test_what_a_message_says_to_pass_works(mistake, monkeypatch):
     callback = LipschitzLR(**ADVICE[mistake])
     monkeypatch.setattr(sys.modules[__name__], "LipschitzLR", lambda **_: callback)
     MISTAKES[mistake]()
+    assert callback.rate > 0
+
+
+BY_DEFAULT_MEASURED = (
+    "No head",
+    "The head is not called in training",
+    "The logits are not the output of a module",
+    "An operation between the head and the loss",
+    "The head has more rows than the loss has targets",
+    "The head changes its input",
+    "The loss is a sum of several losses",
+    "The loss is not a known one",
+    "The loss is compiled",
+    "Target probabilities do not sum to 1",
+    "The loss has a weight for each element",
+    "A squared error that is not computed by mse_loss",
+    "A function of a named loss",
+    "A loss weight under manual optimization",
+)
+
+
+@pytest.mark.parametrize("mistake", BY_DEFAULT_MEASURED)
+def test_what_is_an_error_without_measuring_is_measured_by_default(mistake, monkeypatch):
+    made, original = [], LipschitzLR
+
+    def without(norm, **settings):
+        assert norm == UNMEASURED["norm"]
+        made.append(original(**settings))
+        return made[0]
+
+    monkeypatch.setattr(sys.modules[__name__], "LipschitzLR", without)
+    MISTAKES[mistake]()
+    (callback,) = made
+    (controller,) = callback.controllers.values()
+    assert controller.metrics()["measured"] == 1
     assert callback.rate > 0
 
 
