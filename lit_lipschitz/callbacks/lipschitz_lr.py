@@ -55,10 +55,9 @@ class LipschitzLR(Callback):
     The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
     one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
     callbacks see the numbers of a step from its end on (``on_train_batch_end``), not before (as in
-    ``on_before_optimizer_step``). During the first interval the rate
-    is updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. With Adam-type
-    optimizers the norm of the update is measured every 16 steps as well. Each parameter group gets the computed rate
-    times its configured lr over the first group's. The value of a scheduler over its configured one is a factor.
+    ``on_before_optimizer_step``). During the first interval the rate is updated after 1, 2, 4, 8, ... steps; each later
+    interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over the
+    first group's. The value of a scheduler over its configured one is a factor.
 
     Args:
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
@@ -84,22 +83,18 @@ class LipschitzLR(Callback):
         dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
         restore: Continue from the state in a checkpoint; False measures again.
         on_nonfinite: If the loss, the activations or L are not finite, or L is 0: ``"keep"`` the last rate and warn
-            once, or ``"raise"``; the message names step, ranks and last rate. All ranks notice at the next update or
-            the end of the epoch, after the parameters have moved; one process on the CPU notices a loss before they do.
-            It affects the optimizers whose heads the loss goes through, or all if its graph shows none.
+            once, or ``"raise"``, for the optimizers whose heads the loss goes through. All ranks notice at the next
+            update or the end of the epoch; one process on the CPU notices a loss before the parameters move.
         schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run and linear decay to 0
             (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or in a run of unknown length.
             Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared error the
-            rate is damped once only noise is left (:class:`~lit_lipschitz.control.noise_damping.NoiseDamping`).
-            ``"none"``: constant between updates.
+            rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``: constant.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
             ``"parameters"`` of the optimizer, or ``"all"`` tensors with moving statistics, as in the authors' scripts.
-        second_moment: For the paper's method. Estimate of L^2 (:func:`lit_lipschitz.bounds.second_moment`);
-            ``"auto"`` is ``"scripts"`` for the rules of the authors' scripts and ``"constant"`` for others.
-        initial_lr: For the paper's method. Learning rate of the first interval, instead of a measured one; the authors'
-            rule for momentum also starts its average there.
+        second_moment: For the paper's method. Its estimate of L^2 (:func:`lit_lipschitz.bounds.second_moment`).
+        initial_lr: For the paper's method. Fixed rate of the first interval; the authors' momentum rule starts from it.
 
     Raises:
         ConfigurationError: An argument is out of its range.

@@ -57,7 +57,7 @@ class MeasuredOutputs:
 
     @property
     def due(self) -> bool:
-        """Whether to measure the coming step: one of 1, 2, 4, 8, 16 or a later 16th, or the first after a restart."""
+        """Whether to measure the coming step, which is 1, 2, 4, 8, 16, a later 16th, or the first after a restart."""
         step = self._steps + 1
         return self._restarted or step % MEASURE_EVERY == 0 or step & (step - 1) == 0
 

@@ -176,7 +176,7 @@ MISTAKES = {
         LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.multi_margin_loss(z, y))
     ),
     "The loss is compiled": lambda: fit(
-        LipschitzLR(**UNMEASURED),
+        LipschitzLR(),
         module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager")),
     ),
     "An argument that has no meaning for a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
@@ -274,7 +274,7 @@ ADVICE = {
     "The head has more rows than the loss has targets": {"head": "net.2", **UNMEASURED},
     "The head changes its input": {"head": "net.1", **UNMEASURED},
     "The loss is a sum of several losses": {"loss": "cross_entropy", **UNMEASURED},
-    "The loss is compiled": {"loss": "cross_entropy", **UNMEASURED},
+    "The loss is compiled": {"loss": "cross_entropy"},
     "Target probabilities do not sum to 1": {"loss": "cross_entropy", **UNMEASURED},
     "The loss has a weight for each element": {"loss": "binary_cross_entropy", **UNMEASURED},
     "A loss weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy", **UNMEASURED},
@@ -319,7 +319,6 @@ BY_DEFAULT_MEASURED = (
     "The head changes its input",
     "The loss is a sum of several losses",
     "The loss is not a known one",
-    "The loss is compiled",
     "Target probabilities do not sum to 1",
     "The loss has a weight for each element",
     "A squared error that is not computed by mse_loss",
