@@ -59,8 +59,8 @@ class Measurement:
         mean_logit_grad_norm: Mean of that gradient norm.
         residual_rms: Root mean square of a squared error's residuals, over all numbers; 0 if not measured.
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
-        largest_grad_norm: With ``loss="measured"``, the largest gradient norm of an example in the outputs so far; else
-            0.
+        largest_grad_norm: Where the constant is measured, m times the largest gradient norm of a row of the outputs in
+            the interval; else 0.
         gradient_bound: Largest product, in an optimizer step of a rank, of the norm of the gradient in the outputs of
             the output layers and the norm of their inputs, a bound of the gradient in their weights; 0 if not measured.
         batches: Batches in an optimizer step on each rank.
