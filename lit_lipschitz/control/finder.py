@@ -130,22 +130,29 @@ class Finder:
             assert self._heads is not None
             self._heads.begin_step(first_step)
             return found
-        refused = self._heads is not None and self._heads.refused_own
-        if first_step and (refused or not self._same_on_all_ranks(found, loop)):
+        if first_step and not self._same_on_all_ranks(found, loop):
             found = self.measure_from_now()
         self._measured.end_step(batches)
         return found
 
     def _same_on_all_ranks(self, found: FoundHeads, loop: LoopFacts) -> bool:
-        """Whether the ranks have found the same loss of the same number of outputs."""
+        """Whether the ranks have found the same loss of the same number of outputs, and none has refused one."""
+        refused = self._heads is not None and self._heads.refused_own
         if loop.world_size == 1:
-            return True
+            return not refused
         recognised = found.recognised
-        facts = (found.loss, found.num_outputs, recognised.rows_per_target, recognised.pooled, recognised.unrecognised)
+        facts = (
+            refused,
+            found.loss,
+            found.num_outputs,
+            recognised.rows_per_target,
+            recognised.pooled,
+            recognised.unrecognised,
+        )
         high, low = divmod(crc32(repr(facts).encode()), 1 << 16)  # float32 holds each exactly
         sent = torch.tensor([high, -high, low, -low], dtype=torch.float32, device=loop.device)
         highest, lowest, *rest = loop.reduce(sent).tolist()
-        return highest == -lowest and rest[0] == -rest[1]
+        return not refused and highest == -lowest and rest[0] == -rest[1]
 
     def reset(self) -> None:
         """Ends an interval."""

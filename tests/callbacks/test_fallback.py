@@ -258,3 +258,33 @@ def test_one_line_says_what_the_rate_is_computed_from(caplog):
         assert "output layers net.1" in said
         assert words in said
         assert ", m = 8; first rate " in said
+
+
+class OneRefused(Classifier):
+    """A generator and a critic; one rank weights the critic's loss, which under manual optimization has no bound."""
+
+    def __init__(self, refused):
+        super().__init__(net=nn.Linear(WIDTH, 1))
+        self.automatic_optimization, self.refused = False, refused
+        self.generator = nn.Linear(WIDTH, WIDTH)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.net)]
+
+    def step(self, position, rows, target, factor=1.0):
+        self.optimizers()[position].zero_grad()
+        targets = torch.full((len(rows), 1), target)
+        self.manual_backward(factor * F.binary_cross_entropy_with_logits(self.net(rows), targets))
+        self.optimizers()[position].step()
+
+    def training_step(self, batch, batch_idx):
+        self.step(0, self.generator(batch[0]), 1.0)
+        self.step(1, batch[0], 0.0, 0.25 if self.global_rank in self.refused else 1.0)
+
+
+@pytest.mark.parametrize("refused", [(0,), (1,), (0, 1)])
+def test_ranks_measure_together_if_one_refuses_a_loss(refused):
+    torch.manual_seed(1)
+    settings = {"max_epochs": 2, "ddp": {"find_unused_parameters": True}}
+    one, other = ranks(2, LipschitzLR(optimizers=1, schedule="none"), OneRefused(refused), 8, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))
