@@ -255,18 +255,10 @@ class LipschitzLR(Callback):
         loop, graph = self._loop_now(), LossGraph(loss, self.options.loss_name)
         for controller in self._controllers.values():
             controller.begin_backward()
-        for controller in self._controllers_of(graph):
+        for controller in _owners(list(self._controllers.values()), graph):
             controller.observe_loss(loss, loop)
         for controller in self._controllers.values():
             controller.on_loss(graph, loop)
-
-    def _controllers_of(self, graph: LossGraph) -> list[Controller]:
-        """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
-        controllers = list(self._controllers.values())
-        if len(controllers) == 1:
-            return controllers
-        heads = graph.first_affine_maps
-        return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how long the gradients are, which may be clipped."""
@@ -331,14 +323,10 @@ class LipschitzLR(Callback):
             for logger in trainer.loggers if metrics else ():
                 logger.log_metrics(metrics, step=loop.step - 1)
 
-    def _settings(self) -> dict[str, Any]:
-        values = {**vars(self.policy), **vars(self.options)}
-        return {name: values[name] for name in _SETTINGS}
-
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
         states = {i: controller.state_dict() for i, controller in self.controllers.items()}
-        return {"settings": self._settings(), "optimizers": states or dict(self._stored)}
+        return {"settings": _settings(self.policy, self.options), "optimizers": states or dict(self._stored)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`.
@@ -348,21 +336,38 @@ class LipschitzLR(Callback):
         """
         if not self.restore:
             return
-        settings = self._settings()
-        if set(state_dict.get("settings", ())) != set(settings) or "optimizers" not in state_dict:
-            raise LitLipschitzError(OTHER_VERSION)
-        for name, value in state_dict["settings"].items():
-            if value != settings[name]:
-                raise LitLipschitzError(
-                    f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
-                    f"{name}={settings[name]!r}; resume with the settings that it was saved with, pass restore=False "
-                    "to measure again, or start without the checkpoint"
-                )
+        _check_state(state_dict, _settings(self.policy, self.options))
         self._stored = dict(state_dict["optimizers"])
         # Some strategies load after on_fit_start.
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
+
+
+def _owners(controllers: list[Controller], graph: LossGraph) -> list[Controller]:
+    """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
+    if len(controllers) == 1:
+        return controllers
+    heads = graph.first_affine_maps
+    return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
+
+
+def _settings(policy: Policy, options: Options) -> dict[str, Any]:
+    values = {**vars(policy), **vars(options)}
+    return {name: values[name] for name in _SETTINGS}
+
+
+def _check_state(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Checks that a state was saved with the settings of this run."""
+    if set(state.get("settings", ())) != set(settings) or "optimizers" not in state:
+        raise LitLipschitzError(OTHER_VERSION)
+    for name, value in state["settings"].items():
+        if value != settings[name]:
+            raise LitLipschitzError(
+                f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
+                f"{name}={settings[name]!r}; resume with the settings that it was saved with, pass restore=False to "
+                "measure again, or start without the checkpoint"
+            )
 
 
 def _measure_by_pass(trainer: Trainer, pl_module: LightningModule, controllers: list[Controller]) -> None:

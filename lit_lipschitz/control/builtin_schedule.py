@@ -2,7 +2,7 @@
 
 import math
 
-from lit_lipschitz.control.loop_facts import LoopFacts
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.optim.schedules import linear_warmup, linear_warmup_decay
 
 
@@ -14,6 +14,19 @@ class BuiltinSchedule:
         # Optimizer steps of the run; inf without a schedule, None before the first step.
         self._total_steps: float | None = None if enabled else math.inf
         self._told = False  # of an epoch that was shortened
+
+    @classmethod
+    def of(
+        cls, target: Target, loop: LoopFacts, *, wanted: bool, scheduled: bool, averages_weights: bool
+    ) -> "BuiltinSchedule":
+        """The schedule of an optimizer, unless it is not ``wanted`` or something else changes the learning rate."""
+        if wanted and loop.lr_writer and not target.schedulers:
+            loop.notify(
+                f"LipschitzLR: {loop.lr_writer} changes the learning rate itself, so the built-in warm-up and decay "
+                "are off; add a scheduler for the epochs before it, or pass schedule='none' to hide this message"
+            )
+        has_warmup = averages_weights and any(group.get("warmup_steps") for group in target.optimizer.param_groups)
+        return cls(enabled=wanted and not scheduled and not has_warmup, averages_weights=averages_weights)
 
     @property
     def description(self) -> str | None:

@@ -43,7 +43,11 @@ class Controller:
             target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer), before_step
         )
         self._finder = Finder(policy, options, target, loop, saved.head)
-        self._schedule = self._make_schedule(loop)
+        wanted = options.schedule == "auto" and policy.bound != "paper"
+        scheduled, averages_weights = self._writer.scheduled, self.updater.info.averages_weights
+        self._schedule = BuiltinSchedule.of(
+            target, loop, wanted=wanted, scheduled=scheduled, averages_weights=averages_weights
+        )
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
         self._meter: Meter | None = None
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
@@ -56,19 +60,6 @@ class Controller:
         self._has_loss = False  # whether this batch is one of them
         self._pending = False  # whether a loss has come since the last step
         self._versions = 0  # changes to the weights before this batch
-
-    def _make_schedule(self, loop: LoopFacts) -> BuiltinSchedule:
-        """The built-in schedule, unless something else changes the learning rate."""
-        wanted = self.options.schedule == "auto" and self.policy.bound != "paper"
-        if wanted and loop.lr_writer and not self._target.schedulers:
-            loop.notify(
-                f"LipschitzLR: {loop.lr_writer} changes the learning rate itself, so the built-in warm-up and decay "
-                "are off; add a scheduler for the epochs before it, or pass schedule='none' to hide this message"
-            )
-        averages_weights = self.updater.info.averages_weights
-        has_warmup = averages_weights and any(group.get("warmup_steps") for group in self.optimizer.param_groups)
-        enabled = wanted and not self._writer.scheduled and not has_warmup
-        return BuiltinSchedule(enabled=enabled, averages_weights=averages_weights)
 
     @property
     def hooks(self) -> Hooks:

@@ -23,7 +23,9 @@ class Reporter:
 
     def announce(self, found: FoundHeads, decision: Decision, bound: Bound) -> None:
         """Says once what the learning rate is computed from, and that the configured one is ignored."""
-        kind = {"paper": "the paper's estimate"}.get(bound, "a proven bound")
+        kind = "the paper's estimate" if bound == "paper" else "a proven bound"
+        if not found.recognised.saved:
+            kind = "as named, not seen in the graph"
         loss = "loss not recognised: measured, an estimate and not a bound" if found.measured else found.loss.name
         loss = loss if found.measured else f"{loss}, {kind}"
         m = next((f", m = {term.value:g}" for term in decision.terms if term.symbol == "m"), "")

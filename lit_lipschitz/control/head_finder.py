@@ -144,7 +144,7 @@ class HeadFinder:
         if (function := graph.function_of_loss()) is not None:
             raise ConfigurationError(
                 f"LipschitzLR(loss={self._options.loss!r}) expected a mean or a sum of that loss and found its "
-                f"{function}, which has another constant; return the loss itself, or leave loss= out"
+                f"{function}, which has another constant; return the loss itself, or leave loss=, bound= and norm= out"
             )
 
     def _only_affine_map(self, graph: LossGraph) -> Tensor | None:
@@ -173,7 +173,7 @@ class HeadFinder:
                 "LipschitzLR expected a loss of the outputs of an affine layer (torch.nn.Linear or a 1x1 convolution) "
                 f"and found {' > '.join(nodes)}; {same_shape if 'Expand' in nodes else directly}, or pass head= with "
                 "the layer's name to ignore the operations after it, if they make no gradient larger; "
-                "LipschitzLR(loss='measured') measures the constant of any loss"
+                "with the default bound= and norm= the constant of any loss is measured"
             )
 
     def _select(self, found: FoundLoss | None, weight: Tensor | None) -> FoundHeads:

@@ -31,7 +31,7 @@ _COEFFICIENTS = {
 }
 _MEASURED = {
     "K_z": "norm of the output layers' inputs in these rows",
-    "G_max": "largest gradient norm of a row in the outputs so far, times m; measured, not a bound",
+    "G_max": "largest gradient norm of a row in the outputs, times m; measured, not a bound",
     "L": "measured constant of the loss in the weights of the output layers, an estimate, not a bound",
 }
 _CONSTANTS = {

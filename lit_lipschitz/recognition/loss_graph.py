@@ -402,8 +402,8 @@ def _not_recognised(root: Any) -> str:
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
         f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if the loss is its mean, "
-        "computed in another way, or if the other terms of a sum can be ignored; LipschitzLR(loss='measured') measures "
-        "the constant of any loss"
+        "computed in another way, or if the other terms of a sum can be ignored; with the default bound= and norm= "
+        "the constant of any loss is measured"
     )
 
 

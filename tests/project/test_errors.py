@@ -295,8 +295,8 @@ MEASURED = (
 
 @pytest.mark.parametrize("mistake", MEASURED)
 def test_what_a_message_says_of_measuring_works(mistake, monkeypatch):
-    assert "LipschitzLR(loss='measured')" in entries()[mistake]
-    callback = LipschitzLR(loss="measured")
+    assert "with the default bound= and norm= the constant of any loss is measured" in entries()[mistake]
+    callback = LipschitzLR()
     monkeypatch.setattr(sys.modules[__name__], "LipschitzLR", lambda **_: callback)
     MISTAKES[mistake]()
     assert callback.rate > 0
