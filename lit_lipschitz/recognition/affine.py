@@ -237,8 +237,11 @@ def weight_of(node: Any) -> Tensor | None:
 
 
 def is_call(node: Any, weight: Tensor | None) -> bool:
-    """Whether a node is a call of the affine layer with a weight."""
-    return node.name() in _AFFINE and same_weight(weight_of(node), weight)
+    """Whether a node is a call of the affine layer with a weight that trains."""
+    if (name := node.name()) not in _AFFINE:
+        return False
+    computed = node.next_functions[_AFFINE[name][0]][0]
+    return computed is not None and leaf_of(computed) is weight
 
 
 def _without_bias(node: Any) -> Any:

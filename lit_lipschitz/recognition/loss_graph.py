@@ -52,6 +52,7 @@ class FoundLoss:
     concatenated: bool = False  # whether outputs are concatenated, of one call or several
     inputs: Tensor | None = None  # of the layer, if it was called once and the graph saves them
     saved: tuple[Any, ...] = ()  # what the graph saves of the loss's arguments
+    plain: bool = False  # whether the loss is that of the outputs of one call themselves
 
 
 _NOT_TRACED = AffineSource()
@@ -136,14 +137,14 @@ class LossGraph:
         return bool(self._terms) and all(self._term_agrees(term, found) for term in self._terms)
 
     def _term_agrees(self, match: LossMatch, found: FoundLoss) -> bool:
-        num_classes, arguments = match.num_classes, _saved_arguments(match)
-        kind = (match.name, match.reduction) == (found.loss.name, found.loss.reduction)
-        if not (kind and all(map(_same_value, arguments, found.saved))):
+        loss = found.loss
+        if match.name != loss.name or match.reduction != loss.reduction:
             return False
-        plain = not (found.unrecognised or found.pooled or found.concatenated or found.head_weight is None)
-        if plain and num_classes in (None, found.num_outputs) and is_call(match.below, found.head_weight):
+        if not all(map(_same_value, _saved_arguments(match), found.saved)):
+            return False
+        if found.plain and is_call(match.below, found.head_weight):
             return True
-        source = self._source(match)
+        source, num_classes = self._source(match), match.num_classes
         sharded = hasattr(found.head_weight, "full_tensor")  # the graph has another tensor each time
         return (
             (num_classes or source.num_outputs) == found.num_outputs
@@ -255,6 +256,7 @@ class LossGraph:
             concatenated=source.concatenated,
             inputs=source.inputs,
             saved=_saved_arguments(match),
+            plain=source.node is match.below,
         )
 
     def _edge(self, match: LossMatch) -> LogitEdge:
