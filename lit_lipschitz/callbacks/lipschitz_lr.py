@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import (
     TrainerFacts,
     callbacks_of,
+    is_lightnings,
     logging_interval,
     may_save_checkpoint,
     shortens_run,
@@ -395,7 +395,7 @@ def _check_callbacks(callbacks: list[Callback]) -> None:
             f"LipschitzLR: expected one such callback, found {len(same)} in trainer.callbacks; pass one, with "
             "optimizers= if it is to control several optimizers"
         )
-    if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+    if any(is_lightnings(callback, "LearningRateFinder") for callback in callbacks):
         raise ConfigurationError(
             "LipschitzLR computes the learning rate that LearningRateFinder (or Tuner.lr_find) searches for, and "
             "found both in trainer.callbacks; remove one of the two"

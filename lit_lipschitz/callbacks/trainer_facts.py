@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,12 +20,20 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def is_lightnings(callback: Any, name: str) -> bool:
+    """Whether a callback is of a class of Lightning, as ``lightning`` or ``pytorch_lightning`` has it."""
+    packages = ("lightning", "pytorch_lightning")
+    return any(
+        kind.__name__ == name and kind.__module__.partition(".")[0] in packages for kind in type(callback).__mro__
+    )
+
+
 class TrainerFacts:
     """The state of a trainer that is fitting a module; what stays the same during a fit is read once."""
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        writes_lr = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
+        writes_lr = any(is_lightnings(callback, "StochasticWeightAveraging") for callback in callbacks_of(trainer))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._constants: tuple[Any, ...] = (
             trainer.strategy.root_device,
@@ -97,6 +104,8 @@ def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
     intervals: Sequence[int] = [getattr(c, "_every_n_train_steps", 0) or 0 for c in trainer.checkpoint_callbacks]
     due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
     validation = getattr(trainer, "val_check_batch", math.inf)
+    if validation is None:  # by the clock, so that any batch may be the one
+        return True
     return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
 
 
@@ -122,9 +131,9 @@ def _grad_scale(scaler: Any, optimizer: Optimizer) -> float | Tensor:
 
 def _total_steps(trainer: Trainer, module: LightningModule) -> float:
     """Optimizer steps of the run; infinity if time limits it, or if the number of accumulated batches changes."""
-    callbacks = callbacks_of(trainer)
-    changing = any(isinstance(one, GradientAccumulationScheduler) and len(one.scheduling) > 1 for one in callbacks)
-    timed = any(isinstance(one, Timer) and one.time_remaining() is not None for one in callbacks)
+    callbacks: Sequence[Any] = callbacks_of(trainer)
+    changing = any(is_lightnings(one, "GradientAccumulationScheduler") and len(one.scheduling) > 1 for one in callbacks)
+    timed = any(is_lightnings(one, "Timer") and one.time_remaining() is not None for one in callbacks)
     if not module.automatic_optimization or changing or timed:
         return math.inf
     return float(trainer.estimated_stepping_batches)

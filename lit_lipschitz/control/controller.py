@@ -213,6 +213,8 @@ class Controller:
         if found is not self.found:
             self._meter = self._measure_by(found, None, loop)
         if self.decision is None:
+            if found.measured and self.measurement is not None and not self._measured_by_all:
+                self.updater.restart()  # the run that is resumed had another loss
             self._measured_by_all = found.measured
         if not loop.automatic and self._batch_open:
             self.found.hook.statistic.finish()  # of a batch that made a step without a loss
@@ -271,7 +273,7 @@ class Controller:
         """Estimates from the next step on what was estimated of a recognised loss."""
         loop.notify(
             f"LipschitzLR{self._target.label}: the loss is not the one that was recognised, or its gradient exceeds "
-            f"the bound; its constant is measured after {loop.step} steps, an estimate and not a bound"
+            f"the bound; from step {loop.step + 1} on its constant is measured, an estimate and not a bound"
         )
         self._measured_by_all = True
         self.updater.restart()

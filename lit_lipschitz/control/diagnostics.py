@@ -56,7 +56,9 @@ class Reporter:
         if (usable and not measured.dropped) or (not measured.step_scale and self._may_overflow):
             return
         last = (
-            "the rate is 0 until then" if state.decision is None else f"keeping the last rate, {state.decision.lr:.4g}"
+            "the rate is 0 until a step has a usable gradient"
+            if state.decision is None
+            else f"keeping the last rate, {state.decision.lr:.4g}"
         )
         self._report(_unusable(measured, usable), "" if usable else f"; {last}", silent=state.warned)
         state.warned = True

@@ -19,7 +19,7 @@ from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.head_hooks import HeadHook, HeadHooks
 from lit_lipschitz.measurement.running_maximum import RunningMaximum
 from lit_lipschitz.recognition.heads import HEADS, head_rows, head_size
-from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph
+from lit_lipschitz.recognition.loss_graph import FoundLoss, LossGraph, other_ways
 
 
 class HeadFinder:
@@ -173,7 +173,7 @@ class HeadFinder:
                 "LipschitzLR expected a loss of the outputs of an affine layer (torch.nn.Linear or a 1x1 convolution) "
                 f"and found {' > '.join(nodes)}; {same_shape if 'Expand' in nodes else directly}, or pass head= with "
                 "the layer's name to ignore the operations after it, if they make no gradient larger; "
-                "with the default bound= and norm= the constant of any loss is measured"
+                f"{other_ways(nodes)}"
             )
 
     def _select(self, found: FoundLoss | None, weight: Tensor | None) -> FoundHeads:

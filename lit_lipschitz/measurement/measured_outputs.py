@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_lipschitz.measurement.step_scale import MEASURE_EVERY
 from lit_lipschitz.recognition.output_layers import OutputLayer
+
+_MEASURE_EVERY = 17
+"""Steps between measurements, after the first 16: a prime, so that losses in turns are all measured."""
+_OF_RUN = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+"""The maxima of the run instead of the interval: the largest gradient norm, since it vanishes with the loss and the
+curvature does not, so that the inverse of its current value would grow without bound."""
 
 
 @dataclass
@@ -37,8 +42,8 @@ class MeasuredOutputs:
     one row a row of the outputs, the gradient in the weights is G'A, so its norm is at most
     :math:`O_h = \|G\|_F \|A\|_F` (Cauchy and Schwarz); of all output layers together :math:`O = \sqrt{\sum_h O_h^2}`.
     Rows without a gradient count neither in G nor in A. m is the number of the others, and the largest
-    :math:`m \|G_i\|` so far replaces the largest gradient norm that an example's loss can have. m and the row norms are
-    those of the layer with the largest :math:`O_h`, and its A is scaled so that :math:`\|G\|_F \|A\|_F = O`.
+    :math:`m \|G_i\|` of the run replaces the largest gradient norm that an example's loss can have. m and the row norms
+    are those of the layer with the largest :math:`O_h`, and its A is scaled so that :math:`\|G\|_F \|A\|_F = O`.
 
     All backwards of an optimizer step count together. Nothing is read to the host.
     """
@@ -53,13 +58,12 @@ class MeasuredOutputs:
         self._new_interval = True  # the next step replaces the maxima; until then those of the last interval hold
         self._last: Tensor | None = None  # mean squared and mean gradient norm of the last step that was measured
         self._steps = 0  # of the run
-        self._restarted = False  # whether the coming step begins an interval
 
     @property
     def due(self) -> bool:
-        """Whether to measure the coming step, which is 1, 2, 4, 8, 16, a later 16th, or the first after a restart."""
+        """Whether to measure the coming step: steps 1, 2, 4, 8, 16, then every 17th, and the first of an interval."""
         step = self._steps + 1
-        return self._restarted or step % MEASURE_EVERY == 0 or step & (step - 1) == 0
+        return self._new_interval or step % _MEASURE_EVERY == 0 or step & (step - 1) == 0
 
     def watch(self, layers: Sequence[OutputLayer], scale: float | Tensor) -> None:
         """Has the backward that is about to begin add the gradients of these calls, divided by ``scale``."""
@@ -74,7 +78,7 @@ class MeasuredOutputs:
 
     def restart(self) -> None:
         """Begins an interval with the coming step, which is due."""
-        self._restarted = self._new_interval = True
+        self._new_interval = True
 
     def discard(self) -> None:
         """Forgets the backwards since the last step."""
@@ -87,7 +91,7 @@ class MeasuredOutputs:
 
     def end_step(self, batches: int = 1) -> None:
         """Adds the step that is about to be made, of so many batches, if its backwards were watched."""
-        self._steps, self._restarted, self._last = self._steps + 1, False, None
+        self._steps, self._last = self._steps + 1, None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
         if any(one.count for one in sums.values()):
             self._add(list(sums.values()), batches)
@@ -105,7 +109,8 @@ class MeasuredOutputs:
         rows = count.clamp(min=1.0)
         size, unused = (products.sum() / square / rows).sqrt(), torch.zeros_like(rows)
         step = torch.stack([size, rows / batches, unused, unused, unused, rows * largest, products.sum().sqrt()])
-        step = step if self._new_interval else torch.maximum(self._values, step)
+        before = self._values * self._values.new_tensor(_OF_RUN) if self._new_interval else self._values
+        step = torch.maximum(before, step)
         self._values.copy_(torch.where(usable, step, self._values))
         self._new_interval = False
         self._last = torch.where(usable, torch.stack([rows * square, total]), -1.0)
@@ -187,6 +192,8 @@ def _input_square(inputs: Tensor | None, counted: Tensor, outputs_dim: int | Non
     if inputs is None:  # one-hot
         return counted.sum().float()
     inputs = _plain(inputs)
+    if inputs.numel() == 0:  # a batch without a row
+        return counted.sum().float()
     if outputs_dim in (-1, inputs.ndim - 1) and inputs.numel() == len(counted) * inputs.shape[-1]:
         norms = torch.linalg.vector_norm(inputs.reshape(len(counted), -1), dim=1, dtype=torch.float32)
         return (norms * counted).square().sum()

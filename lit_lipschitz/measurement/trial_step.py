@@ -1,6 +1,8 @@
 """Measures an optimizer whose formula is not known, by steps of a copy of it that leave the training untouched."""
 
 import math
+import random
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.norms import as_real
 
 _SIZE = 4  # rows and columns of the weight that small copies train
@@ -42,8 +45,8 @@ def trial_step(optimizer: Optimizer, grad_scale: float | Tensor = 1.0, *, keep_d
     What the copy moves a parameter by, over its learning rate, is the update at lr = 1. That learning rate is the root
     of the machine epsilon, as for a finite difference, whatever the configured one is. The ``weight_decay`` of its
     groups is 0 unless ``keep_decay``; a decay by another name is part of the update. Random numbers are drawn from a
-    copy of the generators' state. Optimizers that take a closure get one that changes no gradient. Of a Schedule-Free
-    optimizer the update is that of the sequence z. The gradients are divided by ``grad_scale``.
+    copy of the generators' state. Optimizers that take a closure get one that makes the same gradients again. Of a
+    Schedule-Free optimizer the update is that of the sequence z. The gradients are divided by ``grad_scale``.
 
     Raises:
         TrialError: The optimizer can't be copied, or its step fails.
@@ -74,9 +77,16 @@ def _trial_step(optimizer: Optimizer, grad_scale: float | Tensor, keep_decay: bo
         _set(group, rate, group.get("weight_decay") if keep_decay else 0.0)
         rates.update(dict.fromkeys(own["params"], rate))
     _step(clone)
-    return lambda parameter: as_real(
-        (_moved(optimizer, parameter) - _moved(clone, copies[parameter])) / rates[parameter]
-    )
+
+    def update_of(parameter: Tensor) -> Tensor:
+        moved = _moved(optimizer, parameter) - _moved(clone, copies[parameter])
+        return as_real(moved / rates[parameter])
+
+    has_gradient = any(one.grad is not None and bool(one.grad.any()) for one in copies)
+    waits = is_schedule_free(optimizer)  # RAdam's warm-up in the package schedulefree moves nothing at first
+    if has_gradient and not waits and not any(bool(update_of(one).any()) for one in copies):
+        raise RuntimeError("its step moves no parameter by the gradients that there are")
+    return update_of
 
 
 class AppliedStep:
@@ -91,6 +101,11 @@ class AppliedStep:
         self._optimizer, self._decoupled = optimizer, decoupled
         self._before: dict[Tensor, Tensor] = {}
         self._measure: Callable[[UpdateOf], Tensor]
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise ConfigurationError(
+                f"LipschitzLR expected an optimizer with torch's hooks and found {type(optimizer).__name__}, whose "
+                "__init__ does not call that of torch.optim.Optimizer; add super().__init__(params, defaults) there"
+            )
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def watch(self, measure: Callable[[UpdateOf], Tensor]) -> None:
@@ -228,9 +243,29 @@ def _step(optimizer: Any) -> None:
     devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
     forked = [device for device in devices if device.type != "cpu"]
     step = type(optimizer).step
-    closure = {"closure": lambda: torch.zeros(())} if "closure" in signature(step).parameters else {}
+    closure = {"closure": _closure(optimizer)} if "closure" in signature(step).parameters else {}
+    numpy, python_state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = numpy.random.get_state() if numpy is not None else None
     with torch.random.fork_rng(forked, device_type=forked[0].type if forked else None):
-        step(optimizer, **closure)
+        try:
+            step(optimizer, **closure)
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+def _closure(optimizer: Any) -> Callable[[], Tensor]:
+    """A closure that makes the same gradients again, as for the second step of SAM."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+
+    def restore() -> Tensor:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        return torch.zeros(())
+
+    return restore
 
 
 def _moved(optimizer: Any, parameter: Tensor) -> Tensor:

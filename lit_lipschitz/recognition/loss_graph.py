@@ -1,7 +1,7 @@
 """Recognises a loss, and the output layer behind it, in its autograd graph; a graph of other nodes is refused."""
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from lit_lipschitz.recognition.autograd_nodes import (
     take_factors,
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
-from lit_lipschitz.recognition.output_layers import OutputLayer, output_layers
+from lit_lipschitz.recognition.output_layers import HIDING, OutputLayer, output_layers
 
 
 @dataclass(frozen=True)
@@ -401,11 +401,22 @@ def _not_recognised(root: Any) -> str:
             "compile the network instead of the whole module, or pass loss= with the name of the loss (one of "
             f"{_quoted()})"
         )
+    names = names_below(node)
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names_below(node))}; return one of them, or pass loss= with its name if the loss is its mean, "
-        "computed in another way, or if the other terms of a sum can be ignored; with the default bound= and norm= "
-        "the constant of any loss is measured"
+        f"{' > '.join(names)}; return one of them, or pass loss= with its name if the loss is its mean, "
+        f"computed in another way, or if the other terms of a sum can be ignored; {other_ways(names)}"
+    )
+
+
+def other_ways(names: Iterable[str]) -> str:
+    """What a message says on a loss or a layer that is not recognised, by the names of the nodes."""
+    hidden = next((name for name in names if name.startswith(HIDING)), None)
+    if hidden is None:
+        return "with the default bound= and norm= the constant of any loss is measured"
+    return (
+        f"{hidden} hides the layers: leave the last layer out of torch.compile, and use activation checkpointing with "
+        "use_reentrant=False"
     )
 
 

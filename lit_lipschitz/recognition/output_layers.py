@@ -32,13 +32,13 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
     Returns:
         Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a weight
         that is computed from parameters alone. If the graph shows no such call, the parameters that it meets, each as
-        the output of itself; empty behind a compiled function.
+        the output of itself; empty behind a node of ``HIDING``.
     """
     graphs, leaves = _ParameterGraphs(), list[OutputLayer]()
     layers, stack, seen = list[OutputLayer](), [root], set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen or node.name().startswith("CompiledFunction"):
+        if node is None or node in seen or node.name().startswith(HIDING):
             continue
         seen.add(node)
         layer = _affine_call(node, graphs)
@@ -52,6 +52,8 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
     return layers or leaves
 
 
+HIDING = ("CompiledFunction", "CheckpointFunction")
+"""Names of nodes that hide the layers in them begin so: compiled code, and reentrant activation checkpointing."""
 _LOOKUPS = (
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",
@@ -120,7 +122,7 @@ class _Affine:
     """The positions of a node's factors, and how to read its call if the factor at a position is a weight."""
 
     factors: tuple[int, ...]
-    read: Callable[[Any, int, tuple[Tensor, ...]], OutputLayer]
+    read: Callable[[Any, int, tuple[Tensor, ...]], OutputLayer | None]
 
 
 def _affine_call(node: Any, parameters: _ParameterGraphs) -> OutputLayer | None:
@@ -205,7 +207,9 @@ def _read_trilinear(node: Any, position: int, weight: tuple[Tensor, ...]) -> Out
     return OutputLayer(node, weight, (first * second)[:, None], -1)
 
 
-def _read_convolution(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer:
+def _read_convolution(node: Any, position: int, weight: tuple[Tensor, ...]) -> OutputLayer | None:
+    if position == 0:  # a parameter is the image
+        return None
     weight_node, index = node.next_functions[1]  # the weight itself is saved only if the input needs a gradient
     kernel = weight_node._input_metadata[index].shape[2:]
     if node._saved_transposed:

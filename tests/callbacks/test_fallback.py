@@ -6,9 +6,10 @@ import math
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Keep, loader, ranks, trainer
+from helpers import CLASSES, WIDTH, Classifier, Keep, Steps, loader, ranks, trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import ConfigurationError, LipschitzLR
@@ -124,7 +125,7 @@ def test_a_gradient_above_the_bound_shows_that_it_is_none(name, caplog):
     )
     assert steps.gradients[0] > 0
     (said,) = [record.getMessage() for record in caplog.records if "exceeds" in record.getMessage()]
-    assert "its constant is measured after 0 steps" in said
+    assert "from step 1 on its constant is measured" in said
 
 
 @pytest.mark.parametrize("named", [{"head": "net.1"}, {"loss": "cross_entropy"}])
@@ -188,9 +189,9 @@ def test_a_batch_with_another_loss_is_measured_at_its_own_step(name, optimizer, 
         lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9}, layer)
     assert is_measured(lipschitz)
     assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
-    said = [record.getMessage() for record in caplog.records if "its constant is measured after" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "on its constant is measured" in record.getMessage()]
     assert len(said) == 1
-    assert "after 2 steps" in said[0]
+    assert "from step 3 on" in said[0]
 
 
 def test_the_same_arguments_that_are_made_again_in_each_batch_stay_recognised():
@@ -288,3 +289,98 @@ def test_ranks_measure_together_if_one_refuses_a_loss(refused):
     settings = {"max_epochs": 2, "ddp": {"find_unused_parameters": True}}
     one, other = ranks(2, LipschitzLR(optimizers=1, schedule="none"), OneRefused(refused), 8, **settings)
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))
+
+
+def test_the_rate_of_a_measured_loss_does_not_grow_as_the_loss_vanishes():
+    torch.manual_seed(0)
+    inputs = torch.randn(128, WIDTH)
+    data = DataLoader(TensorDataset(inputs, inputs @ torch.randn(WIDTH, CLASSES)), batch_size=32, shuffle=True)
+    losses = []
+
+    class Squares(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = (self.net(batch[0]) - batch[1]).square().sum(dim=1).mean()
+            losses.append(loss.item())
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, steps := Steps(), max_epochs=60).fit(Squares(net=nn.Linear(WIDTH, CLASSES)), data)
+    assert callback.controllers[0].metrics()["measured"] == 1
+    assert losses[-1] < 1e-3 * losses[0]
+    assert max(rate for (rate,) in steps.rates) < 3 * steps.rates[0][0]
+
+
+def test_losses_in_turns_are_all_measured():
+    def loss(m, x, y, batch_idx):
+        return (100.0 if batch_idx % 2 == 0 else 1.0) * focal(m, x, y, batch_idx)
+
+    torch.manual_seed(0)
+    module = Classifier()
+    module.training_step = lambda batch, batch_idx: loss(module, batch[0], batch[1], batch_idx)
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, steps := Steps(), max_epochs=8).fit(module, loader())
+    assert max(rate for (rate,) in steps.rates) < 3 * steps.rates[0][0]
+
+
+def test_a_run_that_is_resumed_with_another_loss_is_measured_again():
+    run = trainer(LipschitzLR(schedule="none"), max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint("other.ckpt")
+
+    def fit_on(ckpt_path):
+        module = Classifier()
+        module.load_state_dict(run.lightning_module.state_dict())
+        module.training_step = lambda batch, batch_idx: 100 * focal(module, *batch, batch_idx)
+        trainer(LipschitzLR(schedule="none"), steps := Steps(), max_epochs=2).fit(module, loader(), ckpt_path=ckpt_path)
+        return steps.rates[0][0]
+
+    assert fit_on("other.ckpt") == pytest.approx(fit_on(None), rel=1e-3)
+
+
+def test_a_parameter_behind_a_frozen_convolution_trains():
+    class Image(Classifier):
+        def __init__(self):
+            super().__init__(net=nn.Conv2d(3, 4, 3).requires_grad_(False))
+            self.image = nn.Parameter(torch.randn(1, 3, 8, 8))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(self.image).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([self.image], lr=0.1)
+
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, max_epochs=1).fit(Image(), loader())
+    assert callback.head_name == "image"
+    assert callback.constant > 0
+
+
+@pytest.mark.filterwarnings("ignore:LipschitzLR. no constant can be computed")
+@pytest.mark.parametrize("empty", [0, 1])
+def test_an_empty_batch_in_a_step_that_is_measured_is_passed_over(empty):
+    class Empty(Classifier):
+        def training_step(self, batch, batch_idx):
+            rows = slice(0, 0) if batch_idx == empty else slice(None)
+            return F.cross_entropy(self.net(batch[0][rows]), batch[1][rows], reduction="sum") / 8
+
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, steps := Steps(), max_epochs=1).fit(Empty(), loader())
+    assert all(math.isfinite(rate) for (rate,) in steps.rates)
+    assert steps.rates[-1][0] > 0
+
+
+def test_layers_that_reentrant_checkpointing_hides_are_refused():
+
+    class Hidden(Classifier):
+        def training_step(self, batch, batch_idx):
+            hidden = self.net[:2](batch[0])
+            return F.cross_entropy(checkpoint(self.net[2], hidden, use_reentrant=True), batch[1])
+
+    with pytest.raises(ConfigurationError, match="CheckpointFunctionBackward hides the layers: .* use_reentrant=False"):
+        trainer(LipschitzLR(), max_epochs=1).fit(Hidden(), loader())

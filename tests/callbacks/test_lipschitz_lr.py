@@ -257,7 +257,7 @@ def test_a_dead_head_makes_no_step():
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net[-1](self.net[:-1](batch[0]) * 0), batch[1])
 
-    with pytest.warns(UserWarning, match="the norm of the head's inputs is 0, .*; the rate is 0 until then"):
+    with pytest.warns(UserWarning, match="the norm of the head's inputs is 0, .*; the rate is 0 until a step"):
         _, rates = fit(LipschitzLR(schedule="none", bound="paper"), Dead(), max_epochs=1)
     assert rates == [[0.0]] * 6
 

@@ -75,7 +75,7 @@ def test_a_batch_whose_targets_are_all_ignored_is_left_out():
     module, callback = AnyLoss(F.cross_entropy), LipschitzLR()
     data = DataLoader(TensorDataset(torch.randn(ROWS, WIDTH), torch.full((ROWS,), -100)), batch_size=ROWS)
     with (
-        pytest.warns(UserWarning, match="the rate is 0 until then"),
+        pytest.warns(UserWarning, match="the rate is 0 until a step"),
         pytest.warns(UserWarning, match="a non-finite loss in step 0"),
     ):
         trainer(callback, max_steps=1).fit(module, data)
