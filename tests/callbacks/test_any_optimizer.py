@@ -347,3 +347,61 @@ def test_a_checkpoint_that_is_saved_after_a_fit_has_the_state_of_its_end():
     other = trainer(LipschitzLR(schedule="none"), max_epochs=4)
     with pytest.raises(LitLipschitzError, match="the rule 'observed', and this run's OtherSGD has the rule 'noise'"):
         other.fit(Classifier(OtherSGD), loader(), ckpt_path="end.ckpt", weights_only=True)
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Sharpness-aware minimization: its step has gradients made twice by the closure, and a step of SGD."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.base = torch.optim.SGD(self.param_groups, lr)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        length = torch.stack([p.grad.norm() for p in trained]).norm()
+        moves = [p.grad * 0.05 / length for p in trained]
+        for parameter, move in zip(trained, moves, strict=True):
+            parameter.add_(move)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for parameter, move in zip(trained, moves, strict=True):
+            parameter.sub_(move)
+        self.base.step()
+
+
+class ByLoss(torch.optim.Optimizer):
+    """A step that is proportional to the loss, which a copy can't make without the loss."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        loss = closure()
+        (group,) = self.param_groups
+        square = sum(p.grad.square().sum() for p in group["params"])
+        for parameter in group["params"]:
+            parameter.data.sub_(group["lr"] * loss.detach() / square * parameter.grad)
+        return loss
+
+
+def test_an_optimizer_whose_closure_makes_gradients_again_has_a_rate_like_that_of_its_base():
+    class Twice(Classifier):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            closure()
+            optimizer.step(closure)
+
+    rates = []
+    for module in (Twice(lambda p: SharpnessAware(p, lr=0.1)), Classifier(lambda p: torch.optim.SGD(p, lr=0.1))):
+        torch.manual_seed(0)
+        trainer(callback := LipschitzLR(schedule="none"), max_steps=1).fit(module, loader())
+        rates.append(callback.rate)
+    assert 1 / 3 < rates[0] / rates[1] < 3
+
+
+def test_an_optimizer_that_steps_by_the_loss_has_a_rate():
+    callback = LipschitzLR(schedule="none")
+    trainer(callback, max_epochs=2).fit(Classifier(lambda p: ByLoss(p, lr=0.1)), loader())
+    assert 0 < callback.rate < 10
