@@ -151,6 +151,17 @@ def dead():
     return module
 
 
+class Wrapped(torch.optim.Optimizer):
+    """A wrapper around AdamW that does not call its base class."""
+
+    def __init__(self, parameters):
+        self.inner = torch.optim.AdamW(parameters)
+        self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, {}
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
 MISTAKES = {
     "No head": lambda: fit(LipschitzLR(**UNMEASURED), module=without_linear()),
     "The head's name is not that of a module": lambda: fit(LipschitzLR(head="net.3")),
@@ -229,6 +240,7 @@ MISTAKES = {
     ),
     "Weights that move without a step of the optimizer": lambda: fit(LipschitzLR(optimizers=0), module=Descends()),
     "No optimizer": lambda: fit(LipschitzLR(), module=Classifier(lambda parameters: [])),
+    "An optimizer without torch's hooks": lambda: fit(LipschitzLR(), module=Classifier(Wrapped)),
     "An optimizer without a rule": lambda: fit(LipschitzLR(bound="paper"), module=Classifier(torch.optim.Adagrad)),
     "A rule for another bound": lambda: LipschitzLR(bound="smooth", rule="observed"),
     "A rule that needs another setting of the optimizer": lambda: fit(
