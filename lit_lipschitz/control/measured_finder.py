@@ -64,7 +64,7 @@ class MeasuredFinder:
             if not self._target.is_only or not loop.automatic:
                 return None
             raise ConfigurationError(
-                "LipschitzLR(loss='measured') looked for output layers in the autograd graph of the loss and found "
+                "LipschitzLR looked for output layers in the autograd graph of the loss and found "
                 "no parameter that trains; return a loss that depends on one, and leave the last layer and the loss "
                 "out of torch.compile"
             )
@@ -83,7 +83,7 @@ class MeasuredFinder:
             ConfigurationError: Always.
         """
         raise ConfigurationError(
-            "LipschitzLR(loss='measured') looked for a loss in manual_backward before the optimizer's step and found "
+            "LipschitzLR looked for a loss in manual_backward before the optimizer's step and found "
             "none that its parameters make; call self.manual_backward(loss), or pass optimizers= with another position"
         )
 
