@@ -46,9 +46,10 @@ class BatchMeter:
             self._watch_gradients(graph, batch, estimator)
         if self._running:
             self._finish(batch, loop)
-        return (
-            not self._only_optimizer or self._named_loss or (batch is not None and graph.agrees(self._found.recognised))
-        )
+        recognised = self._found.recognised
+        if not self._only_optimizer or not recognised.saved:  # the graph did not show the loss that the user named
+            return True
+        return batch is not None and graph.agrees(recognised, self._hook.weight if self._named_loss else None)
 
     def _read(self, graph: LossGraph) -> BatchLoss | None:
         """The loss of a batch; None if the graph shows another one."""

@@ -140,7 +140,12 @@ class HeadFinder:
         )
 
     def _check_function(self, graph: LossGraph) -> None:
-        """Refuses a function of a named loss, such as its root, which has another constant."""
+        """Refuses another loss than the named one, and a function of it, such as its root."""
+        if (other := graph.other_loss()) is not None:
+            raise ConfigurationError(
+                f"LipschitzLR(loss={self._options.loss!r}) expected that loss and found a {other}; pass "
+                f"loss={other!r}, or leave loss= out"
+            )
         if (function := graph.function_of_loss()) is not None:
             raise ConfigurationError(
                 f"LipschitzLR(loss={self._options.loss!r}) expected a mean or a sum of that loss and found its "

@@ -61,7 +61,7 @@ class MeasuredOutputs:
 
     @property
     def due(self) -> bool:
-        """Whether to measure the coming step: steps 1, 2, 4, 8, 16, then every 17th, and the first of an interval."""
+        """Whether to measure the coming step, which is 1, 2, 4, 8, 16, a later 17th, or the first of an interval."""
         step = self._steps + 1
         return self._new_interval or step % _MEASURE_EVERY == 0 or step & (step - 1) == 0
 

@@ -90,7 +90,7 @@ class LossGraph:
     """
 
     def __init__(self, loss: Tensor, name: str | None = None) -> None:
-        self._root, self._name = loss.grad_fn, name
+        self._loss, self._root, self._name = loss, loss.grad_fn, name
         self._traced: dict[Any, AffineSource] = {}
 
     @cached_property
@@ -132,9 +132,10 @@ class LossGraph:
         losses = [self._read(term, num_outputs, trace) for term in terms]
         return _combine(losses) if len(losses) > 1 else next(iter(losses), None)
 
-    def agrees(self, found: FoundLoss) -> bool:
+    def agrees(self, found: FoundLoss, head: Tensor | None = None) -> bool:
         """Whether all terms are the loss that another batch showed, with the same arguments, of the same layer."""
-        return bool(self._terms) and all(self._term_agrees(term, found) for term in self._terms)
+        terms = self._of_head(self._terms, head)
+        return bool(terms) and all(self._term_agrees(term, found) for term in terms)
 
     def _term_agrees(self, match: LossMatch, found: FoundLoss) -> bool:
         loss = found.loss
@@ -157,6 +158,13 @@ class LossGraph:
         """Where the gradients with respect to the logits of a recognised loss enter the graph below, each once."""
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
+
+    def other_loss(self) -> str | None:
+        """Name of a recognised loss that is not the one that the user named; None without."""
+        if self._root is None or self._name is None or self._terms:
+            return None
+        terms = LossGraph(self._loss)._terms
+        return terms[0].name if terms else None
 
     def function_of_loss(self) -> str | None:
         """Name of a function that is applied to the reduced loss, such as the root of a mean square; None without."""

@@ -53,7 +53,7 @@ def output_layers(root: Any, owned: Container[Tensor] | None = None) -> list[Out
 
 
 HIDING = ("CompiledFunction", "CheckpointFunction")
-"""Names of nodes that hide the layers in them begin so: compiled code, and reentrant activation checkpointing."""
+"""Beginnings of the names of nodes that hide layers, of compiled code and of reentrant activation checkpointing."""
 _LOOKUPS = (
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",

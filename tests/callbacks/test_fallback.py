@@ -384,3 +384,24 @@ def test_layers_that_reentrant_checkpointing_hides_are_refused():
 
     with pytest.raises(ConfigurationError, match="CheckpointFunctionBackward hides the layers: .* use_reentrant=False"):
         trainer(LipschitzLR(), max_epochs=1).fit(Hidden(), loader())
+
+
+def test_a_name_is_not_believed_if_the_graph_shows_another_loss():
+    module = Confident(lambda m, x, y, _: F.mse_loss(m.net(x), F.one_hot(y, CLASSES).float()))
+    lipschitz, steps = fit(module, settings={"loss": "cross_entropy", "max_lr": 1e-9})
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[0] <= 1.0001 * steps.constants[0]
+    with pytest.raises(
+        ConfigurationError, match="found a mean_squared_error; pass loss='mean_squared_error', or leave"
+    ):
+        fit(module, settings={"loss": "cross_entropy", "norm": "sample"})
+
+
+@pytest.mark.parametrize("name", ["another loss", "class weights", "another layer"])
+def test_batches_of_a_named_loss_are_compared_too(name):
+    module = Confident(turns(LATER[name]))
+    module.other = nn.Linear(8, CLASSES)
+    layer = module.other if name == "another layer" else module.net[1]
+    lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9, "loss": "cross_entropy"}, layer)
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]

@@ -224,6 +224,10 @@ MISTAKES = {
         LipschitzLR(bound="paper", measure="pass"),
         module=with_step(lambda z, y: F.cross_entropy(z, torch.where(torch.arange(len(y)) < 4, -100, y))),
     ),
+    "Another loss than the named one": lambda: fit(
+        LipschitzLR(loss="cross_entropy", **UNMEASURED),
+        module=with_step(lambda z, y: F.mse_loss(z, F.one_hot(y, CLASSES).float())),
+    ),
     "A function of a named loss": lambda: fit(
         LipschitzLR(loss="mean_squared_error", **UNMEASURED),
         module=with_step(lambda z, y: F.mse_loss(z, torch.ones_like(z)).sqrt()),
