@@ -40,7 +40,7 @@ class Controller:
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(
-            target.optimizer, target.schedulers, saved.references, bool(loop.lr_writer), before_step
+            target.optimizer, target.schedulers, saved.references, saved.written, bool(loop.lr_writer), before_step
         )
         self._finder = Finder(policy, options, target, loop, saved.head)
         wanted = options.schedule == "auto" and policy.bound != "paper"
@@ -305,7 +305,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values; see :class:`~lit_lipschitz.control.state.ControllerState`."""
-        return self.updater.state_dict(self._writer.references, self._finder.state_dict())
+        return self.updater.state_dict(self._writer.references, self._writer.written, self._finder.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`, which some strategies restore after the fit has begun."""

@@ -195,11 +195,12 @@ class RateUpdater:
             self.statistics.share(["nonfinite"])
             self.check_losses(loop)
 
-    def state_dict(self, references: list[float], head: dict[str, Any] | None) -> dict[str, Any]:
+    def state_dict(self, references: list[float], written: list[float], head: dict[str, Any] | None) -> dict[str, Any]:
         """The state as tensors and plain values, with those of the writer and of the head."""
         state = replace(
             self.state,
             references=references,
+            written=written,
             step_scale=self.estimator.state_dict() if self.estimator else None,
             nonfinite=self.statistics.nonfinite.state_dict(),
             residuals=self.statistics.residuals.state_dict(),

@@ -32,6 +32,7 @@ class ControllerState:
     warned: bool = False  # whether non-finite activations or gradients were reported
     damping: NoiseDamping = field(default_factory=NoiseDamping)
     references: list[float] = field(default_factory=list)  # configured learning rates of the parameter groups
+    written: list[float] = field(default_factory=list)  # their learning rates in the last step, without a scheduler
     step_scale: dict[str, Any] | None = None  # of the estimator; None if the rule needs none
     nonfinite: dict[str, Any] = field(default_factory=dict)
     residuals: dict[str, Any] = field(default_factory=dict)

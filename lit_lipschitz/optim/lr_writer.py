@@ -23,7 +23,8 @@ class LRWriter:
 
     The optimizer is as configured: neither stepped nor restored from a checkpoint. ``stored`` are the
     ``references``, the configured lr of each group, of the run that is resumed, for groups that were added during
-    training. ``keep_scheduled`` treats the optimizer as one with schedulers, which will be added during training.
+    training, and ``written`` its lrs of the last step. ``keep_scheduled`` treats the optimizer as one with schedulers,
+    which will be added during training.
 
     ``before_step`` is called once in each step, when its gradients are final and no parameter has moved: as the step
     begins, or after the first call of its closure; it may :meth:`write` the rate, and without it the last one is kept.
@@ -35,6 +36,7 @@ class LRWriter:
         optimizer: Optimizer,
         schedulers: Sequence[Any] = (),
         stored: Sequence[float] = (),
+        written: Sequence[float] = (),
         keep_scheduled: bool = False,
         before_step: Callable[[], None] | None = None,
     ) -> None:
@@ -50,9 +52,9 @@ class LRWriter:
                 "LipschitzLR scales the optimizer's configured learning rates; the first parameter group's is "
                 f"{self.reference}, expected a positive number (only the ratios between the groups matter)"
             )
-        self._rate: float | None = None
+        self._rate: float | None = written[0] if written else None
         self._scheduled_lrs: list[float] | None = None  # while the optimizer steps
-        self._written: list[float] = []  # by the last write
+        self._written = list(written)  # by the last write
         self._before_step = before_step
         self._depth = 0  # steps that contain each other and have begun
         self._begun = False  # whether their gradients are final
@@ -61,6 +63,11 @@ class LRWriter:
             for one in (optimizer, *_wrapped(optimizer))
             for handle in (one.register_step_pre_hook(self._enter), one.register_step_post_hook(self._leave))
         ]
+
+    @property
+    def written(self) -> list[float]:
+        """The learning rates of the last step, for the state; empty before the first one and with schedulers."""
+        return list(self._written)
 
     @property
     def ratios(self) -> list[float]:
@@ -101,15 +108,15 @@ class LRWriter:
     def _sync_groups(self) -> None:
         """Takes over groups that were added, or given another lr, since the last step."""
         current = self._current()
+        self.references += self._stored[len(self.references) : len(current)]
         if self._written and self._rate is not None and not self.scheduled:
             self.overwritten |= self._written[0] != current[0]
-            for i, written in enumerate(self._written if self._written[0] == current[0] and self._rate else ()):
-                if current[i] != written:
-                    self.references[i] = current[i] * self.reference / self._rate
-        for i, lr in enumerate(current[len(self.references) :], len(self.references)):
-            if i < len(self._stored):
-                lr = self._stored[i]
-            elif self._rate and not self.scheduled:
+            kept = self._written[0] == current[0] and self._rate
+            for i, (lr, written) in enumerate(zip(current, self._written if kept else (), strict=False)):
+                if lr != written:
+                    self.references[i] = lr * self.reference / self._rate
+        for lr in current[len(self.references) :]:
+            if self._rate and not self.scheduled:
                 # Code that adds a group chooses its lr relative to the written one.
                 lr *= self.reference / self._rate
             self.references.append(lr)

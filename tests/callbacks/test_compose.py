@@ -307,6 +307,22 @@ def test_a_backbone_that_thaws_keeps_its_ratio(bound):
         assert backbone / head == pytest.approx(factor * at_the_thaw / steps.rates[step - 1][0])
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_backbone_that_thaws_goes_on_thawing_after_a_resume(epochs):
+    def run(max_epochs, ckpt_path=None):
+        torch.manual_seed(1)
+        thaw = BackboneFinetuning(1, lambda epoch: 2.0, backbone_initial_ratio_lr=0.01)
+        fitted = trainer(LipschitzLR(schedule="none"), steps := Steps(), thaw, max_epochs=max_epochs)
+        fitted.fit(Finetuned(), loader(), ckpt_path=ckpt_path)
+        return fitted, [rates[-1] / rates[0] for rates in steps.rates]  # of the backbone over the head
+
+    _, whole = run(4)
+    fitted, _ = run(epochs)
+    fitted.save_checkpoint("part.ckpt")
+    _, rest = run(4, "part.ckpt")
+    assert rest == pytest.approx(whole[6 * epochs :])
+
+
 # -- measure only ------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ def filled():
         warned=True,
         damping=NoiseDamping([1.0, 9.0], [0.9, 0.4], 12, 0.2, 0.03, 0.05),
         references=[0.1, 0.01],
+        written=[0.3, 0.03],
         step_scale={"ratios": torch.tensor([2.0])},
         nonfinite={"steps": [3]},
         residuals={"count": torch.tensor(16.0)},

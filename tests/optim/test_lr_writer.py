@@ -96,6 +96,22 @@ def test_a_group_added_later_counts_relative_to_the_first_ones_rate():
     assert resumed.write(2.0) == pytest.approx([2.0, 0.4, 0.2])
 
 
+def test_a_rate_that_is_changed_before_the_first_step_of_a_resumed_run_counts():
+    ours = optimizer()
+    writer = LRWriter(ours)
+    written = writer.write(4.0)
+    again = optimizer()
+    resumed = LRWriter(again, stored=writer.references, written=writer.written)
+    for group, lr in zip(again.param_groups, written, strict=True):
+        group["lr"] = lr  # of the checkpoint
+    again.param_groups[1]["lr"] *= 3
+    assert resumed.write(2.0) == pytest.approx([2.0, 1.2])
+    for group, lr in zip(ours.param_groups, written, strict=True):
+        group["lr"] = lr
+    ours.param_groups[1]["lr"] *= 3
+    assert writer.write(2.0) == pytest.approx([2.0, 1.2])
+
+
 def test_with_a_scheduler_a_group_added_later_brings_its_configured_rate():
     ours = optimizer()
     writer = LRWriter(ours, [schedulers.ExponentialLR(ours, 0.5)])
