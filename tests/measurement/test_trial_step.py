@@ -1,8 +1,10 @@
 """Updates measured by steps of a copy, against the steps that follow; how optimizers depend on the gradients."""
 
 import math
+import random
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from helpers import LINEAR_OPTIMIZERS, MEASURED_OPTIMIZERS, Lion, OtherAdamW, OtherSGD, stepping
@@ -279,3 +281,20 @@ def test_small_copies_have_the_initial_state(monkeypatch):
     sums = [one for one in seen if one.ndim]
     assert sums
     assert all(torch.equal(one, torch.full_like(one, 0.5)) and one.shape == (4, 4) for one in sums)
+
+
+def test_random_numbers_of_every_generator_are_left_alone():
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(group["lr"] * noise * parameter.grad)
+
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    trial_step(Noisy([weight], lr=0.1))
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
