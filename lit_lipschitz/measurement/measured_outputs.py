@@ -11,9 +11,6 @@ from lit_lipschitz.recognition.output_layers import OutputLayer
 
 _MEASURE_EVERY = 17
 """Steps between measurements, after the first 16: a prime, so that losses in turns are all measured."""
-_OF_RUN = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-"""The maxima of the run instead of the interval: the largest gradient norm, since it vanishes with the loss and the
-curvature does not, so that the inverse of its current value would grow without bound."""
 
 
 @dataclass
@@ -109,7 +106,12 @@ class MeasuredOutputs:
         rows = count.clamp(min=1.0)
         size, unused = (products.sum() / square / rows).sqrt(), torch.zeros_like(rows)
         step = torch.stack([size, rows / batches, unused, unused, unused, rows * largest, products.sum().sqrt()])
-        before = self._values * self._values.new_tensor(_OF_RUN) if self._new_interval else self._values
+        before = self._values.clone()
+        if self._new_interval:
+            # The largest gradient norm is that of the run: it vanishes with the loss, and the curvature does not, so
+            # that the inverse of its current value would grow without bound.
+            before[:5].zero_()
+            before[6:].zero_()
         step = torch.maximum(before, step)
         self._values.copy_(torch.where(usable, step, self._values))
         self._new_interval = False
@@ -132,7 +134,7 @@ class MeasuredOutputs:
     def reset(self) -> None:
         """Ends an interval: its maxima hold until a step of the next one is measured, but O is that of an interval."""
         self._new_interval = True
-        self._values[6] = 0.0
+        self._values[6:].zero_()
 
     def pack(self, scale: float, rank: int) -> Tensor:
         """This rank's maxima for a MAX all-reduce, without the gradient norm, as of a RunningMaximum; shape (5,)."""
@@ -145,7 +147,10 @@ class MeasuredOutputs:
 
     def pack_grad_norms(self, measured: bool) -> Tensor:
         """Largest gradient norm of a row times m, 0 unless the constant is ``measured``, and largest O; shape (2,)."""
-        return self._values[5:] * self._values.new_tensor([float(measured), 1.0])
+        packed = self._values[5:].clone()
+        if not measured:
+            packed[:1].zero_()
+        return packed
 
     def unpack_grad_norms(self, reduced: Tensor) -> Tensor:
         """Gives all ranks the same largest norms."""

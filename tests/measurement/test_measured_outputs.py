@@ -207,10 +207,14 @@ def test_nothing_waits_for_the_device():
     with Operations() as operations:
         backward(outputs, loss)
         outputs.end_step()
+        outputs.reset()
         outputs.pack(1.0, 0)
+        outputs.pack_grad_norms(measured=False)
         outputs.pack_gradients(0, 1, CPU)
     assert "aten::linalg_vector_norm" in operations.names
     assert not operations.names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+    # A tensor that is made of the host's numbers is copied to the device, which waits.
+    assert not operations.names & {"aten::lift_fresh", "aten::detach_"}
 
 
 def test_calls_of_a_layer_whose_weight_is_computed_count_together():
