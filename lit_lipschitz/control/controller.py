@@ -130,7 +130,7 @@ class Controller:
         self._begun, self._with_loss, self._has_loss, self._pending = 0, 0, False, False
         self._finder.discard_gradients()
         if self.updater.estimator is not None:
-            self.updater.estimator.logit_grads.discard()
+            self.updater.estimator.discard()
 
     def begin_batch(self, loop: LoopFacts) -> None:
         """Starts the measurement of a batch; discards a batch that made no loss."""
@@ -169,6 +169,8 @@ class Controller:
         """Counts the batch of a loss of the head, and records whether the loss is finite; shape ()."""
         self._with_loss, self._has_loss = self._with_loss + (not self._has_loss), True
         self.updater.statistics.nonfinite.update(loss, loop.step)
+        if self.updater.estimator is not None:
+            self.updater.estimator.add_loss(loss, lambda: loop.loss_scale() * loop.accumulated)
 
     def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
         """Measures by a head and a loss that were found, in the graph if there is one, from now on."""

@@ -13,9 +13,6 @@ from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, Term
 from lit_lipschitz.rules.registry import RULES
 
-# Lower bounds that keep the rate finite as the loss goes to 0.
-MIN_GRAD_NORM_RATIO = 0.01  #: Lower bound on the measured over the largest possible gradient norm.
-MIN_RESIDUAL_RATIO = 0.1  #: Lower bound on the residuals over the norms of outputs and targets.
 ROUNDING = 0.02  #: Relative error of norms in bfloat16, by which a gradient may exceed a bound.
 NUM_DEVIATIONS = 3.0  #: Standard deviations of residuals that count as the largest; 99.7 % of normal ones are less.
 
@@ -53,7 +50,8 @@ class Measurement:
         dropped: Batches with non-finite activations on the rank that had most.
         fourth_moment_norm: Frobenius norm of the matrix of squared activations, for the authors' second moment.
         output_norm: Norm of the head's outputs plus that of the targets, for losses whose constant depends on it.
-        step_scale: Gradient norm over update norm at lr = 1; 0 if no usable gradient was measured.
+        step_scale: Gradient norm over the displacement by a gradient at lr = 1; 0 if no usable gradient was measured.
+        curvature: Gradient norm times that displacement over twice the loss; 0 if not measured or the loss is negative.
         logit_grad_norm: Root mean square over the examples of the gradient norm of an example's loss in the logits; 0
             if not measured.
         mean_logit_grad_norm: Mean of that gradient norm.
@@ -74,6 +72,7 @@ class Measurement:
     fourth_moment_norm: float = 0.0
     output_norm: float = 0.0
     step_scale: float = 1.0
+    curvature: float = 0.0
     logit_grad_norm: float = 0.0
     mean_logit_grad_norm: float = 0.0
     residual_rms: float = 0.0
@@ -200,6 +199,8 @@ class Policy:
         rule = RULES[self.rule if self.rule != "auto" else self._default_rule(optimizer, groups)]
         try:
             rule.function(RuleInput(1.0, 1.0), rule.initial_state(), optimizer.settings(groups[0]))
+            if rule.needs_steps:
+                optimizer.displacement_gain(groups[0])
         except KeyError as missing:
             raise ConfigurationError(
                 f"LipschitzLR(rule={self.rule!r}): expected an optimizer with the setting {missing}, found "
@@ -259,7 +260,7 @@ class Policy:
             return None  # measured before the loss was no longer recognised
         rule = self.rule_for(optimizer, groups)
         constant = _Constant(self, measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))
-        inputs = constant.rule_input(rule)
+        inputs = constant.rule_input(rule, optimizer)
         if inputs is None:
             return None
         state = state if isinstance(state, rule.state_type) else rule.initial_state()
@@ -355,7 +356,7 @@ class _Constant:
             return ("K_z^2 / m", size**2 / batch_size) if whole else ("K_z^2", size**2)
         return "K_z / m", size / batch_size
 
-    def rule_input(self, rule: RuleInfo) -> RuleInput | None:
+    def rule_input(self, rule: RuleInfo, optimizer: OptimizerInfo) -> RuleInput | None:
         """What a rule computes the rate from; None where the constant or the step scale is not positive and finite."""
         measured = self._measured
         second_moment = bounds.second_moment(
@@ -367,7 +368,7 @@ class _Constant:
         )
         if not (0 < self.value < math.inf and 0 < second_moment < math.inf and measured.step_scale > 0):
             return None
-        observed, effective = self._observed(rule.needs_residuals)
+        observed, effective = self._observed(optimizer.is_linear) if rule.needs_steps else (0.0, 0.0)
         return RuleInput(
             self.value,
             second_moment,
@@ -376,33 +377,29 @@ class _Constant:
             batch_size=measured.batch_size,
             observed_constant=observed,
             effective_sample_size=effective,
-            curvature=self._curvature() if rule.needs_residuals else 0.0,
+            curvature=measured.curvature,
+            is_curvature=self._policy.bound == "smooth",
         )
 
     def _observed(self, by_residuals: bool) -> tuple[float, float]:
         """The constant with measured gradient norms or residuals, and the effective sample size; 0 if not measured."""
         measured, batch_size = self._measured, self._measured.batch_size
         frobenius = self._policy.norm == "frobenius"
+        if self._policy.bound != "strict":
+            return 0.0, 0.0
         if by_residuals:
             if not (measured.residual_rms and measured.output_norm and frobenius):
                 return 0.0, 0.0
             # Three times the residuals' root mean square replaces the norms of outputs and targets.
             residual = NUM_DEVIATIONS * measured.residual_rms * math.sqrt(batch_size * self._num_outputs)
-            ratio, effective = max(residual / measured.output_norm, MIN_RESIDUAL_RATIO), float(batch_size)
+            ratio, effective = residual / measured.output_norm, float(batch_size)
         else:
             if not measured.logit_grad_norm:
                 return 0.0, 0.0
             largest = self._data / measured.activation_norm * math.sqrt(batch_size if frobenius else 1)
-            ratio = min(max(measured.logit_grad_norm / largest, MIN_GRAD_NORM_RATIO), 1.0)
+            ratio = min(measured.logit_grad_norm / largest, 1.0)
             effective = batch_size * min(measured.mean_logit_grad_norm / measured.logit_grad_norm, 1.0) ** 2
         return self._data * ratio + self._l2, effective
-
-    def _curvature(self) -> float:
-        """The smooth constant of a squared error, with the Frobenius instead of the spectral norm; 0 of others."""
-        if self._loss.name != "mean_squared_error" or self._policy.norm != "frobenius":
-            return 0.0
-        # The smooth constant squares activation_norm, which contains the factor of the loss once: divide it out.
-        return self._data_term(bound="smooth", norm="frobenius") / self._measured.loss_factor + self._l2_coefficient
 
 
 def _quoted(names: Iterable[str]) -> str:

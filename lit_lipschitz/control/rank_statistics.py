@@ -126,6 +126,7 @@ class RankStatistics:
         return replace(
             measurement,
             step_scale=scale.value,
+            curvature=scale.curvature,
             logit_grad_norm=scale.logit_grad_norm,
             mean_logit_grad_norm=scale.mean_logit_grad_norm,
         )

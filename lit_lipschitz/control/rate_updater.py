@@ -29,10 +29,10 @@ class RateUpdater:
         self.info = optimizer_info(target.optimizer)
         self.rule = policy.rule_for(self.info, target.optimizer.param_groups)
         self.estimator: StepScaleEstimator | None = None  # of the step scale; None if the rule needs none
-        if self.rule.step_scale is not None:
-            needs_logit_grads = self.rule.needs_logit_grads and policy.bound == "strict"
+        if self.rule.needs_steps:
+            needs_logit_grads = policy.bound == "strict" and not self.info.is_linear
             self.estimator = StepScaleEstimator(
-                target.optimizer, target.model, self.rule.step_scale, needs_logit_grads, self.info, loop.notify
+                target.optimizer, target.model, needs_logit_grads, self.info, loop.notify
             )
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop)
         self.reporter = Reporter(options, target, loop)
@@ -126,6 +126,8 @@ class RateUpdater:
         if self._epoch_over(loop):
             self._damp(loop)
         state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
+        if self.estimator is not None:
+            self.estimator.begin_interval()
         return True
 
     def _damp(self, loop: LoopFacts) -> None:

@@ -1,6 +1,7 @@
 """The optimizers that are known: their update at lr = 1, its norm compared with the gradient norm, and their rules."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSpr
 from lit_lipschitz.measurement.norms import as_real, norm
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
 from lit_lipschitz.measurement.trial_step import Behaviour, UpdateOf, behaviour_of, is_schedule_free, trial_step
+from lit_lipschitz.rules.bounded import momentum_of_any
 
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -27,7 +29,10 @@ class OptimizerInfo:
 
     Attributes:
         cls: Its class, or ``"module:Class"`` for a package that may not be installed and is not imported for this.
-        update: Its update at lr = 1; None where it is measured (:mod:`lit_lipschitz.measurement.trial_step`).
+        update: Its update at lr = 1; None where it is measured (:mod:`lit_lipschitz.measurement.trial_step`), and where
+            it is linear.
+        linear: Whether its updates are sums of gradients with weights b^k and the settings ``momentum`` and
+            ``dampening`` of torch's SGD, so that the displacement by a gradient is known.
         rules: The name of its rule for each family of constants (``bound``); without an entry a family is refused.
         momentum_rules: Likewise, where its setting ``momentum`` is not 0 and the rule differs then.
         unsupported: For each family of constants, a setting for which its rule is not valid.
@@ -38,6 +43,7 @@ class OptimizerInfo:
 
     cls: type[Optimizer] | str
     update: UpdateFunction | None = None
+    linear: bool = False
     rules: Mapping[str, str] = field(default_factory=dict)
     momentum_rules: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +80,33 @@ class OptimizerInfo:
             return {"momentum": self.behaviour.momentum, "dampening": self.behaviour.dampening}
         (beta, *_) = group.get("betas") or (group.get("momentum", 0.0),)
         return {"betas": (beta if isinstance(beta, float) and 0 <= beta < 1 else 0.0,)}
+
+    def displacement_gain(self, group: Mapping[str, Any]) -> float:
+        r"""Norm of D over that of the update at lr = 1; for a linear optimizer over that of the gradient.
+
+        D is what one of many independent gradients moves the weights by in the long run. If a gradient enters k updates
+        later with the weight a b^k, the updates' norm is a / sqrt(1 - b^2) times that of a gradient, and D is the sum
+        a / (1 - b): the quotient is :math:`\sqrt{(1 + b) / (1 - b)}`, whatever a is. Schedule-Free moves its sequence
+        by one gradient at a time.
+
+        Raises:
+            ValueError: ``momentum`` or ``dampening`` is out of its range.
+        """
+        settings = self.settings(group)
+        momentum = momentum_of_any(settings)
+        if self.is_linear:
+            dampening = float(settings.get("dampening", 0.0))
+            if not dampening < 1:
+                raise ValueError(
+                    f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening"
+                )
+            return (1 - dampening) / (1 - momentum)
+        return 1.0 if self.averages_weights else math.sqrt((1 + momentum) / (1 - momentum))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its updates are sums of gradients, as is known or was measured."""
+        return self.linear or (self.behaviour is not None and self.behaviour.linear)
 
     def couples_weight_decay(self, group: Mapping[str, Any]) -> bool:
         """Whether the weight decay of a parameter group is added to the gradient, as an L2 term of the loss is."""
@@ -119,13 +152,13 @@ def _adamax(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) ->
 
 
 def _rmsprop(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """Without the momentum, which makes the step longer by the same factor as that of SGD."""
-    alpha = group["alpha"]
+    alpha, momentum = group["alpha"], group.get("momentum", 0.0)
     square = _average((1 - alpha) * grad * grad, alpha, state.get("square_avg"))
     if group.get("centered", False):
         mean = _average((1 - alpha) * grad, alpha, state.get("grad_avg"))
         square = square - mean * mean
-    return grad / (square.sqrt() + group["eps"])
+    update = grad / (square.sqrt() + group["eps"])
+    return _average(update, momentum, state.get("momentum_buffer")) if momentum else update
 
 
 def _schedule_free(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -135,23 +168,23 @@ def _schedule_free(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, A
     return grad / ((second / (1 - beta ** (group["k"] + 1))).sqrt() + group["eps"])
 
 
-_ADAPTIVE = {"strict": "observed", "smooth": "grafted"}
-_ADAM = {**_ADAPTIVE, "paper": "adam"}
-_SGD = {"strict": "inverse", "smooth": "inverse", "paper": "inverse"}
-_MOMENTUM = {"strict": "noise", "paper": "adamo"}
+_BOUNDED = {"strict": "bounded", "smooth": "bounded"}
+_SGD = {**_BOUNDED, "paper": "inverse"}
+_ADAM = {**_BOUNDED, "paper": "adam"}
+_MOMENTUM = {"paper": "adamo"}
 OPTIMIZERS: list[OptimizerInfo] = [
-    OptimizerInfo(SGD, rules=_SGD, momentum_rules=_MOMENTUM),
-    OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", rules=_SGD, momentum_rules=_MOMENTUM),
-    OptimizerInfo(Adam, _adam, _ADAM),
-    OptimizerInfo(AdamW, _adam, _ADAM, decoupled_weight_decay=True),
-    OptimizerInfo(NAdam, _nadam, _ADAM),
-    OptimizerInfo(RAdam, _radam, _ADAPTIVE),  # the paper has no rule for first steps that are not normalised
-    OptimizerInfo(Adamax, _adamax, _ADAPTIVE),
-    OptimizerInfo(RMSprop, _rmsprop, {**_ADAPTIVE, "paper": "rmsprop"}, unsupported={"paper": "centered"}),
+    OptimizerInfo(SGD, None, True, _SGD, _MOMENTUM),
+    OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", None, True, _SGD, _MOMENTUM),
+    OptimizerInfo(Adam, _adam, rules=_ADAM),
+    OptimizerInfo(AdamW, _adam, rules=_ADAM, decoupled_weight_decay=True),
+    OptimizerInfo(NAdam, _nadam, rules=_ADAM),
+    OptimizerInfo(RAdam, _radam, rules=_BOUNDED),  # the paper has no rule for first steps that are not normalised
+    OptimizerInfo(Adamax, _adamax, rules=_BOUNDED),
+    OptimizerInfo(RMSprop, _rmsprop, rules={**_BOUNDED, "paper": "rmsprop"}, unsupported={"paper": "centered"}),
     OptimizerInfo(
         "schedulefree:AdamWScheduleFree",
         _schedule_free,
-        dict.fromkeys(_ADAPTIVE, "schedule_free"),
+        rules=_BOUNDED,
         decoupled_weight_decay=True,
         averages_weights=True,
     ),
@@ -194,20 +227,18 @@ def registered_info(optimizer: Optimizer) -> OptimizerInfo | None:
 def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
     """What is registered of an optimizer that has not stepped yet, or is measured by steps of a small copy.
 
-    One that is not registered has the rules of SGD if its updates are linear in the gradients, else those of Adam-type
-    optimizers with a measured update.
+    The paper's rules for SGD are those of one that is not registered if its updates are linear in the gradients.
     """
     info = registered_info(optimizer)
     if info is not None:
         return info
-    behaviour, averages = behaviour_of(optimizer), is_schedule_free(optimizer)
-    rules = _SGD if behaviour.linear else dict.fromkeys(_ADAPTIVE, "schedule_free") if averages else _ADAPTIVE
+    behaviour = behaviour_of(optimizer)
     return OptimizerInfo(
         type(optimizer),
-        rules=rules,
+        rules=_SGD if behaviour.linear else _BOUNDED,
         momentum_rules=_MOMENTUM if behaviour.linear else {},
         decoupled_weight_decay=not behaviour.couples_weight_decay,
-        averages_weights=averages,
+        averages_weights=is_schedule_free(optimizer),
         behaviour=behaviour,
     )
 
@@ -218,31 +249,7 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def update_norms(
-    optimizer: Optimizer,
-    grad_scale: float | Tensor = 1.0,
-    ratios: Sequence[float] = (),
-    info: OptimizerInfo | None = None,
-    update_of: UpdateOf | None = None,
-) -> Tensor:
-    """Euclidean norms of the gradient and of the update at lr = 1 of an optimizer that is about to step; shape (2,).
-
-    Over all parameters that have a gradient, each group times its learning rate over that of the first one. Weight
-    decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are divided by
-    ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step; an update that is not
-    registered is ``update_of``, or measured by a step of a copy.
-
-    Raises:
-        TrialError: No copy can step.
-    """
-    squares: list[Tensor] = []
-    for step in _steps(optimizer, grad_scale, ratios, info, update_of):
-        squares += [step.ratio**2 * _square(step.grad), step.ratio**2 * _square(step.update)]
-    return _pairs(squares).sum(dim=0).sqrt()
-
-
-@torch.no_grad()
-def mean_grad_to_update_ratio(
+def step_lengths(
     optimizer: Optimizer,
     grad_scale: float | Tensor = 1.0,
     ratios: Sequence[float] = (),
@@ -251,30 +258,47 @@ def mean_grad_to_update_ratio(
     info: OptimizerInfo | None = None,
     update_of: UpdateOf | None = None,
 ) -> Tensor:
-    r"""Mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1, and 1; shape (2,).
+    r"""Measures the step that an optimizer is about to make: a norm, another one, and a product; shape (3,).
 
-    Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and a
-    large one counts no more than a small one. The gradients of scale-invariant weights, which are the shorter the
+    The first two are the mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1,
+    and 1. Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and
+    a large one counts no more than a small one. The gradients of scale-invariant weights, which are the shorter the
     longer the weights are, count as if the weights had the norm that they usually start with. Without weights, as in an
-    optimizer of biases or of a flat part of a sharded network, these are the two norms over all parameters. Not finite
-    where one of the gradients is not. Otherwise like :func:`update_norms`.
+    optimizer of biases or of a flat part of a sharded network, the two are the norms over all parameters.
+
+    The third is the sum of :math:`\|g\| \|u\|` over all parameters, each times its group's learning rate over that
+    of the first one (``ratios``): a bound of how fast the loss falls per unit of the learning rate.
+
+    Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
+    divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step; the update of a
+    linear optimizer is the gradient, and one that is not registered is ``update_of``, or measured by a step of a copy.
+    Not finite where one of the gradients is not.
+
+    Raises:
+        TrialError: No copy can step.
     """
+    info = info or optimizer_info(optimizer)
     weights: list[Tensor] = []
     squares: list[Tensor] = []
+    rates: list[float] = []
     for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         if not step.ratio:
             continue
         growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
-        pair = [growth**2 * _square(step.grad), _square(step.update)]
+        pair = [_square(step.grad), _square(step.update)]
         squares += pair
+        rates.append(step.ratio)
         if is_weight(step.parameter):
-            weights += pair
-    together = _pairs(squares).sum(dim=0).sqrt()
+            weights += [growth**2 * pair[0], pair[1]]
+    of_all = _pairs(squares)
+    together = of_all.sum(dim=0).sqrt()
+    speed = (of_all.prod(dim=1).sqrt() * torch.tensor(rates).to(together)).sum()
     grad_norms, norms = _pairs(weights, together.device).sqrt().T
     counted = (grad_norms > 0) & (norms > 0)
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
-    return torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
+    lengths = torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
+    return torch.cat([lengths, speed.reshape(1)])
 
 
 @dataclass(frozen=True)
@@ -293,12 +317,11 @@ def _steps(
     optimizer: Optimizer,
     grad_scale: float | Tensor,
     ratios: Sequence[float],
-    info: OptimizerInfo | None,
+    info: OptimizerInfo,
     update_of: UpdateOf | None,
 ) -> Iterator[_Step]:
     """The steps of all parameters that have a gradient."""
-    info = info or optimizer_info(optimizer)
-    if info.update is None and update_of is None:
+    if info.update is None and update_of is None and not info.is_linear:
         update_of = trial_step(optimizer, grad_scale, keep_decay=not info.decoupled_weight_decay)
     counters = _counters(optimizer) if update_of is None else {}
     groups = zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False)
@@ -310,10 +333,10 @@ def _steps(
         grad = as_real(raw_grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
         if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
             grad = grad + group["weight_decay"] * as_real(parameter.detach())
+        update = grad
         if update_of is not None:
             update = update_of(parameter)
-        else:
-            assert info.update is not None
+        elif info.update is not None:
             state = {
                 name: counters.get((parameter, name), as_real(value))
                 for name, value in optimizer.state.get(parameter, {}).items()

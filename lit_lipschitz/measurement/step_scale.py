@@ -1,8 +1,8 @@
-"""Periodic estimates of an adaptive optimizer's step scale and of the gradient norm in the logits."""
+"""Periodic measurements of an optimizer's steps, of the loss, and of the gradient norm in the outputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_lipschitz.measurement.norms import as_real, norm
-from lit_lipschitz.measurement.optimizer_updates import (
-    OptimizerInfo,
-    mean_grad_to_update_ratio,
-    optimizer_info,
-    update_norms,
-    weight_filter,
-)
+from lit_lipschitz.measurement.norms import as_real, norm, whole
+from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, optimizer_info, step_lengths, weight_filter
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
 from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
-from lit_lipschitz.rules.base import StepScaleKind
 
 MEASURE_EVERY = 16
 """Optimizer steps between measurements, after the first 16."""
@@ -29,92 +22,55 @@ MEASURE_EVERY = 16
 
 @dataclass(frozen=True)
 class StepScale:
-    """Running estimate of one optimizer's step scale, gradient norm over update norm at lr = 1.
+    """What was measured of an optimizer step; 0 stands for a number that was not."""
 
-    Each field is a geometric moving average of the measured numbers with weight 1/2 on the newest; 0 before the first.
-    """
-
-    value: float = 0.0  # gradient norm over update norm
+    value: float = 0.0  # s, gradient norm over the norm of the displacement by a gradient at lr = 1
+    curvature: float = 0.0  # H, their product over twice the loss
     logit_grad_norm: float = 0.0  # root mean square over the examples of the gradient norm in the logits
     mean_logit_grad_norm: float = 0.0  # mean over the examples
 
-    def update(self, ratio: float, logit_grad_norm: float = 0.0, mean_logit_grad_norm: float = 0.0) -> "StepScale":
-        """The estimate after a measurement; numbers that are not positive and finite are left out."""
-        if not _is_positive(ratio):
-            return self
-        fields = self._updated_fields(ratio)
-        if _is_positive(logit_grad_norm) and _is_positive(mean_logit_grad_norm):
-            fields["logit_grad_norm"] = _averaged(self.logit_grad_norm, logit_grad_norm)
-            fields["mean_logit_grad_norm"] = _averaged(self.mean_logit_grad_norm, mean_logit_grad_norm)
-        return replace(self, **fields)
-
-    def _updated_fields(self, ratio: float) -> dict[str, Any]:
-        return {"value": _averaged(self.value, ratio)}
-
-
-@dataclass(frozen=True)
-class FlooredScale(StepScale):
-    """A mean over all measurements, bounded below by that of the first five, those of the first 16 steps."""
-
-    first_mean: float = 0.0  # of the first five ratios
-    mean: float = 0.0  # of all
-    count: int = 0
-
-    def _updated_fields(self, ratio: float) -> dict[str, Any]:
-        count = self.count + 1
-        mean = self.mean + (ratio - self.mean) / count
-        first_mean = mean if count <= 5 else self.first_mean
-        return {"value": max(first_mean, mean), "first_mean": first_mean, "mean": mean, "count": count}
-
-
-def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _averaged(average: float, value: float) -> float:
-    return math.sqrt(average * value) if average else value
-
 
 class StepScaleEstimator:
-    """Measures one optimizer's step scale every few steps; ranks agree by one MAX all-reduce.
+    """Measures one optimizer's steps every few steps; ranks agree by one MAX all-reduce.
 
-    The kind ``"total"`` has the norms over all parameters, ``"mean"`` the mean ratio over the weights, ``"floored"``
-    the same as a :class:`FlooredScale`. With ``needs_logit_grads``, the gradient norm in the logits is measured too,
-    and the scale is corrected for the growth of scale-invariant weights. ``info`` is what is known of the optimizer. If
-    its update is measured and no copy of it can step, ``notify`` says so, and a due step uses what the last one was.
+    With ``needs_logit_grads``, the gradient norm in the logits is measured too. The update of a linear optimizer is
+    known, and of others the gradient norm is corrected for the growth of scale-invariant weights. ``info`` is what is
+    known of the optimizer. If its update is measured and no copy of it can step, ``notify`` says so, and a due step
+    uses what the last one was.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         module: nn.Module,
-        kind: StepScaleKind,
         needs_logit_grads: bool = False,
         info: OptimizerInfo | None = None,
         notify: Callable[[str], None] = print,
     ) -> None:
-        self.scale = FlooredScale() if kind == "floored" else StepScale()
+        self.scale = StepScale()
         self.restarted = False  # whether the last step began a new estimate, since other parameters train than before
         self.needs_logit_grads, self.logit_grads = needs_logit_grads, LogitGradientNorms()
         self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
         self._optimizer, self._info, self._notify = optimizer, info or optimizer_info(optimizer), notify
+        self._gain = self._info.displacement_gain(optimizer.param_groups[0])
         self.copies_fail = False  # whether an update was to be measured, and no copy of the optimizer could step
         self._applied: AppliedStep | None = None
-        if self._info.update is None:
+        if self._info.update is None and not self._info.is_linear:
             self._applied = AppliedStep(optimizer, self._info.decoupled_weight_decay)
-        self._is_weight = None if kind == "total" else weight_filter(module)
+        self._is_weight = weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
         self._steps = 0  # of the run
         self._repeat = False
         self._grad_norm: Tensor | None = None  # of the coming step, as the backward has left its gradients
+        self._loss: Tensor | None = None  # sum of the losses of the coming step
 
     @property
     def due(self) -> bool:
         """Whether to measure the coming optimizer step, before :meth:`begin_step`; the same on all ranks.
 
-        Steps 1, 2, 4, 8 and 16 are due and then every 16th, all until there is an estimate, and the one after other
-        parameters have begun to train. The step with which they do is measured as well.
+        Steps 1, 2, 4, 8 and 16 are due and then every 16th, the first of an interval, all until there is an estimate,
+        and the one after other parameters have begun to train. The step with which they do is measured as well.
         """
         return self._is_due(self._steps + 1)
 
@@ -127,7 +83,22 @@ class StepScaleEstimator:
 
     def restart(self) -> None:
         """Begins a new estimate with the next step."""
-        self.scale = type(self.scale)()
+        self.scale = StepScale()
+
+    def begin_interval(self) -> None:
+        """Has the next step measured, whose rate is the first that the last interval's measurement gives."""
+        self._repeat = True
+
+    def add_loss(self, loss: Tensor, loss_scale: Callable[[], float | Tensor]) -> None:
+        """Adds a loss of the coming step, divided by a factor, if the step is due; shape ()."""
+        if self.due:
+            value = whole(loss.detach()).float().sum() / loss_scale()
+            self._loss = value if self._loss is None else self._loss + value.to(self._loss.device)
+
+    def discard(self) -> None:
+        """Forgets the losses since the last step."""
+        self._loss = None
+        self.logit_grads.discard()
 
     @torch.no_grad()
     def _current_grad_norm(self) -> Tensor:
@@ -154,33 +125,32 @@ class StepScaleEstimator:
         num_trained = sum(parameter.requires_grad for parameter in self._parameters)
         self.restarted = num_trained != self._num_trained
         if self.restarted:
-            self._num_trained, self.scale = num_trained, type(self.scale)()
+            self._num_trained, self.scale = num_trained, StepScale()
             self._repeat = self.needs_logit_grads and not due  # the backward of this step was not watched
         return due or self.restarted
 
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
         """This rank's numbers of the step that has begun, for a MAX all-reduce; the gradient norm before clipping.
 
-        Shape (2,), or with gradient norms in the logits (2 + 2 * world_size,), on the gradients' device.
+        Shape (4,), or with gradient norms in the logits (4 + 2 * world_size,), on the gradients' device.
         """
         packed = self._pack_norms(grad_scale, ratios)
         if self._grad_norm is not None:
             clipping = self._grad_norm / (self._current_grad_norm() / grad_scale)
-            packed[0] *= torch.where(torch.isfinite(clipping), clipping, 1.0)
+            clipping = torch.where(torch.isfinite(clipping), clipping, 1.0)
+            packed = packed * torch.stack([clipping, torch.ones_like(clipping), clipping])
             self._grad_norm = None
+        loss = packed.new_zeros(1) if self._loss is None else self._loss.to(packed).reshape(1)
+        packed, self._loss = torch.cat([packed, loss]), None
         if self.needs_logit_grads:
             packed = torch.cat([packed, self.pack_logit_grads(rank, world_size, packed.device).flatten()])
         # Whether a NaN survives a MAX depends on the order of the ranks; infinity is ignored by `update`.
         return torch.where(torch.isfinite(packed), packed, math.inf)
 
     def _norms(self, grad_scale: float | Tensor, ratios: Sequence[float], update_of: UpdateOf | None = None) -> Tensor:
-        """Gradient norm and update norm, or their mean ratio and 1; shape (2,)."""
-        if self._is_weight is None:
-            return update_norms(self._optimizer, grad_scale, ratios, self._info, update_of)
-        invariance = self.invariance if self.needs_logit_grads else None
-        return mean_grad_to_update_ratio(
-            self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of
-        )
+        """The :func:`step_lengths` of the step that has begun; shape (3,)."""
+        invariance = None if self._info.is_linear else self.invariance
+        return step_lengths(self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of)
 
     def _pack_norms(self, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
         """The norms of the coming step, or of one before it if no copy can step; zeros before the first one."""
@@ -197,7 +167,7 @@ class StepScaleEstimator:
         measured, self._applied.measured = self._applied.measured, None
         self._applied.watch(partial(self._norms, grad_scale, ratios))
         device = self._parameters[0].device
-        return torch.zeros(2, device=device) if measured is None else measured
+        return torch.zeros(3, device=device) if measured is None else measured
 
     def close(self) -> None:
         """Removes the hook."""
@@ -205,10 +175,16 @@ class StepScaleEstimator:
             self._applied.close()
 
     def update(self, reduced: Sequence[float]) -> None:
-        """Updates the estimate with the MAX over all ranks of :meth:`pack`, read to the host."""
-        grad_norm, update_norm, *logit_grads = reduced
+        """Takes over the MAX over all ranks of :meth:`pack`, read to the host; without a usable gradient nothing."""
+        grad_norm, update_norm, speed, loss, *logit_grads = reduced
         ratio = grad_norm / update_norm if update_norm > 0 else 0.0
-        self.scale = self.scale.update(ratio, *grad_norms_of_ranks(logit_grads))
+        if not _is_positive(ratio):
+            return
+        curvature = speed * self._gain / (2 * loss) if loss > 0 else 0.0
+        norms = grad_norms_of_ranks(logit_grads)
+        if not all(map(_is_positive, norms)):
+            norms = self.scale.logit_grad_norm, self.scale.mean_logit_grad_norm
+        self.scale = StepScale(ratio / self._gain, curvature if math.isfinite(curvature) else 0.0, *norms)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""
@@ -217,11 +193,15 @@ class StepScaleEstimator:
             "num_trained": self._num_trained,
             "steps": self._steps,
             "repeat": self._repeat,
-            "scale_invariance": self.invariance.state_dict(self._parameters) if self.needs_logit_grads else [],
+            "scale_invariance": [] if self._info.is_linear else self.invariance.state_dict(self._parameters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state of :meth:`state_dict`."""
-        self.scale = type(self.scale)(**state["scale"])
+        self.scale = StepScale(**state["scale"])
         self._num_trained, self._steps, self._repeat = state["num_trained"], state["steps"], state["repeat"]
         self.invariance.load_state_dict(state["scale_invariance"])
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

@@ -3,15 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lit_lipschitz.bounds.families import Bound, check_positive
 from lit_lipschitz.bounds.penalties import SecondMoment
 
 Settings = Mapping[str, Any]
 """A parameter group of an optimizer, with its settings under torch's names."""
-StepScaleKind = Literal["total", "mean", "floored"]
-"""How the step scale is estimated; see :mod:`lit_lipschitz.measurement.step_scale`."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,12 @@ class RuleInput:
     constant: float  #: L, the Lipschitz constant of the loss, positive
     second_moment: float  #: estimate of L^2, positive
     activation_norm: float = 1.0  #: K_z, norm of the head's inputs, positive
-    step_scale: float = 1.0  #: gradient norm over update norm at lr = 1, positive
+    step_scale: float = 1.0  #: s, gradient norm over the norm of the long-run displacement at lr = 1, positive
     batch_size: float = 1.0  #: m, examples that the loss of one optimizer step averages over, positive
     observed_constant: float = 0.0  #: O; 0 if not measured
     effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
-    curvature: float = 0.0  #: bound of the Hessian's largest eigenvalue for a squared error; 0 if not needed
+    curvature: float = 0.0  #: H, gradient norm times displacement at lr = 1 over twice the loss; 0 if not measured
+    is_curvature: bool = False  #: whether L bounds the curvature (``bound="smooth"``) and not the gradient
 
     def __post_init__(self) -> None:
         for name in ("constant", "second_moment", "activation_norm", "step_scale", "batch_size"):
@@ -85,9 +84,7 @@ class RuleInfo:
         initial: From a fixed learning rate that was used before the first update to the state; None where that rate
             does not matter.
         bounds: The families of constants that the rule is defined for.
-        step_scale: The estimate of :attr:`RuleInput.step_scale` that it needs; None without one.
-        needs_logit_grads: Whether it uses gradient norms in the logits (``bound="strict"`` only).
-        needs_residuals: Whether it uses residuals and curvature of a squared error.
+        needs_steps: Whether it uses what is measured of the optimizer's steps, and O and n (``bound="strict"`` only).
         second_moment: The estimate of :attr:`RuleInput.second_moment` that it uses by default.
         uses_settings: Whether it uses settings of the optimizer, which all parameter groups must then share.
     """
@@ -98,9 +95,7 @@ class RuleInfo:
     state_type: Any
     initial: Callable[[float], Any] | None = None
     bounds: tuple[Bound, ...] = ("strict", "smooth", "paper")
-    step_scale: StepScaleKind | None = None
-    needs_logit_grads: bool = False
-    needs_residuals: bool = False
+    needs_steps: bool = False
     second_moment: SecondMoment = "constant"
     uses_settings: bool = True
 
@@ -118,14 +113,3 @@ def decay_rate(name: str, value: Any) -> float:
     if not 0 <= float(value) < 1:
         raise ValueError(f"{name}={float(value)}: expected 0 <= {name} < 1")
     return float(value)
-
-
-def momentum_of(settings: Settings) -> tuple[Term, float]:
-    """The momentum b of torch's SGD as a term, and the average gradient over torch's velocity, (1 - b) / (1 - d).
-
-    ``momentum`` b is in [0, 1) and ``dampening`` d below 1 (0 if absent); a ValueError says which is not.
-    """
-    momentum, dampening = decay_rate("momentum", settings["momentum"]), float(settings.get("dampening", 0.0))
-    if not dampening < 1:
-        raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
-    return Term("b", momentum, "the optimizer's momentum"), (1 - momentum) / (1 - dampening)

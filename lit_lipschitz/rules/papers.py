@@ -20,10 +20,21 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Term, decay_rate, momentum_of
+from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Term, decay_rate
 
 _K1 = partial(Term, "K1", meaning="moving average of L")
 _K2 = partial(Term, "K2", meaning="moving average of the estimate of L^2")
+
+
+def momentum_of(settings: Settings) -> tuple[Term, float]:
+    """The momentum b of torch's SGD as a term, and the average gradient over torch's velocity, (1 - b) / (1 - d).
+
+    ``momentum`` b is in [0, 1) and ``dampening`` d below 1 (0 if absent); a ValueError says which is not.
+    """
+    momentum, dampening = decay_rate("momentum", settings["momentum"]), float(settings.get("dampening", 0.0))
+    if not dampening < 1:
+        raise ValueError(f"dampening={dampening}: expected less than 1, since gradients enter with 1 - dampening")
+    return Term("b", momentum, "the optimizer's momentum"), (1 - momentum) / (1 - dampening)
 
 
 class AverageState(NamedTuple):

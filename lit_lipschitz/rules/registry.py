@@ -1,21 +1,7 @@
-"""The learning-rate rules by name.
+"""The learning-rate rules by name: ``bounded``, the default of all optimizers, ``inverse``, and those of the paper.
 
-With L the Lipschitz constant, O the one with the measured gradient norm, m the examples in a step, n the effective
-number of them, b the momentum, scale = gradient norm over update norm at lr = 1, and gains c that each rule defines:
-
-============= ========================================= ============================================================
-rule          rate                                      default for
-============= ========================================= ============================================================
-inverse       1 / L                                     SGD; with ``bound="smooth"`` SGD with momentum too
-noise         (1 - b) sqrt(m / 2) / L, limited          SGD with momentum
-observed      min(c scale / O, its mean)                Adam-type optimizers
-grafted       min(scale, its mean) c / L                Adam-type optimizers with ``bound="smooth"``
-schedule_free scale min(c / O, its mean)                Schedule-Free AdamW
-============= ========================================= ============================================================
-
-All but ``inverse`` were chosen by validation (``docs/guide/evidence.md``) and are not in the papers;
-:mod:`lit_lipschitz.rules.papers` has those of ``bound="paper"``. The rules of each optimizer stand in
-:mod:`lit_lipschitz.measurement.optimizer_updates`.
+:mod:`lit_lipschitz.rules.bounded` has the first two, :mod:`lit_lipschitz.rules.papers` those of ``bound="paper"``. The
+rule of each optimizer stands in :mod:`lit_lipschitz.measurement.optimizer_updates`.
 
 Example:
     >>> from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Stateless
@@ -26,12 +12,10 @@ Example:
     0.25
 """
 
-from lit_lipschitz.rules import adaptive, papers, schedule_free, sgd
+from lit_lipschitz.rules import bounded, papers
 from lit_lipschitz.rules.base import RuleInfo
 
-RULES: dict[str, RuleInfo] = {
-    info.name: info for info in (*sgd.RULES, *adaptive.RULES, *schedule_free.RULES, *papers.RULES)
-}
+RULES: dict[str, RuleInfo] = {info.name: info for info in (*bounded.RULES, *papers.RULES)}
 """The rules, by their names."""
 
 

@@ -1,0 +1,110 @@
+r"""The learning rate of every optimizer: the inverse of the largest of three constants, in units of its own steps.
+
+An optimizer enters by two numbers. b is its momentum, or the first of its ``betas``: it remembers 1 / (1 - b)
+gradients. D is what one of many independent gradients g moves the weights by in the long run, at a learning rate of 1:
+(1 - d) / (1 - b) g for SGD with dampening d, and :math:`\sqrt{(1 + b) / (1 - b)}` times the update for other optimizers
+(:meth:`lit_lipschitz.measurement.optimizer_updates.OptimizerInfo.displacement_gain`).
+"""
+
+import math
+from typing import NamedTuple
+
+from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Stateless, Term, decay_rate
+
+
+class MeanState(NamedTuple):
+    """Mean of a constant over all updates."""
+
+    mean: float = 0.0
+    updates: int = 0
+
+    def updated(self, value: float) -> "MeanState":
+        """The state after one more value."""
+        updates = self.updates + 1
+        return MeanState(self.mean + (value - self.mean) / updates, updates)
+
+
+def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResult:
+    r"""Rate = 1 / max(C / (c s), its mean, (1 - b) H), with c = min(sqrt(n / 2), 1 / (1 - b)).
+
+    s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
+    as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
+
+    1. **Noise.** C bounds the root mean square over a batch of the examples' gradient norms. If n examples are
+       independent, the gradients of two batches differ by at most sqrt(2 / n) C in the root mean square: the square is
+       2 / n times the trace of the covariance of one example's gradient. D may be as long as with a rate of the inverse
+       of that, the Lipschitz constant of the noise.
+    2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
+    3. **Curvature.** A loss f that is not negative and whose gradient has the Lipschitz constant H satisfies
+       \|g\|^2 <= 2 f H. So H is at least \|g\|^2 / (2 f), over all layers and at the weights that there are; in units
+       of the optimizer's steps, \|g\| \|D\| / (2 f), summed over the parameters. A single step may be as long as with a
+       rate of 1 / H. C vanishes with the residuals of a regression, and H does not.
+
+    Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
+    gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
+    that were measured in the same step as s, and n is Kish's effective number of examples. C / (c s) is not let below
+    its mean over all updates, since a rate that followed a constant that vanishes would grow without bound.
+
+    With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
+
+    References:
+        N. Srebro, K. Sridharan, A. Tewari: Smoothness, Low Noise and Fast Rates, NIPS 2010, lemma 2.1, for the third
+        bound. L. Kish: Survey Sampling, 1965, for n. N. Agarwal et al., arXiv 2002.11803, 2020, for steps with the
+        length of one optimizer and the direction of another. The rate is not in them.
+    """
+    momentum = momentum_of_any(settings)
+    constant, examples = _constant_and_examples(inputs)
+    gain = 1 / (1 - momentum)
+    if examples is not None:
+        gain = min(math.sqrt(examples.value / 2), gain)
+    now = constant.value / (gain * inputs.step_scale)
+    state = state.updated(now)
+    terms = [
+        Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
+        Term("s", inputs.step_scale, "norm of a gradient over that of the displacement by it at lr = 1"),
+        constant,
+        *([examples] if examples else ()),
+        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), for noise and gradient"),
+        Term("mean", state.mean, "mean of C / (c s) over all updates, below which it does not count"),
+        Term("H", inputs.curvature, "least curvature, gradient norm times displacement over twice the loss"),
+    ]
+    return RuleResult(1 / max(now, state.mean, (1 - momentum) * inputs.curvature), state, tuple(terms))
+
+
+def momentum_of_any(settings: Settings) -> float:
+    """The decay rate b of an optimizer's memory: ``momentum``, or the first of ``betas``; 0 without both.
+
+    Raises:
+        ValueError: It is not in [0, 1).
+    """
+    if "betas" in settings:
+        return decay_rate("betas", settings["betas"][0])
+    return decay_rate("momentum", settings.get("momentum", 0.0))
+
+
+def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
+    """C and n; no n for a constant of the curvature."""
+    if inputs.is_curvature:
+        return Term("C", inputs.constant, "L"), None
+    if inputs.observed_constant:
+        constant = Term("C", inputs.observed_constant, "O: L with what was measured instead of the largest possible")
+        return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
+    return Term("C", inputs.constant, "L"), Term("n", inputs.batch_size, "m")
+
+
+def inverse(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult:
+    """Gradient descent, whatever the optimizer: rate = 1 / L."""
+    return RuleResult(1.0 / inputs.constant, state)
+
+
+RULES = (
+    RuleInfo(
+        "bounded",
+        bounded,
+        "Steps bounded by noise, gradient and curvature: rate = 1 / max(C / (c s), its mean, (1 - b) H).",
+        MeanState,
+        bounds=("strict", "smooth"),
+        needs_steps=True,
+    ),
+    RuleInfo("inverse", inverse, "Gradient descent: rate = 1 / L.", Stateless, uses_settings=False),
+)
