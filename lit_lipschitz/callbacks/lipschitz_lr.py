@@ -31,6 +31,7 @@ from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.state import OTHER_VERSION
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.norms import Weights
+from lit_lipschitz.recognition.autograd_nodes import beginning_of
 from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
@@ -89,6 +90,8 @@ class LipschitzLR(Callback):
             (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or in a run of unknown length.
             Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared error the
             rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``: constant.
+        measure_every: Optimizer steps between measurements, beside the first one of an interval and steps 1, 2, 4, 8,
+            ...; ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured batches.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
@@ -124,6 +127,7 @@ class LipschitzLR(Callback):
         restore: bool = True,
         on_nonfinite: Literal["keep", "raise"] = "keep",
         schedule: Literal["auto", "none"] = "auto",
+        measure_every: Literal["auto"] | int = "auto",
         measure: Literal["running", "pass"] = "running",
         weights: Weights = "decayed",
         second_moment: Literal["auto", bounds.SecondMoment] = "auto",
@@ -135,7 +139,9 @@ class LipschitzLR(Callback):
         except ValueError as error:
             raise ConfigurationError(f"LipschitzLR: {error}") from None
         self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
-        self.options = Options(loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule)
+        self.options = Options(
+            loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule, measure_every
+        )
         if self.options.measured:
             check_measured(self.policy, self.options)
         if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
@@ -252,12 +258,18 @@ class LipschitzLR(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
-        loop, graph = self._loop_now(), LossGraph(loss, self.options.loss_name)
-        for controller in self._controllers.values():
+        loop, controllers = self._loop_now(), list(self._controllers.values())
+        kind = beginning_of(loss.grad_fn)
+        new = [controller for controller in controllers if controller.is_new(kind)]
+        for controller in controllers:
             controller.begin_backward()
-        for controller in _owners(list(self._controllers.values()), graph):
+        if not new and len(controllers) == 1:
+            controllers[0].observe_loss(loss, loop)
+            return
+        graph = LossGraph(loss, self.options.loss_name)
+        for controller in _owners(controllers, graph):
             controller.observe_loss(loss, loop)
-        for controller in self._controllers.values():
+        for controller in new:
             controller.on_loss(graph, loop)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,10 +300,19 @@ class LipschitzLR(Callback):
         for position in dict.fromkeys(self._unlogged):
             self._log(pl_module, position)
         self._unlogged.clear()
+        before = self._loop
+        if before.world_size == 1 and not (trainer.is_last_batch or self._measures_batch(before)):
+            return
         loop = self._facts.now()
         may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
         for controller in self._controllers.values():
             controller.end_batch(loop, may_be_saved)
+
+    def _measures_batch(self, loop: LoopFacts) -> bool:
+        """Whether a controller has more to do at the end of a batch than to count it."""
+        if not loop.automatic or self.options.update != "epoch":
+            return True
+        return any(one.measuring or loop.epoch > one.updater.state.epoch for one in self._controllers.values())
 
     def share(self) -> None:
         """Gives all ranks the same values, for a checkpoint after a step; all ranks must call it."""

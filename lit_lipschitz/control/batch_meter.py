@@ -40,7 +40,7 @@ class BatchMeter:
         A loss may belong to another optimizer, and of a named one the graph need not show anything.
         """
         estimator = self._estimator
-        watches = estimator is not None and estimator.needs_logit_grads and estimator.due
+        watches = estimator is not None and estimator.needs_logit_grads
         batch = self._read(graph) if self._running or watches else None
         if estimator is not None and watches and batch is not None:
             self._watch_gradients(graph, batch, estimator)

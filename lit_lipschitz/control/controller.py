@@ -17,6 +17,9 @@ from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.optim.lr_writer import LRWriter
 from lit_lipschitz.recognition.loss_graph import LossGraph
 
+MAX_KINDS = 64
+"""Most kinds of losses that are told apart; a loss of another kind is measured in each step."""
+
 
 class Controller:
     """Measures what enters the head, updates the learning rate of one optimizer, and writes it.
@@ -60,11 +63,18 @@ class Controller:
         self._has_loss = False  # whether this batch is one of them
         self._pending = False  # whether a loss has come since the last step
         self._versions = 0  # changes to the weights before this batch
+        self.measuring = False  # whether the forwards of this batch are measured
+        self._losses: set[tuple[str, ...]] = set()  # what the graphs of losses that were measured begin with
 
     @property
     def hooks(self) -> Hooks:
         """The hooks on what is or can be the head, or on the output layers."""
         return self._finder.hooks
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is measured, which is the same on all ranks."""
+        return self.updater.steps.due or self.found is None
 
     @property
     def measurement(self) -> Measurement | None:
@@ -136,20 +146,32 @@ class Controller:
         """Starts the measurement of a batch; discards a batch that made no loss."""
         self._writer.end_step()
         self._begun, self._has_loss = self._begun + 1, False
+        if not self.due:
+            return
         if self._batch_open or not loop.automatic:
             self.hooks.discard()
         self._batch_open = self.options.running
-        self.hooks.set_mode("training" if self.options.running else "watching")
+        self._measure_forwards()
         if self.decision is None and not loop.automatic:
             self._versions = self._count_changes()
+
+    def _measure_forwards(self) -> None:
+        self.hooks.set_mode("training" if self.options.running else "watching")
+        self.measuring = True
 
     def _count_changes(self) -> int:
         """How often the weights have been changed in place."""
         return sum(parameter._version for parameter in self._target.parameters)
 
+    def is_new(self, kind: tuple[str, ...]) -> bool:
+        """Whether a loss whose graph begins with these nodes is to be measured, in a step that need not be due."""
+        known = not self.due and kind in self._losses
+        if len(self._losses) < MAX_KINDS:
+            self._losses.add(kind)
+        return not known
+
     def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Ends the measurement of a batch by its loss, before the backward; the first one shows the head."""
-        self._pending = True
         # With several optimizers, the last loss before the first step is the one that the step uses.
         if self._meter is None or (self.decision is None and not self._target.is_only):
             found = self._finder.find(graph, loop)
@@ -167,10 +189,14 @@ class Controller:
 
     def observe_loss(self, loss: Tensor, loop: LoopFacts) -> None:
         """Counts the batch of a loss of the head, and records whether the loss is finite; shape ()."""
+        self._pending = True
         self._with_loss, self._has_loss = self._with_loss + (not self._has_loss), True
-        self.updater.statistics.nonfinite.update(loss, loop.step)
-        if self.updater.estimator is not None:
-            self.updater.estimator.add_loss(loss, lambda: loop.loss_scale() * loop.accumulated)
+        updater = self.updater
+        updater.statistics.nonfinite.update(loss, loop.step)
+        if updater.statistics.residuals.width:
+            updater.statistics.residuals.add_loss(loss, measured=self.due)
+        if updater.estimator is not None and self.due:
+            updater.estimator.add_loss(loss, loop.loss_scale() * loop.accumulated)
 
     def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
         """Measures by a head and a loss that were found, in the graph if there is one, from now on."""
@@ -189,10 +215,10 @@ class Controller:
     def after_backward(self, loop: LoopFacts) -> None:
         """A backward of the loop has ended; the gradients may be clipped before the step."""
         estimator = self.updater.estimator
-        if estimator is None:
+        if estimator is None or not self.due:
             return
         if loop.automatic or self._with_loss == 1:
-            estimator.after_backward(lambda: loop.loss_scale() * loop.accumulated)
+            estimator.after_backward(loop.loss_scale() * loop.accumulated)
         else:
             estimator.forget_grad_norm()
 
@@ -210,21 +236,14 @@ class Controller:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
-        batches = max(1, self._with_loss or (0 if loop.automatic else self._begun))
-        found = self._finder.begin_step(self.found, loop, batches, first_step=self.decision is None)
-        if found is not self.found:
-            self._meter = self._measure_by(found, None, loop)
-        if self.decision is None:
-            if found.measured and self.measurement is not None and not self._measured_by_all:
-                self.updater.restart()  # the run that is resumed had another loss
-            self._measured_by_all = found.measured
-        if not loop.automatic and self._batch_open:
-            self.found.hook.statistic.finish()  # of a batch that made a step without a loss
-            self._batch_open = False
+        due, batches = self.due, max(1, self._with_loss or (0 if loop.automatic else self._begun))
+        if due or self._finder.watching:
+            self._end_measurement(self.found, loop, batches)
         before = self.updater.state.decision
         self._begun, self._with_loss, self._pending = 0, 0, False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
-        self._follow_ranks(loop)
+        if due:
+            self._follow_ranks(loop)
         factor = self._schedule.factor(loop) * self.damping
         rate = decision.lr * factor if decision else 0.0
         self.rates = self._writer.write(None if self.options.dry_run else rate)
@@ -234,11 +253,28 @@ class Controller:
             self.updater.reporter.announce(self.found, decision, self.policy.bound)
         self.updater.reporter.check_overwritten(self._writer.overwritten)
         self.decision = decision or Decision(self.rates[0])
-        return self.updater.state.steps == 1 or decision is not before
+        if not loop.automatic and not self.measuring and self.due:  # the batch may make more steps
+            self._measure_forwards()
+        return self.updater.state.steps == 1 or before is None
+
+    def _end_measurement(self, found: FoundHeads, loop: LoopFacts, batches: int) -> None:
+        """Ends the measurement of a step that is about to be made, of so many batches."""
+        now = self._finder.begin_step(found, loop, batches, first_step=self.decision is None)
+        if now is not found:
+            self._meter = self._measure_by(now, None, loop)
+        if self.decision is None:
+            if now.measured and self.measurement is not None and not self._measured_by_all:
+                self.updater.restart()  # the run that is resumed had another loss
+            self._measured_by_all = now.measured
+        if not loop.automatic and self._batch_open:
+            now.hook.statistic.finish()  # of a batch that made a step without a loss
+            self._batch_open = False
 
     def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
         """Ends the interval with its last step; ``may_be_saved``: in a checkpoint, which all ranks know alike."""
-        self.hooks.set_mode("off")
+        if self.measuring:
+            self.hooks.set_mode("off")
+            self.measuring = False
         if self.decision is None and not loop.automatic and self._versions != self._count_changes():
             raise ConfigurationError(
                 f"LipschitzLR writes the learning rate in the step of the optimizer{self._target.label}, and found "

@@ -96,6 +96,11 @@ class Finder:
         return self._measured.found()
 
     @property
+    def watching(self) -> bool:
+        """Whether backwards of the coming step were watched."""
+        return self._measured is not None and self._measured.hooks.statistic.watching
+
+    @property
     def may_measure(self) -> bool:
         """Whether a recognised loss is used, and measuring is possible."""
         return self._heads is not None and self._measured is not None
@@ -105,8 +110,8 @@ class Finder:
         return self._used.meter(found, updater, graph, loop)
 
     def check(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Has a backward measured, where a step is due, to check the bound of a recognised loss by its gradients."""
-        if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.due:
+        """Has a backward measured, to check the bound of a recognised loss by its gradients."""
+        if self._heads is not None and self._measured is not None:
             self._measured.hooks.watch(graph, loop)
 
     def discard_gradients(self) -> None:

@@ -101,16 +101,14 @@ class MeasuredFinder:
 
 
 class _Meter:
-    """Measures the backwards of the steps that are due."""
+    """Measures the output layers of a backward."""
 
     def __init__(self, hook: MeasuredHook, updater: RateUpdater) -> None:
-        self._hook, self._updater = hook, updater
+        self._hook = hook
         if updater.estimator is not None:
             updater.estimator.pack_logit_grads = hook.statistic.pack_gradients
 
     def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
-        """Has the backward that is about to begin measured, if the step is due; any loss is understood."""
-        updater, estimator = self._updater, self._updater.estimator
-        if self._hook.statistic.due or not updater.state.decision or (estimator is not None and estimator.due):
-            self._hook.watch(graph, loop)
+        """Has the backward that is about to begin measured; any loss is understood."""
+        self._hook.watch(graph, loop)
         return True

@@ -22,6 +22,7 @@ class Options:
     on_nonfinite: Literal["keep", "raise"] = "keep"
     dry_run: bool = False
     schedule: Literal["auto", "none"] = "auto"
+    measure_every: Literal["auto"] | int = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -40,6 +41,10 @@ class Options:
             )
         if self.update != "epoch" and not (type(self.update) is int and self.update >= 1):
             raise ConfigurationError(f"LipschitzLR(update={self.update!r}): expected 'epoch' or a number of steps >= 1")
+        if self.measure_every != "auto" and not (type(self.measure_every) is int and self.measure_every >= 1):
+            raise ConfigurationError(
+                f"LipschitzLR(measure_every={self.measure_every!r}): expected 'auto' or a number of steps >= 1"
+            )
         if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:
             raise ConfigurationError(f"LipschitzLR(initial_lr={self.initial_lr}): expected a positive number")
 

@@ -1,10 +1,11 @@
 """Updates the learning rate of one optimizer when an update is due, the same on all ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lit_lipschitz.control.diagnostics import Reporter
+from lit_lipschitz.control.due_steps import MEASURE_EVERY, DueSteps
 from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
@@ -40,12 +41,14 @@ class RateUpdater:
         self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
         self._restarted = False  # whether the next step decides on new estimates
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
+        every = 1 if policy.bound == "paper" else MEASURE_EVERY
+        self.steps = DueSteps(every if options.measure_every == "auto" else options.measure_every)
         if state:
             self.restore(state)
 
     def restart(self) -> None:
         """Decides in the next step, on new estimates: the constant is another one from now on."""
-        self._restarted = True
+        self._restarted = self.steps.requested = True
         if self.estimator is not None:
             self.estimator.restart()
 
@@ -57,6 +60,7 @@ class RateUpdater:
     def end_pass(self, epoch: int) -> None:
         """Notes that the pass of an epoch has been made."""
         self._pass_epoch = epoch
+        self.steps.requested = True
         self.statistics.end_pass()
 
     def begin_step(
@@ -72,8 +76,14 @@ class RateUpdater:
         if state.steps == 1:
             state.epoch = loop.epoch
         state.accumulated = max(state.accumulated, batches) if self._options.running else batches
-        ratios = lr_ratios() if self.estimator is not None and self.estimator.begin_step() else None
-        if self._restarted or (self.estimator is not None and self.estimator.restarted):
+        due, ratios, estimator = self.steps.due, None, self.estimator
+        self.steps.end_step()
+        if not due:
+            return state.decision
+        if estimator is not None:
+            ratios = lr_ratios()
+            estimator.begin_step()
+        if self._restarted or (estimator is not None and estimator.restarted):
             state.rule_state = self.rule.initial_state()
         has_pass = self._pass_epoch is not None
         is_fixed = first_interval and initial_lr is not None and state.measurement is None
@@ -93,6 +103,7 @@ class RateUpdater:
             group = self._target.optimizer.param_groups[0]
             state.decision = Decision(float(group.get("initial_lr", group["lr"])))  # for a step to measure
         state.last_pass_epoch = loop.epoch
+        self.steps.requested |= state.decision is None or (estimator is not None and not estimator.scale.value)
         return state.decision
 
     def _measure_step_scale(self, found: FoundHeads, loop: LoopFacts, lr_ratios: Sequence[float]) -> None:
@@ -126,8 +137,7 @@ class RateUpdater:
         if self._epoch_over(loop):
             self._damp(loop)
         state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
-        if self.estimator is not None:
-            self.estimator.begin_interval()
+        self.steps.requested = True
         return True
 
     def _damp(self, loop: LoopFacts) -> None:
@@ -207,6 +217,7 @@ class RateUpdater:
             nonfinite=self.statistics.nonfinite.state_dict(),
             residuals=self.statistics.residuals.state_dict(),
             head=head,
+            due=asdict(self.steps),
         )
         return state.to_dict()
 
@@ -222,5 +233,6 @@ class RateUpdater:
         self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
         if self.estimator is not None and state.step_scale is not None:
             self.estimator.load_state_dict(state.step_scale)
+        self.steps.steps, self.steps.requested = state.due["steps"], state.due["requested"]
         self.statistics.nonfinite.load_state_dict(state.nonfinite)
         self.statistics.residuals.load_state_dict(state.residuals)

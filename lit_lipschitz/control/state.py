@@ -34,6 +34,7 @@ class ControllerState:
     references: list[float] = field(default_factory=list)  # configured learning rates of the parameter groups
     written: list[float] = field(default_factory=list)  # their learning rates in the last step, without a scheduler
     step_scale: dict[str, Any] | None = None  # of the estimator; None if the rule needs none
+    due: dict[str, Any] = field(default_factory=dict)  # of the steps that are measured
     nonfinite: dict[str, Any] = field(default_factory=dict)
     residuals: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] | None = None  # its name and statistic; None before the first step

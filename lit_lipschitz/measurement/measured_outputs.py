@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lit_lipschitz.recognition.output_layers import OutputLayer
 
-_MEASURE_EVERY = 17
-"""Steps between measurements, after the first 16: a prime, so that losses in turns are all measured."""
-
 
 @dataclass
 class _Sums:
@@ -54,13 +51,6 @@ class MeasuredOutputs:
         self._others: dict[Any, _Sums] = {}  # before the last step of another optimizer
         self._new_interval = True  # the next step replaces the maxima; until then those of the last interval hold
         self._last: Tensor | None = None  # mean squared and mean gradient norm of the last step that was measured
-        self._steps = 0  # of the run
-
-    @property
-    def due(self) -> bool:
-        """Whether to measure the coming step, which is 1, 2, 4, 8, 16, a later 17th, or the first of an interval."""
-        step = self._steps + 1
-        return self._new_interval or step % _MEASURE_EVERY == 0 or step & (step - 1) == 0
 
     def watch(self, layers: Sequence[OutputLayer], scale: float | Tensor) -> None:
         """Has the backward that is about to begin add the gradients of these calls, divided by ``scale``."""
@@ -74,7 +64,7 @@ class MeasuredOutputs:
         return bool(self._sums)
 
     def restart(self) -> None:
-        """Begins an interval with the coming step, which is due."""
+        """Begins an interval with the coming step."""
         self._new_interval = True
 
     def discard(self) -> None:
@@ -88,7 +78,7 @@ class MeasuredOutputs:
 
     def end_step(self, batches: int = 1) -> None:
         """Adds the step that is about to be made, of so many batches, if its backwards were watched."""
-        self._steps, self._last = self._steps + 1, None
+        self._last = None
         sums, self._sums, self._others = self._sums or self._others, {}, {}
         if any(one.count for one in sums.values()):
             self._add(list(sums.values()), batches)
@@ -159,12 +149,12 @@ class MeasuredOutputs:
 
     def state_dict(self) -> dict[str, Any]:
         """The maxima and counters."""
-        return {"values": self._values.cpu().clone(), "new_interval": self._new_interval, "steps": self._steps}
+        return {"values": self._values.cpu().clone(), "new_interval": self._new_interval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`."""
         self._values.copy_(state["values"])
-        self._new_interval, self._steps = state["new_interval"], state["steps"]
+        self._new_interval = state["new_interval"]
 
 
 def _hook(sums: _Sums, layer: OutputLayer, scale: float | Tensor) -> Callable[[tuple[Tensor | None, ...]], None]:

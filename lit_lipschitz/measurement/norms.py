@@ -134,6 +134,18 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
 
 
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of gradients together, dense, sparse, complex or sharded; a scalar of dtype float32."""
+    if not grads:
+        return torch.zeros(())
+    plain = [as_real(grad.detach().to_dense() if grad.layout != torch.strided else grad.detach()) for grad in grads]
+    if any(hasattr(grad, "full_tensor") or grad.dtype == torch.float64 for grad in plain):
+        norms = [norm(grad).float() for grad in plain]
+    else:
+        norms = list(torch._foreach_norm(plain, dtype=torch.float32))
+    return torch.stack([one.to(norms[0].device) for one in norms]).norm()
+
+
 def norm(values: Tensor) -> Tensor:
     """Euclidean norm of a real tensor, whole or sharded, in single precision, or double for double tensors."""
     return whole(torch.linalg.vector_norm(wide(values)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from lit_lipschitz.measurement.norms import as_real, norm
+from lit_lipschitz.measurement.norms import as_real, grad_norm, norm
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
 from lit_lipschitz.measurement.trial_step import Behaviour, UpdateOf, behaviour_of, is_schedule_free, trial_step
 from lit_lipschitz.rules.bounded import momentum_of_any
@@ -271,13 +271,15 @@ def step_lengths(
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
     divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step; the update of a
-    linear optimizer is the gradient, and one that is not registered is ``update_of``, or measured by a step of a copy.
-    Not finite where one of the gradients is not.
+    linear optimizer is the gradient, without its weight decay, and one that is not registered is ``update_of``, or
+    measured by a step of a copy. Not finite where one of the gradients is not.
 
     Raises:
         TrialError: No copy can step.
     """
     info = info or optimizer_info(optimizer)
+    if info.is_linear:
+        return _lengths_of_linear(optimizer, grad_scale, ratios)
     weights: list[Tensor] = []
     squares: list[Tensor] = []
     rates: list[float] = []
@@ -301,6 +303,17 @@ def step_lengths(
     return torch.cat([lengths, speed.reshape(1)])
 
 
+def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
+    """The lengths of :func:`step_lengths` where the update is the gradient, whose norms are taken together."""
+    speed: Any = 0.0
+    for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
+        square = grad_norm([parameter.grad for parameter in group["params"] if parameter.grad is not None]).square()
+        speed = ratio * square + (speed.to(square.device) if isinstance(speed, Tensor) else speed)
+    speed = speed / grad_scale**2
+    one = (speed > 0).to(speed.dtype)
+    return torch.stack([torch.where(torch.isfinite(speed), one, speed), one, speed])
+
+
 @dataclass(frozen=True)
 class _Step:
     """What an optimizer is about to do with one parameter: real tensors, the update at lr = 1."""
@@ -321,7 +334,7 @@ def _steps(
     update_of: UpdateOf | None,
 ) -> Iterator[_Step]:
     """The steps of all parameters that have a gradient."""
-    if info.update is None and update_of is None and not info.is_linear:
+    if info.update is None and update_of is None:
         update_of = trial_step(optimizer, grad_scale, keep_decay=not info.decoupled_weight_decay)
     counters = _counters(optimizer) if update_of is None else {}
     groups = zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False)
@@ -333,10 +346,10 @@ def _steps(
         grad = as_real(raw_grad.detach()) / (-grad_scale if group.get("maximize", False) else grad_scale)
         if group.get("weight_decay", 0.0) and info.couples_weight_decay(group):
             grad = grad + group["weight_decay"] * as_real(parameter.detach())
-        update = grad
         if update_of is not None:
             update = update_of(parameter)
-        elif info.update is not None:
+        else:
+            assert info.update is not None
             state = {
                 name: counters.get((parameter, name), as_real(value))
                 for name, value in optimizer.state.get(parameter, {}).items()

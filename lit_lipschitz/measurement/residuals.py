@@ -13,21 +13,30 @@ MIN_COUNT = 32
 
 @dataclass(frozen=True)
 class Residuals:
-    """Sums of squares of a squared error's residuals and targets, since the epoch and since the interval began."""
+    """Sums of squares of a squared error's residuals and targets, over the batches that were measured.
 
-    count: float = 0.0  # numbers, examples times outputs
+    Those of the targets are of the run, others since the epoch or the interval began. The losses of all batches of the
+    epoch correct the residuals of the few that were measured.
+    """
+
+    total_count: float = 0.0  # numbers, examples times outputs, of the run
     total_ss: float = 0.0  # of squared deviations of the targets from the mean of their output
-    residual_ss: float = 0.0  # of squared differences of outputs and targets
+    measured_count: float = 0.0  # numbers of the epoch
+    measured_ss: float = 0.0  # of squared differences of outputs and targets
     interval_count: float = 0.0
     interval_residual_ss: float = 0.0
     interval_factor: float = 0.0  # sum over the numbers of the factor in front of the mean
+    losses: float = 0.0  # sum over all batches of the epoch
+    num_losses: float = 0.0
+    measured_losses: float = 0.0  # sum over the batches that were measured
+    num_measured_losses: float = 0.0
 
     @property
     def root_mean_square(self) -> float:
         """Root mean square residual of the interval, or with few numbers of the epoch; 0 if there is no finite one."""
         total, count = self.interval_residual_ss, self.interval_count
         if count < MIN_COUNT:
-            total, count = self.residual_ss, self.count
+            total, count = self.measured_ss, self.measured_count
         mean = total / count if count else 0.0
         return math.sqrt(mean) if math.isfinite(mean) else 0.0
 
@@ -37,9 +46,18 @@ class Residuals:
         return self.interval_factor / self.interval_count if self.interval_count else 1.0
 
     @property
+    def count(self) -> float:
+        """Numbers in all batches of the epoch, if they are as large as those that were measured."""
+        return self.measured_count * max(1.0, self.num_losses / max(1.0, self.num_measured_losses))
+
+    @property
     def fraction_unexplained(self) -> float | None:
         """Fraction of variance unexplained, 1 - R^2; None if the targets do not vary."""
-        share = self.residual_ss / self.total_ss if self.total_ss > 0 else math.inf
+        if not (self.total_ss > 0 and self.measured_count > 0):
+            return None
+        share = self.measured_ss / self.measured_count * self.total_count / self.total_ss
+        if self.measured_losses > 0:
+            share *= self.losses / self.num_losses * self.num_measured_losses / self.measured_losses
         return share if math.isfinite(share) else None
 
 
@@ -47,7 +65,8 @@ class RunningResiduals:
     """Accumulates the sums of :class:`Residuals` on the device; a width of 0 ignores all batches, for other losses."""
 
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
-        self.values = torch.zeros(6, dtype=torch.float32, device=device)  # the fields of Residuals
+        self.values = torch.zeros(11, dtype=torch.float32, device=device)  # the fields of Residuals
+        self._losses = self.values[7:].unbind()
         self.mean = torch.zeros(width, dtype=torch.float32, device=device)  # of the epoch's targets, one an output
 
     @property
@@ -77,20 +96,32 @@ class RunningResiduals:
         shift = mean - self.mean
         total_ss = rows * variance.sum() + rows_before * share * shift.square().sum()
         count = torch.full_like(residual_ss, rows * width)
-        batch = torch.stack([count, total_ss, residual_ss, count, residual_ss, count * factor])
+        batch = torch.stack([count, total_ss, count, residual_ss, count, residual_ss, count * factor])
+        batch = torch.cat([batch, batch.new_zeros(4)])
         values = self.values + batch
         usable = torch.isfinite(values).all()
         self.values.copy_(torch.where(usable, values, self.values))
         self.mean.add_(torch.where(usable, shift * share, 0.0))
 
+    @torch.no_grad()
+    def add_loss(self, loss: Tensor, measured: bool) -> None:
+        """Adds the loss of a batch, whose residuals are ``measured`` or not; one that is not finite spoils the epoch.
+
+        Host numbers and one or two operations on the device.
+        """
+        value = loss.detach().to(self.values.device)
+        for total, count in (self._losses[:2], self._losses[2:])[: 1 + measured]:
+            total.add_(value)
+            count.add_(1.0)
+
     def end_interval(self) -> None:
         """Resets the sums of the interval."""
-        self.values[3:].zero_()
+        self.values[4:7].zero_()
 
     def end_epoch(self) -> None:
-        """Resets the sums of the epoch."""
-        self.values[:3].zero_()
-        self.mean.zero_()
+        """Resets the sums of the epoch; those of the targets and their mean are of the run."""
+        self.values[2:4].zero_()
+        self.values[7:].zero_()
 
     def pack(self, rank: int, world_size: int) -> Tensor:
         """The sums beside zeros for other ranks, then rank 0's mean (-inf elsewhere); for a MAX all-reduce."""

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_lipschitz.measurement.norms import as_real, norm, whole
+from lit_lipschitz.measurement.norms import grad_norm, whole
 from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, optimizer_info, step_lengths, weight_filter
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
 from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
-
-MEASURE_EVERY = 16
-"""Optimizer steps between measurements, after the first 16."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class StepScale:
 
 
 class StepScaleEstimator:
-    """Measures one optimizer's steps every few steps; ranks agree by one MAX all-reduce.
+    """Measures those steps of one optimizer that are due; ranks agree by one MAX all-reduce.
 
     With ``needs_logit_grads``, the gradient norm in the logits is measured too. The update of a linear optimizer is
     known, and of others the gradient norm is corrected for the growth of scale-invariant weights. ``info`` is what is
@@ -60,22 +57,8 @@ class StepScaleEstimator:
         self._is_weight = weight_filter(module)
         self.invariance = ScaleInvariance(he_init_norms(module))
         self._num_trained = 0  # parameters that the estimate belongs to
-        self._steps = 0  # of the run
-        self._repeat = False
         self._grad_norm: Tensor | None = None  # of the coming step, as the backward has left its gradients
         self._loss: Tensor | None = None  # sum of the losses of the coming step
-
-    @property
-    def due(self) -> bool:
-        """Whether to measure the coming optimizer step, before :meth:`begin_step`; the same on all ranks.
-
-        Steps 1, 2, 4, 8 and 16 are due and then every 16th, the first of an interval, all until there is an estimate,
-        and the one after other parameters have begun to train. The step with which they do is measured as well.
-        """
-        return self._is_due(self._steps + 1)
-
-    def _is_due(self, step: int) -> bool:
-        return step % MEASURE_EVERY == 0 or step & (step - 1) == 0 or not self.scale.value or self._repeat
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -85,15 +68,10 @@ class StepScaleEstimator:
         """Begins a new estimate with the next step."""
         self.scale = StepScale()
 
-    def begin_interval(self) -> None:
-        """Has the next step measured, whose rate is the first that the last interval's measurement gives."""
-        self._repeat = True
-
-    def add_loss(self, loss: Tensor, loss_scale: Callable[[], float | Tensor]) -> None:
-        """Adds a loss of the coming step, divided by a factor, if the step is due; shape ()."""
-        if self.due:
-            value = whole(loss.detach()).float().sum() / loss_scale()
-            self._loss = value if self._loss is None else self._loss + value.to(self._loss.device)
+    def add_loss(self, loss: Tensor, loss_scale: float | Tensor) -> None:
+        """Adds a loss of the coming step, divided by a factor; shape ()."""
+        value = whole(loss.detach()).float().sum() / loss_scale
+        self._loss = value if self._loss is None else self._loss + value.to(self._loss.device)
 
     def discard(self) -> None:
         """Forgets the losses since the last step."""
@@ -102,32 +80,27 @@ class StepScaleEstimator:
 
     @torch.no_grad()
     def _current_grad_norm(self) -> Tensor:
-        norms = [norm(as_real(one.grad)) for one in self._parameters if one.grad is not None]
-        return torch.stack([one.to(norms[0].device) for one in norms]).norm() if norms else torch.zeros(())
+        return grad_norm([one.grad for one in self._parameters if one.grad is not None])
 
-    def after_backward(self, loss_scale: Callable[[], float | Tensor]) -> None:
-        """Keeps the norm of the gradients, divided by a factor of the loss, if the coming step is due.
+    def after_backward(self, loss_scale: float | Tensor) -> None:
+        """Keeps the norm of the gradients, divided by a factor of the loss.
 
         They may be clipped before the step. The length of Adam-type updates does not depend on that of the gradients,
         so the rate must not either.
         """
-        self._grad_norm = self._current_grad_norm() / loss_scale() if self.due else None
+        self._grad_norm = self._current_grad_norm() / loss_scale
 
     def forget_grad_norm(self) -> None:
         """Forgets the norm: the gradients of several batches may be divided by their number before the step."""
         self._grad_norm = None
 
-    def begin_step(self) -> bool:
-        """Counts a step that is about to be made, and returns whether to measure it."""
-        due, self._repeat = self.due, False
-        self._steps += 1
-        # An estimate of other parameters is discarded now: for other optimizers' losses some may be frozen for a while.
+    def begin_step(self) -> None:
+        """A step is about to be made and measured; the estimate begins again if other parameters train than before."""
+        # For other optimizers' losses some may be frozen for a while.
         num_trained = sum(parameter.requires_grad for parameter in self._parameters)
         self.restarted = num_trained != self._num_trained
         if self.restarted:
             self._num_trained, self.scale = num_trained, StepScale()
-            self._repeat = self.needs_logit_grads and not due  # the backward of this step was not watched
-        return due or self.restarted
 
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
         """This rank's numbers of the step that has begun, for a MAX all-reduce; the gradient norm before clipping.
@@ -191,15 +164,13 @@ class StepScaleEstimator:
         return {
             "scale": asdict(self.scale),
             "num_trained": self._num_trained,
-            "steps": self._steps,
-            "repeat": self._repeat,
             "scale_invariance": [] if self._info.is_linear else self.invariance.state_dict(self._parameters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state of :meth:`state_dict`."""
         self.scale = StepScale(**state["scale"])
-        self._num_trained, self._steps, self._repeat = state["num_trained"], state["steps"], state["repeat"]
+        self._num_trained = state["num_trained"]
         self.invariance.load_state_dict(state["scale_invariance"])
 
 

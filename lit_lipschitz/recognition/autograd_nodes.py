@@ -94,3 +94,13 @@ def names_below(node: Any, limit: int = 4) -> list[str]:
         names.append(short_name(node))
         node = next(iter(nodes_below(node)), None)
     return names
+
+
+def beginning_of(node: Any, length: int = 4) -> tuple[str, ...]:
+    """The names of the first nodes below one, each the first input of that above: enough to tell losses apart."""
+    names: list[str] = []
+    while node is not None and len(names) < length:
+        names.append(node.name())
+        below = node.next_functions
+        node = below[0][0] if below else None
+    return tuple(names)
