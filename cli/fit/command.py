@@ -157,6 +157,9 @@ class Command(LightningCLI):
             if config.trainer.logger is None:
                 config.trainer.logger = False  # an evaluation has no curves
 
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: a class and its arguments come from configs and command line, never from a checkpoint."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer.
 
