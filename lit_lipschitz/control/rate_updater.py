@@ -1,5 +1,6 @@
 """Updates the learning rate of one optimizer when an update is due, the same on all ranks."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rank_statistics import RankStatistics
-from lit_lipschitz.control.state import ControllerState
+from lit_lipschitz.control.state import ControllerState, check_fields, check_like, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
@@ -40,7 +41,7 @@ class RateUpdater:
         self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
         self._restarted = False  # whether the next step decides on new estimates
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
-        if state:
+        if state is not None:
             self.restore(state)
 
     def restart(self) -> None:
@@ -219,8 +220,16 @@ class RateUpdater:
                 f"{self.info.name} has the rule {self.rule.name!r}; resume with the optimizer that it was "
                 "saved with, or pass restore=False to measure again"
             )
-        self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
-        if self.estimator is not None and state.step_scale is not None:
-            self.estimator.load_state_dict(state.step_scale)
-        self.statistics.nonfinite.load_state_dict(state.nonfinite)
-        self.statistics.residuals.load_state_dict(state.residuals)
+        with refuse_other_versions():
+            check_fields(self.rule.state_type, state.rule_state, -math.inf)
+            self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
+            if self.estimator is not None and state.step_scale is not None:
+                check_like(state.step_scale, self.estimator.state_dict())
+                check_fields(type(self.estimator.scale), state.step_scale["scale"])
+                self.estimator.load_state_dict(state.step_scale)
+            for saved, own in (
+                (state.nonfinite, self.statistics.nonfinite),
+                (state.residuals, self.statistics.residuals),
+            ):
+                check_like(saved, own.state_dict())
+                own.load_state_dict(saved)

@@ -162,7 +162,9 @@ class MeasuredOutputs:
         return {"values": self._values.cpu().clone(), "new_interval": self._new_interval, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the state of :meth:`state_dict`."""
+        """Loads the state of :meth:`state_dict`; values of another shape are a ValueError."""
+        if state["values"].shape != self._values.shape:
+            raise ValueError(f"expected {len(self._values)} values, found the shape {tuple(state['values'].shape)}")
         self._values.copy_(state["values"])
         self._new_interval, self._steps = state["new_interval"], state["steps"]
 

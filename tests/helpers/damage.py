@@ -1,0 +1,61 @@
+"""Damages states and files at random places."""
+
+import copy
+import math
+import random
+from typing import Any
+
+import torch
+
+WRONG = (math.nan, -math.inf, -1.0, -(1 << 70), "text", None, [], {}, {"a": 1}, True, torch.zeros(3),
+         torch.tensor(math.nan))  # fmt: skip
+
+
+def places(state: Any) -> list[tuple[Any, Any]]:
+    """All entries of a nested state: their dict or list, and their key."""
+    if not isinstance(state, (dict, list)):
+        return []
+    keys = list(state) if isinstance(state, dict) else list(range(len(state)))
+    return [(state, key) for key in keys] + [place for key in keys for place in places(state[key])]
+
+
+def damaged_state(state: Any, chance: random.Random) -> tuple[Any, str]:
+    """A copy with an entry more, an entry less or another value, and what was changed."""
+    changed = copy.deepcopy(state)
+    holder, key = chance.choice(places(changed))
+    how = chance.choice(["less", "more", "other", "other"])
+    if how == "less":
+        del holder[key]
+    elif how == "more":
+        if isinstance(holder, dict):
+            holder["invented"] = 1.0
+        else:
+            holder.append(holder[key])
+    else:
+        holder[key] = chance.choice(WRONG)
+        how = f"{holder[key]!r}"
+    return changed, f"{key}: {how}"
+
+
+def damaged_bytes(content: bytes, chance: random.Random) -> bytes:
+    """A copy with some bytes changed, removed, repeated or moved, or cut off."""
+    changed = bytearray(content)
+    for _ in range(chance.choice([1, 1, 1, 2, 4, 16])):
+        if not changed:
+            break
+        start = chance.randrange(len(changed))
+        end = min(len(changed), start + chance.choice([1, 1, 2, 4, 8, 64, 1024]))
+        how = chance.randrange(6)
+        if how == 0:
+            changed[start:end] = chance.randbytes(end - start)
+        elif how == 1:
+            changed[start] = chance.choice(b"\x00\x01\x7f\x80\xff}]()cRbQ0t.BX\x8c\x94\x96")
+        elif how == 2:
+            del changed[start:end]
+        elif how == 3:
+            changed[start:start] = changed[start:end] * chance.choice([1, 2, 100])
+        elif how == 4:
+            changed[start] ^= 1 << chance.randrange(8)
+        elif chance.random() < 0.2:
+            del changed[start:]
+    return bytes(changed)
