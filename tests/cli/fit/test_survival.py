@@ -13,9 +13,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import error_line, last, same
+from helpers import Classifier, error_line, last, loader, same, trainer
 
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint
+from lit_lipschitz.cli.fit.error_messages import explain_error
 from lit_lipschitz.errors import LitLipschitzError
 
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--test_after_fit", "false",
@@ -164,6 +165,20 @@ def test_a_class_that_a_checkpoint_names_is_not_imported(lit, somebody, name):
     assert code == 1
     assert "the checkpoint is of another network: Missing key(s)" in error_line(err)
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("part", ["loops", "optimizer_states", "lr_schedulers", "callbacks"])
+def test_a_part_of_a_checkpoint_that_is_of_another_form_is_one_line(part):
+    training = trainer()
+    training.fit(Classifier(), loader())
+    training.save_checkpoint("whole.ckpt")
+    content = torch.load("whole.ckpt", weights_only=True)
+    torch.save({**content, part: 3}, "odd.ckpt")
+    with pytest.raises((AttributeError, TypeError, KeyError)) as caught:
+        trainer(max_epochs=3).fit(Classifier(), loader(), ckpt_path="odd.ckpt")
+    line, code = explain_error(caught.value, True, ".")
+    assert line.startswith("the checkpoint can't be restored (")
+    assert code == 1
 
 
 def archive(pickled, compression=zipfile.ZIP_STORED, tensor=b"0123456789abcdef"):
