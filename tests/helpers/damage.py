@@ -1,4 +1,4 @@
-"""Damages states and files at random places."""
+"""Damages states at random places."""
 
 import copy
 import math
@@ -35,27 +35,3 @@ def damaged_state(state: Any, chance: random.Random) -> tuple[Any, str]:
         holder[key] = chance.choice(WRONG)
         how = f"{holder[key]!r}"
     return changed, f"{key}: {how}"
-
-
-def damaged_bytes(content: bytes, chance: random.Random) -> bytes:
-    """A copy with some bytes changed, removed, repeated or moved, or cut off."""
-    changed = bytearray(content)
-    for _ in range(chance.choice([1, 1, 1, 2, 4, 16])):
-        if not changed:
-            break
-        start = chance.randrange(len(changed))
-        end = min(len(changed), start + chance.choice([1, 1, 2, 4, 8, 64, 1024]))
-        how = chance.randrange(6)
-        if how == 0:
-            changed[start:end] = chance.randbytes(end - start)
-        elif how == 1:
-            changed[start] = chance.choice(b"\x00\x01\x7f\x80\xff}]()cRbQ0t.BX\x8c\x94\x96")
-        elif how == 2:
-            del changed[start:end]
-        elif how == 3:
-            changed[start:start] = changed[start:end] * chance.choice([1, 2, 100])
-        elif how == 4:
-            changed[start] ^= 1 << chance.randrange(8)
-        elif chance.random() < 0.2:
-            del changed[start:]
-    return bytes(changed)
