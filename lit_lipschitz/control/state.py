@@ -55,7 +55,7 @@ def check_fields(kind: Any, values: Mapping[str, Any], least: float = 0.0) -> No
 
 
 def _is_of(kind: Any, value: Any, least: float, below: float | None) -> bool:
-    """Whether a value is of a type; of types other than numbers, strings and lists of them all values are."""
+    """Whether a value is of a type; of types other than numbers, strings, lists of them and tuples all values are."""
     if kind in (int, float):
         is_number = type(value) is int or (kind is float and type(value) is float)
         return is_number and value >= least and (below is None or value < below)
@@ -63,7 +63,7 @@ def _is_of(kind: Any, value: Any, least: float, below: float | None) -> bool:
         return type(value) is kind
     if get_origin(kind) is list:
         return type(value) is list and all(_is_of(get_args(kind)[0], one, least, below) for one in value)
-    return True
+    return get_origin(kind) is not tuple or type(value) is tuple
 
 
 def check_like(saved: Any, own: Any) -> None:
