@@ -12,6 +12,7 @@ Prints the counts, and exits with 1 if there was a fault.
 
 import argparse
 import codecs
+import logging
 import os
 import pickle
 import random
@@ -62,12 +63,15 @@ class Module(L.LightningModule):
 
 def whole_checkpoint(path: Path) -> bytes:
     """The checkpoint of a short fit with LipschitzLR."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(3, (32,))), batch_size=16)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[LipschitzLR()],
     )  # fmt: skip
-    trainer.fit(Module(), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Module(), data)
     trainer.save_checkpoint(path)
     return path.read_bytes()
 
