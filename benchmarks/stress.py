@@ -11,6 +11,7 @@ that repeats each of them.
 """
 
 import argparse
+import itertools
 import logging
 import math
 import random
@@ -209,7 +210,7 @@ def failures(losses: dict[int, float], rates: dict[int, float]) -> list[str]:
         return ["not finite"]
     first, best, last = values[0], min(values), sum(values[-3:]) / 3
     late = values[len(values) // 2 :]
-    noise = statistics.median(abs(after - before) for before, after in zip(late, late[1:], strict=False))
+    noise = statistics.median(abs(after - before) for before, after in itertools.pairwise(late))
     if last - best > max(GAINED * (first - best), 3 * noise) + 0.01 * abs(first):
         found.append(f"loss {first:.3g}, at best {best:.3g}, at the end {last:.3g}")
     early = [step for step in rates if step <= 16]

@@ -8,10 +8,12 @@ its first checkpoint starts from the beginning, and is counted as such; a kill t
 Then runs are ended by SIGTERM and SIGINT at random moments, which have to give the conventional exit code, and resumed
 and compared likewise. Then a finished run goes on with something broken: a full disk (no file may be larger than a part
 of a checkpoint, or than a few points of a curve), folders that can't be written, checkpoints that are cut off, of
-another network, none at all or with code in them, and data files that are cut off. Each has to end with one line on
-stderr and code 1, and to leave the run's checkpoints byte for byte as they were.
+another network, none at all or with code in them, and data files that are cut off; and with configs and values that
+make no sense. Each has to end with one line on stderr and code 1 (of the last ones code 2), and to leave the run's
+checkpoints byte for byte as they were. At last, damaged files are read as ``fuzz.py`` does.
 
-    python benchmarks/survive.py [--kills 20] [--again 0.5] [--signals 5] [--breaks 5] [--epochs 4] [--seed 0]
+    python benchmarks/survive.py [--kills 20] [--again 0.5] [--signals 5] [--breaks 5] [--epochs 4]
+                               [--files 2000] [--seed 0]
 
 ``--again`` is the chance that a resumed run is killed as well, and so on; ``--signals`` are of each kind, and
 ``--breaks`` of each that depends on chance. Exits with 1 if anything was otherwise.
@@ -30,10 +32,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from fuzz import fuzz, report
 
 # What every run imports: they are forked from this process, which has it.
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: F401
@@ -186,6 +190,7 @@ class Break(NamedTuple):
     options: tuple[str, ...]
     before: Callable[[], object] = int
     restricted: bool = False  # whether root's right to write anywhere is taken away
+    code: int = 1  # the exit code that it must have
 
 
 class Evil:
@@ -253,6 +258,31 @@ def breaks(folder: Path, count: int, chance: random.Random) -> Iterator[Break]:
         yield Break("truncated data file", (*data, "--data.batch_size", "4", "--model.network.in_shape", "[1,28,28]"))
 
 
+BAD_CONFIGS = {
+    "anchors that multiply": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
+    "one that contains itself": "a: &a\n  b: *a\n",
+    "one that is 3,000 deep": "{a: " * 3000 + "1" + "}" * 3000,
+    "no YAML": "a: [",
+    "a list": "- a\n- b\n",
+}
+BAD_VALUES = (
+    ("model.optimizer.lr", "-1"), ("model.optimizer.lr", "x"), ("trainer.accumulate_grad_batches", "0"),
+    ("trainer.gradient_clip_val", "-1"), ("trainer.val_check_interval", "1000000000"), ("trainer.max_epochs", "-7"),
+    ("data.batch_size", "0"), ("model.network.hidden", "[0]"), ("lipschitz.max_lr", "-1"), ("ckpt_path", ""),
+    ("seed_everything", "-1"), ("no_such_option", "1"),
+)  # fmt: skip
+
+
+def bad_inputs(folder: Path) -> Iterator[Break]:
+    """Configs and values that make no sense; each is made when its turn comes."""
+    for kind, content in BAD_CONFIGS.items():
+        (folder / "bad.yaml").write_text(content)
+        yield Break(f"bad input: config with {kind}", ("--config", str(folder / "bad.yaml")), code=2)
+    for key, value in BAD_VALUES:
+        yield Break("bad input: value", (f"--{key}={value}",), code=2)
+
+
 def run_broken(folder: Path, broken: Break) -> int:
     """Runs the command with something broken; returns its exit code."""
     if not broken.restricted or os.geteuid():
@@ -272,7 +302,7 @@ def break_all(root: Path, count: int, chance: random.Random) -> bool:
         sys.exit((folder / "log.txt").read_text())
     whole = {path: path.read_bytes() for path in folder.rglob("*.ckpt")}
     counts: dict[str, Counter[str]] = {}
-    for broken in breaks(folder, count, chance):
+    for broken in chain(breaks(folder, count, chance), bad_inputs(folder)):
         log = folder / "log.txt"
         log.write_text("")
         code = run_broken(folder, broken)
@@ -281,12 +311,14 @@ def break_all(root: Path, count: int, chance: random.Random) -> bool:
         kept = all(path.read_bytes() == content for path, content in whole.items())
         clean = not [*folder.rglob("*.part")] and not (folder / "ran").exists() and not Path("ran").exists()
         counts.setdefault(broken.kind, Counter()).update(
-            tries=1, right=int(right := code == 1 and one and kept and clean)
+            tries=1, right=int(right := code == broken.code and one and kept and clean)
         )
         if not right:
             print(f"{broken.kind}: code {code}, {lines}, earlier checkpoints {'whole' if kept else 'damaged'}")
     for kind, found in counts.items():
-        print(f"{kind}: {found['right']} of {found['tries']} ended with one line and code 1, earlier checkpoints whole")
+        code = 2 if kind.startswith("bad input") else 1
+        ended = f"{found['right']} of {found['tries']} ended with one line and code {code}"
+        print(f"{kind}: {ended}, nothing lost: earlier checkpoints whole")
     return all(found["right"] == found["tries"] for found in counts.values())
 
 
@@ -319,6 +351,7 @@ def measure(options: argparse.Namespace, root: Path) -> int:
     right = counts["the same, bit for bit"] == counts["runs"]
     right = signalled(root, options, length, expected, random.Random(options.seed)) and right
     right = break_all(root, options.breaks, random.Random(options.seed)) and right
+    right = report(fuzz(options.files, options.seed), options.seed) and right
     return int(not right)
 
 
@@ -329,6 +362,7 @@ if __name__ == "__main__":
     parser.add_argument("--signals", type=int, default=5)
     parser.add_argument("--breaks", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     with tempfile.TemporaryDirectory() as root:
         sys.exit(measure(parser.parse_args(), Path(root)))

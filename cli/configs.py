@@ -2,8 +2,10 @@
 
 import difflib
 import json
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from lit_lipschitz.cli.help import OptionParser
 from lit_lipschitz.errors import ConfigurationError
@@ -65,21 +67,87 @@ def find_config(name: str) -> str:
     raise ConfigurationError(f"--config {name}: no such file and no bundled config of that name; {hint}")
 
 
-def _checked(path: str) -> str:
-    """The path of a config that is a YAML mapping; raises ConfigurationError for another file."""
+_MAX_CONFIG = 1 << 18  # bytes
+_MAX_DEPTH = 50
+_MAX_NODES = 50_000
+
+
+def check_yaml(text: str, where: str) -> Any:
+    """The content of a YAML text that is neither too deep nor too large, with all that its anchors repeat.
+
+    Raises:
+        ConfigurationError: It is not, or a part of it contains itself.
+        yaml.YAMLError: It is no YAML.
+    """
     import yaml
 
+    too_deep = ConfigurationError(
+        f"{where}: expected at most {_MAX_DEPTH} levels, found more, or a part that contains itself"
+    )
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise too_deep
+    known: dict[int, tuple[int, int]] = {}  # by the part's id, since a part with an anchor is the same everywhere
+
+    def measure(part: Any, depth: int) -> tuple[int, int]:
+        """The number of entries and of levels."""
+        if id(part) not in known and depth <= _MAX_DEPTH:
+            entries = part.value if isinstance(part, yaml.CollectionNode) else []
+            inner = [one for entry in entries for one in (entry if isinstance(entry, tuple) else (entry,))]
+            counts, levels = zip((0, 0), *(measure(one, depth + 1) for one in inner), strict=True)
+            known[id(part)] = 1 + sum(counts), 1 + max(levels)
+        if depth > _MAX_DEPTH or known[id(part)][1] > _MAX_DEPTH:
+            raise too_deep
+        return known[id(part)]
+
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None
+    if measure(root, 0)[0] > _MAX_NODES:
+        raise ConfigurationError(f"{where}: expected at most {_MAX_NODES} entries, found more, as anchors repeat them")
+    return loader.construct_document(root)
+
+
+def _read(path: str, name: str) -> Any:
+    """The content of a YAML file; a ConfigurationError, which begins with the name, if it can't be read."""
+    import yaml
+
+    if Path(path).stat().st_size > _MAX_CONFIG:
+        raise ConfigurationError(f"{name}: expected a config of at most {_MAX_CONFIG >> 10} KiB")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return check_yaml(Path(path).read_text(encoding="utf-8"), name)
+    except ConfigurationError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigurationError(f"--config {path}{place}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise ConfigurationError(f"{name}{place}: not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _checked(path: str) -> str:
+    """The path of a config that is a YAML mapping; raises ConfigurationError for another file."""
+    content = _read(path, f"--config {path}")
     if content is None:
         raise ConfigurationError(f"--config {path}: the file is empty")
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path}: expected a mapping of keys to values, found {content!r:.40}")
     return path
+
+
+def check_value(text: str) -> None:
+    """Checks a value of an option, or the content of a file that it names, before the parser reads it as YAML.
+
+    Raises:
+        ConfigurationError: It is too deep or too large, as :func:`check_yaml` has it.
+    """
+    import yaml
+
+    if any(char in text for char in "[{&\n"):
+        with suppress(yaml.YAMLError, UnicodeError):  # for the parser to say
+            check_yaml(text, f"{' '.join(text.split())[:40]}...")
 
 
 def resolve_configs(arguments: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Entry point of `lit-lipschitz`: help, configs and report run without importing torch, the rest by LightningCLI."""
 
 import difflib
+import io
 import os
 import sys
 from contextlib import suppress
@@ -23,6 +24,7 @@ def main() -> int:
         The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration, 130 and 143 for a run that
         was ended by SIGINT and SIGTERM.
     """
+    _open_standard_streams()
     try:
         code = _answer(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
@@ -36,6 +38,21 @@ def main() -> int:
         if error.filename is None:
             _discard_output()
         return fail(f"{error.filename or 'stdout'}: {error.strerror or error}")
+
+
+def _open_standard_streams() -> None:
+    """Has stdout and stderr write to nowhere if they are closed, and write names that are not Unicode in escapes."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which a file of the run would take
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave_process_group() -> None:

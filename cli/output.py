@@ -18,8 +18,13 @@ def fail(error: object, code: int | None = None) -> int:
     Returns:
         The exit code: the given one, or else 2 for a mistake in the configuration and 1 for another error.
     """
-    print(f"lit-lipschitz: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"lit-lipschitz: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code if code is not None else 2 if isinstance(error, ConfigurationError) else 1
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what a terminal or a page would not show as a character, such as control sequences."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning as L
 import torch
-from jsonargparse import ActionYesNo
+import yaml
+from jsonargparse import ActionYesNo, get_loader, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+from lit_lipschitz.cli.configs import check_value
 from lit_lipschitz.cli.fit.callbacks import remove_callbacks
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint, newest_checkpoint
 from lit_lipschitz.cli.fit.epoch_lines import EpochLines, Mode
@@ -49,10 +51,28 @@ _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     ),
 }
 """Type, default and meaning."""
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
+"""Settings of the trainer that it takes without a look, with the smallest value that has a meaning."""
 _SWITCHES = {
     "quiet": "Show warnings, errors and the final result alone.",
     "json_lines": "Print a JSON object an epoch and one at the end of fit on stdout, and nothing else there.",
 }
+
+
+def _load_value(text: str) -> Any:
+    """Reads a value as the parser does, unless it is made to take much memory or time."""
+    check_value(text)
+    return _load_yaml(text)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", _load_value, (yaml.YAMLError,))
 
 
 class OneLineParser(LightningArgumentParser):
@@ -143,8 +163,14 @@ class Command(LightningCLI):
         config = self.options
         if config["audit"] < 0:
             raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
+        for name, least in _LEAST.items():
+            value = config.trainer.get(name)
+            if isinstance(value, (int, float)) and not value >= least:
+                raise ConfigurationError(f"trainer.{name}={value}: expected at least {least}")
         self.lines = EpochLines(_mode(config))
         path = config.get("ckpt_path")
+        if path == "":
+            raise ConfigurationError("--ckpt_path: expected a path, or last, found an empty text")
         if path == "last":
             config["ckpt_path"] = path = str(newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
         if path == "best":
@@ -156,6 +182,9 @@ class Command(LightningCLI):
                 print("lit-lipschitz: warning: no --ckpt_path: these are the initial weights", file=sys.stderr)
             if config.trainer.logger is None:
                 config.trainer.logger = False  # an evaluation has no curves
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: a class and its arguments come from configs and command line, never from a checkpoint."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer.
@@ -202,6 +231,11 @@ class Command(LightningCLI):
         """Checks that network and data fit together; errors after this are errors at run time."""
         if isinstance(self.model, ImageClassifier) and isinstance(self.datamodule, ImageDataModule):
             self.model.check(self.datamodule.image_shape, self.datamodule.num_classes)
+        for name, parameter in self.model.named_parameters():
+            if not torch.nn.parameter.is_lazy(parameter) and not parameter.numel():
+                raise ConfigurationError(
+                    f"model: expected sizes of at least 1, found {tuple(parameter.shape)} for the parameter {name!r}"
+                )
         self.running = True
 
     def after_fit(self) -> None:

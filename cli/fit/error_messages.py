@@ -3,7 +3,9 @@
 import difflib
 import errno
 import re
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -38,8 +40,6 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
         return condense(str(error)), 2 if isinstance(error, ConfigurationError) else 1
     if isinstance(error, MisconfigurationException):
         return str(error), 1 if running else 2
-    if isinstance(error, (ValueError, TypeError)) and not running:
-        return condense(str(error)), 2
     if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
         return no_room(error, folder), 1
     if isinstance(error, OSError):
@@ -48,7 +48,36 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = lines[:2][-1].split(", ")[0].rstrip(". ")
         return f"the checkpoint is of another network: {first} ...; pass the config that it was trained with", 1
+    if _is_of_checkpoint(error):
+        cause = " ".join(str(error).split())
+        return f"the checkpoint can't be restored ({type(error).__name__}: {cause:.200}); pass another --ckpt_path", 1
+    if isinstance(error, (ValueError, TypeError, ZeroDivisionError)) and (not running or _is_refusal(error)):
+        where = f" in {Path(_frames(error)[-1][0]).name}" if isinstance(error, ZeroDivisionError) else ""
+        return f"{condense(str(error))}{where}; change the value in the config or on the command line", 2
     return None
+
+
+def _frames(error: Exception) -> list[tuple[str, str]]:
+    """File and function of the calls in a traceback, the innermost one last."""
+    return [(Path(frame.filename).as_posix(), frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether Lightning, an optimizer or a scheduler has refused a value, and no code of a module has failed."""
+    frames = _frames(error)
+    if any(name == "configure_optimizers" for _, name in frames):
+        return True
+    # What a module gives to torch's functions is the module's matter; its optimizers and schedulers are not.
+    outer = [file for file, _ in frames if "/torch/" not in file or "/torch/optim/" in file]
+    return bool(outer) and any(package in outer[-1] for package in ("/torch/optim/", "/lightning/", "/lightning_"))
+
+
+def _is_of_checkpoint(error: Exception) -> bool:
+    """Whether an error has come while a checkpoint was restored."""
+    return any(
+        file.endswith("/checkpoint_connector.py") and ("restore" in name or name == "resume_start")
+        for file, name in _frames(error)
+    )
 
 
 def no_room(error: OSError, folder: str) -> str:

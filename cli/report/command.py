@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lipschitz.cli.help import OptionParser
-from lit_lipschitz.cli.output import to_json, write_whole
+from lit_lipschitz.cli.output import printable, to_json, write_whole
 from lit_lipschitz.cli.report.page import page
 from lit_lipschitz.cli.report.panels import Panel, panels
 from lit_lipschitz.cli.report.png import pngs
@@ -38,7 +38,7 @@ def report(arguments: list[str]) -> int:
         raise LitLipschitzError(f"report: {error.filename}: can't be read: {error.strerror}") from None
     for run in runs:
         for note in run.notes:
-            print(f"lit-lipschitz: warning: {run.folder}: {note}", file=sys.stderr)
+            print(printable(f"lit-lipschitz: warning: {run.folder}: {note}"), file=sys.stderr)
     runs = [run for run in runs if run.curves]
     drawn, rows = panels(runs), table(runs)
     files = _write(options.output, {"report.html": page(runs, drawn, rows).encode()})
@@ -50,7 +50,7 @@ def report(arguments: list[str]) -> int:
     if options.json:
         print(to_json({"runs": [_plain(run) for run in runs], "files": files}))
     else:
-        print("\n".join(files))
+        print("\n".join(map(printable, files)))
     return 0
 
 
@@ -97,7 +97,13 @@ def _row(run: Run, columns: list[str], best: bool) -> list[str]:
     cells = [run.name, str(run.epochs)]
     for name in columns:
         value = run.last(_TAGS[name])
-        cells.append("" if value is None else f"{value:.4f}" if name.endswith(("loss", "acc")) else f"{value:.4g}")
+        cells.append(
+            ""
+            if value is None
+            else f"{value:.4f}"
+            if name.endswith(("loss", "acc")) and abs(value) < 1e9
+            else f"{value:.4g}"
+        )
     if best:
         curve = run.curves.get("val_acc", {})
         epoch = max(curve, key=lambda epoch: curve[epoch], default=0)

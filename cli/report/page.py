@@ -2,6 +2,7 @@
 
 from html import escape
 
+from lit_lipschitz.cli.output import printable
 from lit_lipschitz.cli.report.panels import DARK, LIGHT, Panel, has_training
 from lit_lipschitz.cli.report.runs import Run
 from lit_lipschitz.cli.report.svg import marker, svg
@@ -45,7 +46,7 @@ def page(runs: list[Run], drawn: list[Panel], rows: list[list[str]]) -> str:
         f"{_faint('logarithmic') if panel.y.log else ''}</h2>\n{svg(panel, runs)}\n</figure>"
         for panel in drawn
     )
-    folders = "<br>".join(escape(str(run.folder.resolve())) for run in runs)
+    folders = "<br>".join(escape(printable(str(run.folder.resolve()))) for run in runs)
     return f"""\
 <!DOCTYPE html>
 <html lang="en">

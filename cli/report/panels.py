@@ -12,6 +12,9 @@ DARK = ("#4DA6E0", "#FF8A3D", "#2FC79B", "#E5A0C6", "#F0C643", "#9BD8F7", "#BBBB
 MARKERS = "osD^"
 """Circle, square, diamond, triangle at a line's end: together with the colours, 28 runs look different."""
 
+_LARGEST, _SMALLEST = 1e150, 1e-150
+"""Sizes of what is drawn: larger values are left out, as infinite ones are, and smaller ones are 0."""
+
 _RATES = r"lipschitz/(\d+/)?lr|lr-.+"
 _CONTENT = (
     ("accuracy", "Accuracy", "%", "val_acc", "train_acc"),
@@ -84,7 +87,11 @@ def _lines(index: int, run: Run, pattern: str, dashed: bool, unit: str) -> list[
     lines: list[Line] = []
     for tag, curve in run.curves.items():
         if re.fullmatch(pattern, tag):
-            points = [(epoch, curve[epoch]) for epoch in sorted(curve) if math.isfinite(curve[epoch])]
+            points = [
+                (epoch, curve[epoch] if abs(curve[epoch]) >= _SMALLEST else 0.0)
+                for epoch in sorted(curve)
+                if abs(curve[epoch]) <= _LARGEST
+            ]
             if unit == "%" and max((value for _, value in points), default=0) <= 1:
                 points = [(epoch, 100 * value) for epoch, value in points]
             # LearningRateMonitor's curve is for runs without LipschitzLR; a second optimizer's curve is dashed.

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lit_lipschitz.cli.report.panels import LIGHT, MARKERS, Panel, has_training
@@ -45,10 +46,16 @@ def pngs(drawn: list[Panel], runs: list[Run]) -> dict[str, bytes]:
         for i, panel in enumerate(shown):
             bottom = foot + (len(shown) - 1 - i) * (area + gap)
             _draw(panel, figure.add_axes((0.1, bottom / height, 0.87, area / height)))
-        figure.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.08, 0), ncols=columns, frameon=False,
-                      fontsize=9)  # fmt: skip
+        legend = figure.legend(entries, [""] * len(entries), loc="lower left", bbox_to_anchor=(0.08, 0), ncols=columns,
+                               frameon=False, fontsize=9)  # fmt: skip
+        for text, entry in zip(legend.get_texts(), entries, strict=True):
+            # A name is no TeX, and one that begins with _ is shown.
+            text.set_parse_math(False)
+            text.set_text(str(entry.get_label()))
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font does not have
+            figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
         pictures[name] = buffer.getvalue()
     return pictures
 

@@ -1,6 +1,7 @@
 """Finds the runs in some folders and reads their curves, one value an epoch. Imports no torch and no numpy."""
 
 import csv
+import io
 import os
 import re
 from bisect import bisect_left
@@ -9,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_lipschitz.cli.output import printable
 from lit_lipschitz.cli.report.event_files import read_events
 from lit_lipschitz.errors import ConfigurationError
 
 _EVENT_FILES = "events.out.tfevents.*"
 _CSV_FILE = "metrics.csv"
 _WANTED = f"{_EVENT_FILES} (TensorBoardLogger) or {_CSV_FILE} (CSVLogger)"
+_MAX_STEP = 1 << 53  # beyond it a float does not hold all whole numbers
 _ADVICE = "pass a run's folder, such as lightning_logs/version_0, or a folder above some runs"
 
 
@@ -56,7 +59,7 @@ def find_runs(paths: list[str]) -> list[Run]:
             )
         runs.update((run.folder.resolve(), run) for run in found)
     for run, name in zip(runs.values(), _names(list(runs)), strict=True):
-        run.name = name
+        run.name = printable(name)
         if not run.curves:
             run.notes.append("no curves yet: left out")
     return list(runs.values())
@@ -82,7 +85,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """A key that sorts version_10 after version_9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text) if part]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -103,14 +106,19 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.name, folder)
     points: dict[str, dict[int, tuple[int, float]]] = {}  # tag to {step: (epoch, value)}
     if (folder / _CSV_FILE).is_file():
-        for step, epoch, tag, value in _read_csv(folder / _CSV_FILE):
+        for step, epoch, tag, value in _read_csv(folder / _CSV_FILE, run.notes):
             points.setdefault(_usual_tag(tag), {})[step] = (epoch, value)
     logged: dict[str, dict[int, float]] = {}
     # The second part of a file's name is the time: what a resumed run logs again replaces earlier values.
     for path in sorted(folder.glob(_EVENT_FILES), key=lambda file: (_natural(file.name), file.name)):
+        if path.exists() and not (
+            path.is_file() or path.is_dir()
+        ):  # reading one of these, such as a FIFO, may wait for ever
+            run.notes.append(f"{path.name} is no regular file: left out")
+            continue
         for step, tag, value in read_events(path, run.notes):
             logged.setdefault(_usual_tag(tag), {})[step] = value
-    epochs = _Epochs(logged)
+    epochs = _Epochs(logged, run.notes)
     for tag, curve in logged.items():
         points[tag] = {step: (epochs.of(step), value) for step, value in curve.items()}
     for tag, steps in sorted(points.items()):
@@ -122,8 +130,10 @@ def read_run(folder: Path) -> Run:
 class _Epochs:
     """The epoch of each step: from the logged `epoch`, or else from a metric that is logged once an epoch."""
 
-    def __init__(self, logged: dict[str, dict[int, float]]) -> None:
-        known = {step: int(epoch) for step, epoch in logged.get("epoch", {}).items()}
+    def __init__(self, logged: dict[str, dict[int, float]], notes: list[str]) -> None:
+        found = logged.get("epoch", {})
+        known = {step: int(epoch) for step, epoch in found.items() if 0 <= epoch < _MAX_STEP}
+        _note_impossible(len(found) - len(known), notes)
         if not known:
             names = ("val_loss", "val_acc", "train_loss", "train_acc", *logged)
             tag = next((name for name in names if name in logged), None)
@@ -138,20 +148,36 @@ class _Epochs:
 
 def _usual_tag(tag: str) -> str:
     """This project's name for a curve that other modules call `train/loss`, `val_accuracy` or `train_loss_epoch`."""
+    tag = printable(tag)
     name = re.sub(r"^valid(?:ation)?(?=[_/])", "val", tag)
     match = re.fullmatch(r"(train|val|test)[_/](loss|acc|accuracy)(?:_epoch)?", name)
     return f"{match[1]}_{match[2][:4].replace('accu', 'acc')}" if match else tag
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, int, str, float]]:
+def _note_impossible(count: int, notes: list[str]) -> None:
+    if count:
+        notes.append(f"{count} points whose epoch or step is not finite or is negative: left out")
+
+
+def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, int, str, float]]:
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may be incomplete
-    for i, row in enumerate(csv.DictReader(lines)):
-        step, epoch = _number(row.get("step")), _number(row.get("epoch"))
-        for tag, cell in row.items():
-            value = _number(cell)
-            if value is not None and tag not in ("step", "epoch", None):
-                yield int(i if step is None else step), int(i if epoch is None else epoch), tag, value
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of all readers
+    # The last line may be incomplete.
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    impossible = 0
+    try:
+        for i, row in enumerate(rows):
+            step, epoch = (
+                i if number is None else number for number in map(_number, (row.get("step"), row.get("epoch")))
+            )
+            values = [(tag, _number(cell)) for tag, cell in row.items() if tag not in ("step", "epoch", None)]
+            if not (0 <= epoch < _MAX_STEP and abs(step) < _MAX_STEP):
+                impossible += any(value is not None for _, value in values)
+                continue
+            yield from ((int(step), int(epoch), tag, value) for tag, value in values if value is not None)
+    except csv.Error as error:
+        notes.append(f"{path.name} is damaged: what comes after line {rows.line_num} is left out ({error})")
+    _note_impossible(impossible, notes)
 
 
 def _number(cell: Any) -> float | None:

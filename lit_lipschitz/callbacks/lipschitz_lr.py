@@ -28,7 +28,7 @@ from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
-from lit_lipschitz.control.state import OTHER_VERSION
+from lit_lipschitz.control.state import OTHER_VERSION, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.recognition.autograd_nodes import beginning_of
@@ -357,8 +357,9 @@ class LipschitzLR(Callback):
         """
         if not self.restore:
             return
-        _check_state(state_dict, _settings(self.policy, self.options))
-        self._stored = dict(state_dict["optimizers"])
+        with refuse_other_versions():
+            _check_state(state_dict, _settings(self.policy, self.options))
+            self._stored = dict(state_dict["optimizers"])
         # Some strategies load after on_fit_start.
         for position, state in self._stored.items():
             if position in self._controllers:

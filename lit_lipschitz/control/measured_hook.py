@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.state import check_like, refuse_other_versions
 from lit_lipschitz.errors import LitLipschitzError
 from lit_lipschitz.measurement.head_hooks import Mode
 from lit_lipschitz.measurement.measured_outputs import MeasuredOutputs
@@ -81,7 +82,9 @@ class MeasuredHook:
                 f"LipschitzLR's state in the checkpoint was saved with the head {state['head']!r}, and this run has "
                 "loss='measured'; resume with the loss= that it was saved with, or pass restore=False to measure again"
             )
-        self.statistic.load_state_dict(state["statistic"])
+        with refuse_other_versions():
+            check_like(state["statistic"], self.statistic.state_dict())
+            self.statistic.load_state_dict(state["statistic"])
 
 
 def is_measured_state(state: dict[str, Any] | None) -> bool:

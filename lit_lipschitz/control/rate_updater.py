@@ -1,5 +1,6 @@
 """Updates the learning rate of one optimizer when an update is due, the same on all ranks."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,7 +12,7 @@ from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rank_statistics import RankStatistics
-from lit_lipschitz.control.state import ControllerState
+from lit_lipschitz.control.state import ControllerState, check_fields, check_like, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
@@ -43,7 +44,7 @@ class RateUpdater:
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
         every = 1 if policy.bound == "paper" else MEASURE_EVERY
         self.steps = DueSteps(every if options.measure_every == "auto" else options.measure_every)
-        if state:
+        if state is not None:
             self.restore(state)
 
     def restart(self) -> None:
@@ -230,9 +231,18 @@ class RateUpdater:
                 f"{self.info.name} has the rule {self.rule.name!r}; resume with the optimizer that it was "
                 "saved with, or pass restore=False to measure again"
             )
-        self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
-        if self.estimator is not None and state.step_scale is not None:
-            self.estimator.load_state_dict(state.step_scale)
-        self.steps.steps, self.steps.requested = state.due["steps"], state.due["requested"]
-        self.statistics.nonfinite.load_state_dict(state.nonfinite)
-        self.statistics.residuals.load_state_dict(state.residuals)
+        with refuse_other_versions():
+            check_fields(self.rule.state_type, state.rule_state, -math.inf)
+            self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
+            if self.estimator is not None and state.step_scale is not None:
+                check_like(state.step_scale, self.estimator.state_dict())
+                check_fields(type(self.estimator.scale), state.step_scale["scale"])
+                self.estimator.load_state_dict(state.step_scale)
+            check_like(state.due, asdict(self.steps))
+            self.steps.steps, self.steps.requested = state.due["steps"], state.due["requested"]
+            for saved, own in (
+                (state.nonfinite, self.statistics.nonfinite),
+                (state.residuals, self.statistics.residuals),
+            ):
+                check_like(saved, own.state_dict())
+                own.load_state_dict(saved)

@@ -1,7 +1,8 @@
 """Reads the files of MNIST-like and CIFAR-like data sets as uint8 tensors; torchvision downloads and verifies them."""
 
+import math
 import os
-import pickle
+import struct
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_md5
 
+from lit_lipschitz.data.plain_pickle import Call, PlainReader
 from lit_lipschitz.errors import DataError
 
 HOW_TO_POINT = "point to a folder that has them with --data.data_dir or the environment variable LIT_LIPSCHITZ_DATA"
@@ -105,83 +106,125 @@ def _unreadable(path: Path, why: str = "") -> DataError:
     )
 
 
-def _read_idx(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
-    parts = []
-    for path, read in zip(paths, (read_image_file, read_label_file), strict=True):
-        try:
-            parts.append(read(str(path)))
-        except Exception:  # assertions of torchvision, various errors of numpy and torch
-            raise _unreadable(path) from None
-    images, labels = parts
-    if len(images) != len(labels):
-        raise DataError(
-            f"{paths[0]} has {len(images)} images and {paths[1]} has {len(labels)} labels; expected as many"
-        )
-    return images.unsqueeze(1), labels.long()
+def _labels(values: Any, classes: int, path: Path) -> Tensor:
+    """Labels as int64; a DataError unless each is the number of a class."""
+    labels = np.asarray(values, dtype=np.int64)
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if outside.size:
+        raise DataError(f"{path} has the label {outside[0]}; expected 0 to {classes - 1}")
+    return torch.from_numpy(labels.copy())
 
 
-def _read_cifar(label_key: str, paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
+def _check_counts(images: int, labels: int, image_file: Path, label_file: Path | None = None) -> None:
+    if images != labels:
+        other = f" and {label_file} has {labels} labels" if label_file else f" and {labels} labels"
+        raise DataError(f"{image_file} has {images} images{other}; expected as many")
+    if not images:
+        raise DataError(f"{image_file} has no images; expected at least one")
+
+
+def _read_idx_file(path: Path, shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The bytes of a file in the IDX format: 0, 0, 8 and the number of dimensions, their sizes, and the bytes."""
+    head = 4 * (2 + len(shape))
+    with path.open("rb") as file:
+        header = file.read(head)
+        if len(header) < head or header[:4] != bytes([0, 0, 8, 1 + len(shape)]):
+            raise _unreadable(path)
+        count, *sizes = struct.unpack(f">{1 + len(shape)}I", header[4:])
+        if tuple(sizes) != shape:
+            expected, found = (" x ".join(map(str, each)) for each in (shape, sizes))
+            raise DataError(f"{path} has images of {found} pixels; expected {expected}")
+        # Compared before it is read: a header can ask for any amount of memory.
+        if path.stat().st_size != head + count * math.prod(shape):
+            raise _unreadable(path, f" ({count} entries do not make up its size)")
+        return np.fromfile(file, dtype=np.uint8).reshape(count, *shape)
+
+
+def _read_idx(classes: int, paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
+    images, labels = (_read_idx_file(path, shape) for path, shape in zip(paths, ((28, 28), ()), strict=True))
+    _check_counts(len(images), len(labels), *paths)
+    return torch.from_numpy(images).unsqueeze(1), _labels(labels, classes, paths[1])
+
+
+def _read_cifar(label_key: str, classes: int, paths: tuple[Path, ...]) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for path in paths:
+        if path.stat().st_size > _MAX_BATCH:
+            raise _unreadable(path, f" (larger than {_MAX_BATCH >> 20} MiB)")
         try:
-            with path.open("rb") as file:
-                batch = PlainUnpickler(file, encoding="latin1").load()
-            pixels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-            targets = np.asarray(batch[label_key], dtype=np.int64)
+            batch = PlainReader(_ARRAY_NAMES).read(path.read_bytes())
+            pixels, targets = _pixels(batch["data"]), batch[label_key]
+            if type(targets) is not list or not all(type(target) is int for target in targets):
+                raise ValueError(f"{label_key}: expected a list of numbers")
+            chosen = _labels(targets, classes, path)
+        except DataError:
+            raise
         except Exception as error:  # a broken pickle can raise anything
             raise _unreadable(path, f" ({_first_line(error)})") from None
-        if len(pixels) != len(targets):
-            raise DataError(f"{path} has {len(pixels)} images and {len(targets)} labels; expected as many")
+        _check_counts(len(pixels), len(chosen), path)
         images.append(torch.from_numpy(pixels.copy()))
-        labels.append(torch.from_numpy(targets.copy()))
+        labels.append(chosen)
     return torch.cat(images), torch.cat(labels)
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """The codec with which old pickles of numpy store bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not admitted")
-    return text.encode("latin1")
+_MAX_BATCH = 1 << 29  # bytes of a file; CIFAR-100's training set has 156 MB
+_ENCODE, _DTYPE = "_codecs.encode", "numpy.dtype"
+_RECONSTRUCT = tuple(f"{package}.multiarray._reconstruct" for package in ("numpy.core", "numpy._core"))
+_FROMBUFFER = tuple(f"{package}.numeric._frombuffer" for package in ("numpy.core", "numpy._core"))
+_ARRAY_NAMES = frozenset((_ENCODE, _DTYPE, "numpy.ndarray", *_RECONSTRUCT, *_FROMBUFFER))
 
 
-_RECONSTRUCT, _FROMBUFFER = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0]
-_NUMPY_GLOBALS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
-    **{(f"{package}.multiarray", "_reconstruct"): _RECONSTRUCT for package in ("numpy.core", "numpy._core")},
-    **{(f"{package}.numeric", "_frombuffer"): _FROMBUFFER for package in ("numpy.core", "numpy._core")},
-}
+def _pixels(array: Any) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The pixels in the pickle of a numpy array of bytes; shape (examples, 3, 32, 32).
+
+    numpy stores an array as ``_reconstruct`` with the state (version, shape, dtype, column-major, bytes), and from
+    protocol 5 on as ``_frombuffer(bytes, dtype, shape, order)``. The array is built here, from the bytes alone.
+    """
+    if not isinstance(array, Call):
+        raise ValueError("data: expected an array")
+    if array.function in _RECONSTRUCT:
+        _, shape, dtype, column_major, content = array.state
+    else:
+        content, dtype, shape, order = array.arguments
+        column_major = order == "F"
+    if not (isinstance(dtype, Call) and dtype.function == _DTYPE and dtype.arguments[0] in ("u1", "|u1", "uint8")):
+        raise ValueError("data: expected an array of bytes")
+    if not (len(shape) == 2 and shape[1] == 3 * 32 * 32):
+        raise ValueError(f"data: expected images of 3 x 32 x 32 pixels in rows, found the shape {shape!r:.40}")
+    values = np.frombuffer(_bytes(content), dtype=np.uint8)
+    return values.reshape(shape, order="F" if column_major else "C").reshape(-1, 3, 32, 32)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """An unpickler of numpy arrays and plain containers that refuses all other classes and functions."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Resolves the names that an array's pickle needs; UnpicklingError for any other name."""
-        if (module, name) not in _NUMPY_GLOBALS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not admitted in a data file")
-        return _NUMPY_GLOBALS[module, name]
+def _bytes(content: Any) -> bytes | bytearray:
+    """Bytes as a pickle has them: of Python 3, of Python 2, or of protocol 2 in Python 3 as text with its codec."""
+    if isinstance(content, Call) and content.function == _ENCODE and content.arguments[1:] == ("latin1",):
+        content = content.arguments[0]
+    if isinstance(content, str):
+        return content.encode("latin1")
+    if not isinstance(content, (bytes, bytearray)):
+        raise ValueError("data: expected bytes")
+    return content
 
 
 def _idx_source(title: str, dataset: Any) -> Source:
     train, test = (
         (f"{title}/raw/{part}-images-idx3-ubyte", f"{title}/raw/{part}-labels-idx1-ubyte") for part in ("train", "t10k")
     )
-    return Source(title, partial(dataset, download=True), train, test, {}, _read_idx)
+    return Source(title, partial(dataset, download=True), train, test, {}, partial(_read_idx, 10))
 
 
-def _cifar_source(title: str, dataset: Any, label_key: str) -> Source:
+def _cifar_source(title: str, dataset: Any, label_key: str, classes: int) -> Source:
     base = dataset.base_folder
     checksums = {f"{base}/{name}": md5 for name, md5 in (*dataset.train_list, *dataset.test_list)}
     train = tuple(f"{base}/{name}" for name, _ in dataset.train_list)
     test = tuple(f"{base}/{name}" for name, _ in dataset.test_list)
-    return Source(title, partial(dataset, download=True), train, test, checksums, partial(_read_cifar, label_key))
+    read = partial(_read_cifar, label_key, classes)
+    return Source(title, partial(dataset, download=True), train, test, checksums, read)
 
 
 SOURCES = {
     "MNIST": _idx_source("MNIST", datasets.MNIST),
     "FashionMNIST": _idx_source("FashionMNIST", datasets.FashionMNIST),
-    "CIFAR10": _cifar_source("CIFAR-10", datasets.CIFAR10, "labels"),
-    "CIFAR100": _cifar_source("CIFAR-100", datasets.CIFAR100, "fine_labels"),
+    "CIFAR10": _cifar_source("CIFAR-10", datasets.CIFAR10, "labels", 10),
+    "CIFAR100": _cifar_source("CIFAR-100", datasets.CIFAR100, "fine_labels", 100),
 }

@@ -152,7 +152,9 @@ class MeasuredOutputs:
         return {"values": self._values.cpu().clone(), "new_interval": self._new_interval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the state of :meth:`state_dict`."""
+        """Loads the state of :meth:`state_dict`; values of another shape are a ValueError."""
+        if state["values"].shape != self._values.shape:
+            raise ValueError(f"expected {len(self._values)} values, found the shape {tuple(state['values'].shape)}")
         self._values.copy_(state["values"])
         self._new_interval = state["new_interval"]
 

@@ -147,6 +147,8 @@ class RunningResiduals:
         return {"values": self.values.cpu().clone(), "mean": self.mean.cpu().clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads the tensors of :meth:`state_dict`."""
+        """Loads the tensors of :meth:`state_dict`; sums of another shape are a ValueError."""
+        if state["values"].shape != self.values.shape:
+            raise ValueError(f"expected {len(self.values)} sums, found the shape {tuple(state['values'].shape)}")
         self.values.copy_(state["values"])
         self.mean = state["mean"].to(self.mean)

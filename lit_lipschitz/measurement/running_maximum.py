@@ -152,10 +152,14 @@ class RunningMaximum:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies the tensors of :meth:`state_dict` in; those of another layer or another norm are a ValueError."""
-        for name, own in (("values", self.values), ("direction", self.direction)):
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name}: expected shape {tuple(own.shape)}, found {tuple(state[name].shape)}")
-            own.copy_(state[name])
+        own = {"values": self.values, "direction": self.direction}
+        if set(state) != set(own):
+            raise ValueError(f"expected {', '.join(own)}, found {', '.join(map(str, state))}")
+        for name, tensor in own.items():
+            shape = tuple(getattr(state[name], "shape", ()))
+            if shape != tuple(tensor.shape):
+                raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, found {shape}")
+            tensor.copy_(state[name])
 
 
 def _raise_to(largest: Tensor, value: Tensor) -> None:

@@ -87,7 +87,9 @@ class ScaleInvariance:
         return self._restored[index] if index < len(self._restored) else (-1.0, -1.0)
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
-        """Restores the state of :meth:`state_dict`."""
+        """Restores the state of :meth:`state_dict`; one that is not of pairs of numbers is a ValueError."""
+        if not all(len(pair) == 2 and all(type(value) is float and value >= -1 for value in pair) for pair in state):
+            raise ValueError(f"expected a largest cosine and a norm of each parameter, found {state!r:.80}")
         self._max_cosine, self._first_norm, self._restored = {}, {}, state
 
 

@@ -1,19 +1,24 @@
 """The command, in this process where that is the same and in one of its own where it is not."""
 
 import csv
+import itertools
 import json
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import ROOT, SCRIPT, error_line, write_idx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_lipschitz import DigitsDataModule
 from lit_lipschitz.cli.configs import bundled_configs, find_config, resolve_configs
 from lit_lipschitz.cli.fit.error_messages import condense
 
@@ -228,6 +233,40 @@ def test_every_bundled_config_is_whole(lit, name):
     assert config["model"]["init_args"]["optimizer"]["init_args"]["momentum"] == 0.9
 
 
+# -- hostile configs ---------------------------------------------------------------------------------------------------
+
+ANCHORS = "abcdefghij"
+BOMBS = {
+    "list": "- &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"- &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(ANCHORS)),
+    "itself": "a: &a\n  b: *a\n",
+    "deep": "{a: " * 3000 + "1" + "}" * 3000,
+    "chain": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}}}\n" for i in range(1, 300)),
+    "merged": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)),
+    "long": "a: 1\n" * 100_000,
+    "digits": f"a: {'9' * 100_000}\n",
+}
+BOMBS["mapping"] = "".join(f"{line[3]}: {line[2:]}\n" for line in BOMBS["list"].splitlines())
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_config_that_takes_memory_or_time_is_refused_at_once(lit, kind):
+    Path("bomb.yaml").write_text(BOMBS[kind])
+    began = time.process_time()
+    code, _, err = lit("fit", "--config", "bomb.yaml")
+    assert code == 2
+    assert "--config bomb.yaml" in error_line(err)
+    assert time.process_time() - began < 5
+
+
+def test_anchors_are_for_use(lit):
+    Path("anchors.yaml").write_text("trainer: {max_epochs: &n 1, max_steps: -1}\nlipschitz: {update: *n}\n")
+    code, out, _ = lit("fit", "--config", "digits", "--config", "anchors.yaml", "--print_config")
+    assert code == 0
+    assert "  update: 1\n" in out
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +323,20 @@ def test_every_bundled_config_is_whole(lit, name):
         (["--ckpt_path", "best"], 2, "pass last, or a path"),
         (["--ckpt_path", "plain.ckpt"], 1, "not saved by Lightning"),
         (["--ckpt_path", "."], 2, "a folder, not a file"),
+        (["--ckpt_path", ""], 2, "--ckpt_path: expected a path, or last, found an empty text"),
+        (["--model.optimizer.lr", "-1"], 2, "Invalid learning rate: -1.0; change the value"),
+        (["--model.optimizer", "AdamW", "--model.optimizer.betas", "[2,3]"], 2, "Invalid beta parameter"),
+        (["--model.network.hidden", "[0]"], 2, "model: expected sizes of at least 1, found (0, 64)"),
+        (["--trainer.accumulate_grad_batches", "0"], 2, "trainer.accumulate_grad_batches=0: expected at least 1"),
+        (["--trainer.check_val_every_n_epoch", "0"], 2, "trainer.check_val_every_n_epoch=0: expected at least 1"),
+        (["--trainer.gradient_clip_val", "-1"], 2, "trainer.gradient_clip_val=-1: expected at least 0"),
+        (["--trainer.val_check_interval", "1000000000"], 2, "`val_check_interval` (1000000000) must be less"),
+        (["--model", "bomb.yaml"], 2, "expected at most 50000 entries, found more, as anchors repeat them"),
+        (["--trainer.callbacks", "[" * 99 + "]" * 99], 2, "expected at most 50 levels"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_bad_input_is_one_line_and_leaves_nothing(lit, arguments, code, message):
     Path("extra.yaml").write_text("trainer:\n  max_epoch: 1\n")
     Path("truncated.ckpt").write_bytes(b"PK\x03\x04 and no more")
@@ -295,12 +345,65 @@ def test_bad_input_is_one_line_and_leaves_nothing(lit, arguments, code, message)
     torch.save(checkpoint, "foreign.ckpt")
     torch.save({"weight": torch.zeros(2)}, "plain.ckpt")
     Path("scalar.yaml").write_text("model: 3\n")
+    Path("bomb.yaml").write_text(BOMBS["list"])
     before = sorted(Path(".").rglob("*"))
     defaults = [] if "--trainer.accelerator" in arguments else ["--trainer.accelerator", "cpu"]
     found, _, err = lit("fit", "--config", "digits", *defaults, *arguments)
     assert message in error_line(err)
     assert found == code
     assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.scheduler", "StepLR", "--model.scheduler.step_size", "0"], "by zero in lr_scheduler.py; change"),
+        (["--checkpoint.filename", "{nope"], "expected '}' before end of string; change the value"),
+    ],
+)
+def test_a_value_that_is_refused_while_the_run_is_made_is_one_line_too(lit, arguments, message):
+    code, _, err = lit("fit", "--config", "digits", *SHORT, *arguments)
+    assert code == 2
+    assert message in error_line(err)
+
+
+class Failing(DigitsDataModule):
+    """Data whose code has a mistake."""
+
+    def augment_pixels(self, images, generator):
+        raise ValueError("a mistake")
+
+
+def test_a_mistake_in_somebodys_code_keeps_its_traceback(lit):
+    with pytest.raises(ValueError, match="a mistake"):
+        lit("fit", "--config", "digits", *SHORT, "--data", "test_cli.Failing")
+
+
+NUMBERS = (
+    "data.batch_size", "data.val_split", "data.seed", "data.train_subset", "seed_everything",
+    "model.optimizer.lr", "model.optimizer.momentum", "model.optimizer.weight_decay", "model.label_smoothing",
+    "model.network.dropout", "model.network.hidden", "model.scheduler.warmup", "lipschitz.max_lr", "lipschitz.min_lr",
+    "lipschitz.max_growth", "lipschitz.update", "lipschitz.weight_decay", "checkpoint.every_n_train_steps",
+    "checkpoint.save_top_k", "checkpoint.every_n_epochs", "trainer.accumulate_grad_batches", "trainer.max_epochs",
+    "trainer.max_steps", "trainer.check_val_every_n_epoch", "trainer.val_check_interval", "trainer.gradient_clip_val",
+    "trainer.log_every_n_steps", "trainer.overfit_batches", "audit",
+)  # fmt: skip
+VALUES = st.integers().map(str) | st.sampled_from(
+    ["nan", ".nan", ".inf", "-.inf", "0", "-1", "1e308", "-0.0", "null", "true", "", "[]", "[0]", "[-1]", "{}", "1_0",
+     "0x10", "\u0661", "\x1b[31m", "*a", "&a", "!!python/name:os.getcwd", "${x}", "2**9", "~"]
+)  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(option=st.sampled_from(NUMBERS), value=VALUES)
+def test_a_value_is_taken_or_refused_in_one_line(lit, option, value):
+    short = ("--trainer.max_time", "00:00:00:02", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches=1")
+    quiet = ("--trainer.logger", "false", "--trainer.enable_checkpointing", "null", "--test_after_fit", "false")
+    arguments = ("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", *short, *quiet)
+    code, _, err = lit("fit", "--config", "digits", *arguments, f"--{option}={value}")
+    assert code in (0, 1, 2)
+    if code:
+        assert "\x1b" not in error_line(err)
 
 
 def test_no_data_and_no_network_ends_with_one_line_and_code_1_and_leaves_nothing():

@@ -1,10 +1,14 @@
 """ControllerState: what a checkpoint gives back, and the states that it refuses."""
 
-from dataclasses import fields
+import math
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import damaged_state
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 from lit_lipschitz import LitLipschitzError
 from lit_lipschitz.control.noise_damping import NoiseDamping
@@ -40,7 +44,7 @@ def filled():
         step_scale={"ratios": torch.tensor([2.0])},
         nonfinite={"steps": [3]},
         residuals={"count": torch.tensor(16.0)},
-        head={"name": "net.2", "largest": torch.tensor(3.0)},
+        head={"head": "net.2", "statistic": {"values": torch.tensor(3.0)}},
     )
 
 
@@ -85,8 +89,34 @@ def without(state, name):
         lambda state: {**state, "decision": {**state["decision"], "invented": 1}},
         lambda state: {**state, "measurement": {**state["measurement"], "invented": 1}},
         lambda state: {**state, "damping": {**state["damping"], "invented": 1}},
+        lambda state: {**state, "damping": {**state["damping"], "fractions": [0.9]}},
+        lambda state: {**state, "decision": {**state["decision"], "lr": math.nan}},
+        lambda state: {**state, "decision": {**state["decision"], "lr": math.inf}},
+        lambda state: {**state, "decision": {**state["decision"], "lr": -0.1}},
+        lambda state: {**state, "references": [0.1, -0.01]},
+        lambda state: {**state, "written": [math.nan]},
+        lambda state: {**state, "steps": -1},
+        lambda state: {**state, "steps": 1.0},
+        lambda state: {**state, "warned": 1},
+        lambda state: {**state, "accumulated": 0},
+        lambda state: {**state, "measurement": {**state["measurement"], "ranks": 0}},
+        lambda state: {**state, "head": {"head": "net.2"}},
+        lambda state: {**state, "head": {"head": "net.2", "statistic": {"values": torch.tensor(math.nan)}}},
     ],
 )
 def test_the_state_of_another_version_is_refused(change):
     with pytest.raises(LitLipschitzError, match="state in the checkpoint is of another version of lit-lipschitz"):
         ControllerState.from_dict(change(filled().to_dict()))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_a_damaged_state_is_refused_or_taken_whole(chance):
+    state, what = damaged_state(filled().to_dict(), chance)
+    event(what.partition(":")[0])
+    try:
+        back = ControllerState.from_dict(state)
+    except LitLipschitzError:
+        return
+    assert repr({**asdict(back), "rule_state": back.rule_state}) == repr(state)  # tensors have no truth value
+    assert all(0 <= rate < math.inf for rate in [back.decision.lr if back.decision else 0.0, *back.written])

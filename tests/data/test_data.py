@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,116 @@ def test_a_pickle_that_would_run_code_is_refused():
     with pytest.raises(DataError, match=r"data_batch_3 can't be read.*mkdir is not admitted"):
         sources.SOURCES["CIFAR10"].load(Path("."), train=True, verify=False)
     assert not Path("owned").exists()
+
+
+def read_batch(content):
+    """What the reader makes of a file of CIFAR-10."""
+    Path("batch").write_bytes(content)
+    return sources.SOURCES["CIFAR10"].read((Path("batch"),))
+
+
+def opcodes(array, labels=(0,)):
+    """The pickle of a batch whose array is given in opcodes."""
+    return (
+        b"\x80\x04}"
+        + pickle.dumps("data", 2)[2:-1]
+        + array
+        + b"s"
+        + pickle.dumps({"labels": [*labels]}, 2)[3:-1]
+        + b"."
+    )
+
+
+def structured(pointer):
+    """An array whose dtype claims by its state that the bytes are pointers to objects."""
+
+    def text(value):
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def number(value):
+        return b"J" + struct.pack("<i", value)
+
+    objects, void = (b"cnumpy\ndtype\n" + text(kind) + b"\x89\x88\x87R" for kind in ("O8", "V8"))
+    field = b"}" + text("a") + objects + number(0) + b"\x86s"
+    void += (
+        b"(" + number(3) + text("|") + b"N" + text("a") + b"\x85" + field + number(8) + number(1) + number(0) + b"tb"
+    )
+    raw = struct.pack("<Q", pointer) * 3072
+    content = b"(B" + struct.pack("<I", len(raw)) + raw
+    return b"cnumpy._core.numeric\n_frombuffer\n" + content + void + number(3072) + b"\x85" + text("C") + b"tR"
+
+
+def test_numpy_never_rebuilds_an_array_from_the_state_in_a_file():
+    with pytest.raises(DataError, match="batch can't be read.*expected an array of bytes"):
+        read_batch(opcodes(structured(0x4141414141414141)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02" + b"}" * 2_000_000 + b".", "opcodes"),
+        (b"\x80\x02" + b")" + b"\x85" * 100_000 + b".", "nested tuples"),
+        (b"\x80\x02}]]s.", "a key of a dict is a list"),
+        (b"\x80\x02B\xff\xff\xff\x7f.", "2147483647 bytes"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "list indices"),
+        (b"\x80\x02ccollections\nOrderedDict\n)R.", "collections.OrderedDict is not admitted"),
+        (b"\x80\x02cnumpy\nndarray\n)\x92.", "NEWOBJ_EX is not admitted"),
+        (b"", "truncated"),
+    ],
+)
+def test_a_pickle_that_takes_memory_or_time_is_refused_at_once(content, message):
+    with pytest.raises(DataError, match=f"batch can't be read.*{message}"):
+        read_batch(content)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}, "has the label 10; expected 0 to 9"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, -1]}, "has the label -1; expected 0 to 9"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 0.5]}, "expected a list of numbers"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "has 2 images and 1 labels"),
+        ({"data": np.zeros((3, 1024), np.uint8), "labels": [0]}, "expected images of 3 x 32 x 32"),
+        ({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}, "expected an array of bytes"),
+        ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, "has no images"),
+        ({"data": np.zeros((2, 3072), np.uint8)}, "labels"),
+        ([1, 2], "list indices"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_is_whole_and_wrong_is_named(batch, message):
+    with pytest.raises(DataError, match=f"^batch .*{message}"):
+        read_batch(pickle.dumps(batch))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pixels_are_those_that_numpy_stored(protocol, order):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
+    content = pickle.dumps({"data": np.asarray(pixels, order=order), "labels": [3, 300 % 10, 9]}, protocol=protocol)
+    images, labels = read_batch(content)
+    assert np.array_equal(images.numpy().reshape(3, -1), pixels)
+    assert labels.tolist() == [3, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        ("labels", struct.pack(">2I", 2049, 3) + bytes([0, 9, 10]), "has the label 10; expected 0 to 9"),
+        ("images", struct.pack(">4I", 2051, 3, 32, 32) + bytes(3 * 1024), "images of 32 x 32 pixels; expected 28 x 28"),
+        ("images", struct.pack(">4I", 2051, 2**32 - 1, 28, 28), "can't be read"),
+        ("images", struct.pack(">4I", 2051, 0, 28, 28), "has 0 images"),
+        ("images", struct.pack(">4I", 0xD03, 3, 28, 28) + bytes(3 * 784 * 4), "can't be read"),
+    ],
+)
+def test_an_idx_file_that_is_whole_and_wrong_is_named(part, content, message):
+    raw = write_idx(Path("."))
+    for kind, whole in (("images", struct.pack(">4I", 2051, 3, 28, 28) + bytes(3 * 784)),
+                        ("labels", struct.pack(">2I", 2049, 3) + bytes(3))):  # fmt: skip
+        (file,) = raw.glob(f"train-{kind}*")
+        file.write_bytes(content if kind == part else whole)
+    with pytest.raises(DataError, match=f"train-{part}.*{message}"):
+        sources.SOURCES["MNIST"].load(Path("."), train=True, verify=True)
 
 
 def test_a_checksum_that_differs_is_named_and_can_be_skipped():

@@ -1,6 +1,7 @@
 """Shared by the tests: a small task, trainers, tables of optimizers, schedulers and losses, data files, the command."""
 
 from helpers.command import SCRIPT, error_line, last, same
+from helpers.damage import damaged_state
 from helpers.data import TEST_IMAGES, TRAIN_IMAGES, write_cifar, write_idx
 from helpers.losses import LOSSES, ROWS, AnyLoss, LossCase, first_constant, one_hot
 from helpers.optimizers import (
@@ -63,6 +64,7 @@ __all__ = [
     "Slices",
     "Steps",
     "adamws_scale",
+    "damaged_state",
     "error_line",
     "examples",
     "explained",

@@ -1,18 +1,22 @@
 """Runs that are ended, and what they leave: whole checkpoints, one line, the right exit code."""
 
+import collections
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from helpers import error_line, last, same
+from helpers import Classifier, error_line, last, loader, same, trainer
 
-from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints
+from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint
+from lit_lipschitz.cli.fit.error_messages import explain_error
 from lit_lipschitz.errors import LitLipschitzError
 
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--test_after_fit", "false",
@@ -144,6 +148,99 @@ def test_code_in_a_checkpoint_does_not_run(lit):
     with pytest.raises(Exception, match="[Ww]eights"):
         WholeCheckpoints().load_checkpoint("evil.ckpt")
     assert not Path("ran").exists()
+
+
+@pytest.fixture
+def somebody(monkeypatch):
+    """A module in the folder of the run, whose import is noticed."""
+    Path("somebody.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass X: pass\n")
+    monkeypatch.syspath_prepend(".")
+
+
+@pytest.mark.parametrize("name", ["_class_path", "_instantiator"])
+def test_a_class_that_a_checkpoint_names_is_not_imported(lit, somebody, name):
+    content = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 0, "loops": {}}
+    torch.save({**content, "hyper_parameters": {name: "somebody.X"}}, "some.ckpt")
+    code, _, err = lit("test", "--config", "digits", "--trainer.accelerator", "cpu", "--ckpt_path", "some.ckpt")
+    assert code == 1
+    assert "the checkpoint is of another network: Missing key(s)" in error_line(err)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("part", ["loops", "optimizer_states", "lr_schedulers", "callbacks"])
+def test_a_part_of_a_checkpoint_that_is_of_another_form_is_one_line(part):
+    training = trainer()
+    training.fit(Classifier(), loader())
+    training.save_checkpoint("whole.ckpt")
+    content = torch.load("whole.ckpt", weights_only=True)
+    torch.save({**content, part: 3}, "odd.ckpt")
+    with pytest.raises((AttributeError, TypeError, KeyError)) as caught:
+        trainer(max_epochs=3).fit(Classifier(), loader(), ckpt_path="odd.ckpt")
+    line, code = explain_error(caught.value, True, ".")
+    assert line.startswith("the checkpoint can't be restored (")
+    assert code == 1
+
+
+def archive(pickled, compression=zipfile.ZIP_STORED, tensor=b"0123456789abcdef"):
+    """A checkpoint's archive with a pickle of one's own."""
+    torch.save({"a": torch.zeros(4)}, "whole.ckpt")
+    with zipfile.ZipFile("whole.ckpt") as whole, zipfile.ZipFile("bad.ckpt", "w", compression) as bad:
+        for name in whole.namelist():
+            kind = name.rpartition("/")[2]
+            bad.writestr(name, {"data.pkl": pickled, "0": tensor}.get(kind, whole.read(name)))
+
+
+def call(function, arguments):
+    return b"\x80\x02c" + function.replace(".", "\n").encode() + b"\n" + arguments + b"R."
+
+
+# 1 << 31 bytes or numbers each, of a file of 2 kB.
+BOMBS = {
+    "bytearray": call("builtins.bytearray", b"J\x00\x00\x00\x7f\x85"),
+    "bytearray of Python 2": call("__builtin__.bytearray", b"J\x00\x00\x00\x7f\x85"),
+    "tensor": call("torch.FloatTensor", b"J\x00\x00\x00\x7f\x85"),
+    "codecs": call("_codecs.encode", b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86"),
+    "expanded": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00J\x00\x00\x00\x7f\x85K\x00\x85\x89"
+        b"ccollections\nOrderedDict\n)RtR."
+    ),
+    "repeated": (
+        b"\x80\x02cbuiltins\nset\nq\x00X\x00\x00\x01\x00" + bytes(1 << 16) + b"\x85q\x01" + b"h\x00h\x01R" * 9999 + b"."
+    ),
+    "many": b"\x80\x02" + b"}" * (1 << 22) + b".",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_checkpoint_that_makes_much_of_little_is_refused(kind):
+    archive(BOMBS[kind])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(LitLipschitzError, match="not a checkpoint, or only a part of one"):
+        check_checkpoint(Path("bad.ckpt"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_compressed_checkpoint_is_refused():
+    torch.save({"state_dict": {"a": torch.zeros(4)}, "pytorch-lightning_version": "2.6.6"}, "whole.ckpt")
+    check_checkpoint(Path("whole.ckpt"))
+    with zipfile.ZipFile("whole.ckpt") as whole, zipfile.ZipFile("bad.ckpt", "w", zipfile.ZIP_DEFLATED) as bad:
+        for name in whole.namelist():
+            bad.writestr(name, bytes(1 << 28) if name.endswith("/0") else whole.read(name))
+    with pytest.raises(LitLipschitzError, match="not a checkpoint, or only a part of one"):
+        check_checkpoint(Path("bad.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.arange(6.0).view(2, 3).T, torch.zeros(1).expand(1000), torch.nn.Parameter(torch.ones(2)), torch.Size([2]),
+     b"bytes", bytearray(b"more"), {1, 2}, 1 + 2j, torch.zeros(2, dtype=torch.uint16), torch.eye(2).to_sparse(),
+     {(1, "a"): torch.device("cpu")}, torch.zeros(0), collections.Counter("aab"), 1 << 70],
+    ids=str,
+)  # fmt: skip
+def test_what_torch_saves_is_a_checkpoint(value):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "value": value}, "whole.ckpt")
+    check_checkpoint(Path("whole.ckpt"))
 
 
 # A file may be no larger than this: a disk that is full for checkpoints (of 60 kB), which leaves room for curves.

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import SCRIPT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -486,3 +490,177 @@ def test_help_says_what_it_is_and_has_an_example(monkeypatch, capsys):
     out = capsys.readouterr().out
     for part in ("usage: lit-lipschitz report", "--output FOLDER", "--json", "lightning_logs/version_3"):
         assert part in out
+
+
+# -- odd and hostile files ---------------------------------------------------------------------------------------------
+
+NAMES = ["a<script>alert(1)</script>", "</title><h1>", '" onload="x', "$\\frac{", "_hidden", "\x1b[31mred", "%s{0}",
+         "&amp;", "\u202eabc", "\u4e2d\U0001f600", os.fsdecode(b"no\xffutf8"), "²3", "-->", "]]>",
+         "a" * 200]  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.text, self.open = set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found |= {(tag, name) for name, _ in [*attrs, ("", "")]}
+        if tag not in ("meta", "br", "path", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found |= {(tag, name) for name, _ in [*attrs, ("", "")]}
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def elements(page):
+    parser = Elements()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_names_and_tags_of_any_kind_stay_text(report):
+    for name in ("plain", "plain too"):
+        write_run(Path("plain", name))
+    assert report("plain", "--no-png", "--output", "first")[0] == 0
+    plain = elements(Path("first/report.html").read_text())
+    for name in NAMES:
+        if "/" not in name:
+            write_run(Path("runs/new"))
+            Path("runs/new").rename(Path("runs", name))
+    write_run(Path("runs/plain"))
+    writer = EventFileWriter("runs/plain", filename_suffix=".tags")
+    for tag in NAMES:
+        log(writer, 1, **{f"lr-{tag.encode(errors='replace').decode()}": 0.1, "val_loss": 0.5})
+    writer.close()
+    code, out, err = report("runs", "--output", "second")
+    assert code == 0
+    assert "\x1b" not in out + err
+    hostile = elements(Path("second/report.html").read_text(encoding="utf-8"))
+    assert hostile.found <= plain.found
+    text = "".join(hostile.text)
+    for name in (
+        "$\\frac{",
+        "_hidden",
+        r"\x1b[31mred",
+        "%s{0}",
+        "&amp;",
+        r"\u202eabc",
+        "\u4e2d",
+        r"no\udcffutf8",
+        "²3",
+        "]]>",
+    ):
+        assert name in text
+    assert all(Path("second", name).is_file() for name in FILES)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "nan,1,0.5", "1,inf,0.5", "0,0,1e308\n1,1,-1.7e308", "0,0,1e307\n1,1,1.5e308", "0,0,1.0\n1,1,5e-324",
+        "-5,0,0.1\n-4,1,0.2", "1e300,1,0.5", "0,1e300,0.5", "0,0,0.5\n1,1,1e-310\n2,2,1e150", "0,0,0\n1,1,5e-324",
+        "0,0,\x00", '0,0,"', "0,0,0.5,9,9,9", "\u0661,1,0.5", "0,0,nan\n1,1,inf", "1e15,0,0.5",
+    ],
+)  # fmt: skip
+def test_odd_numbers_in_a_csv_file_are_drawn_or_noted(report, rows):
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text(f"epoch,step,val_loss\n{rows}\n")
+    code, _, err = report("run")
+    assert code in (0, 2)
+    assert (code == 0) == Path("report/report.html").is_file()
+    if any(word in rows for word in ("nan,1", "inf,0", "-5", "1e300,")):
+        assert "whose epoch or step is not finite or is negative: left out" in err
+
+
+def test_a_long_cell_is_read_over(report):
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text(f"epoch,step,val_loss,text\n0,0,0.5,{'x' * 140_000}\n1,1,0.25,\n")
+    code, out, _ = report("run", "--no-png", "--json")
+    assert code == 0
+    assert json.loads(out)["runs"][0]["series"]["val_loss"] == {"epoch": [1, 2], "value": [0.5, 0.25]}
+
+
+def test_a_fifo_is_left_out_and_not_waited_for(report):
+    write_run(Path("run"))
+    os.mkfifo("run/events.out.tfevents.9.fifo")
+    os.mkfifo("run/metrics.csv")
+    code, _, err = report("run", "--no-png")
+    assert code == 0
+    assert "events.out.tfevents.9.fifo is no regular file: left out" in err
+
+
+@pytest.mark.parametrize("epoch", [math.nan, math.inf, -1.0, 1e30])
+def test_an_epoch_that_is_none_in_an_event_file_is_noted(report, epoch):
+    writer = EventFileWriter("run")
+    log(writer, 0, epoch=0.0, val_loss=1.0)
+    log(writer, 5, epoch=epoch, val_loss=0.5)
+    writer.close()
+    code, _, err = report("run", "--no-png")
+    assert code == 0
+    assert "1 points whose epoch or step is not finite or is negative: left out" in err
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(-(2**63), 2**63 - 1) | st.integers(0, 9),
+        st.sampled_from(["epoch", "val_loss", "train_loss", "lipschitz/lr", "lipschitz/1/lr", "lr-AdamW"]) | st.text(),
+        st.floats(width=32),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=EVENTS, start=st.integers(0, 400), length=st.integers(0, 40), damage=st.none() | st.binary(max_size=40))
+def test_any_event_file_is_drawn_or_told_in_one_line(report, events, start, length, damage):
+    shutil.rmtree("run", ignore_errors=True)
+    writer = EventFileWriter("run")
+    for step, tag, value in events:
+        log(writer, step, **{tag.encode(errors="replace").decode(): value})
+    writer.close()
+    (file,) = Path("run").iterdir()
+    content = file.read_bytes()
+    if damage is not None:
+        file.write_bytes(content[:start] + damage + content[start + length :])
+    code, out, err = report("run", "--no-png", "--json")
+    assert code in (0, 2)
+    if code:
+        error_line(err)
+    else:
+        json.loads(out, parse_constant=pytest.fail)
+        elements(Path("report/report.html").read_text(encoding="utf-8"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.lists(st.floats().map(str) | st.text(), max_size=5), max_size=8))
+def test_any_csv_file_is_drawn_or_told_in_one_line(report, rows):
+    Path("run").mkdir(exist_ok=True)
+    text = "epoch,step,val_loss,train_acc\n" + "".join(f"{','.join(row)}\n" for row in rows)
+    Path("run/metrics.csv").write_bytes(text.encode(errors="surrogatepass"))
+    code, _, err = report("run", "--no-png")
+    assert code in (0, 2)
+    if code:
+        error_line(err)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["configs"], ["report", "run", "--no-png"], ["nonsense"]])
+def test_closed_streams_change_no_exit_code(arguments):
+    write_run(Path("run"))
+    code = 2 if arguments == ["nonsense"] else 0
+    for closing in (">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["bash", "-c", f'"$0" "$@" {closing}', SCRIPT, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
