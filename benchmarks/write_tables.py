@@ -9,6 +9,7 @@ from pathlib import Path
 
 import compare
 import growth
+import public
 import startup
 import summary
 import throughput
@@ -20,6 +21,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/guide/evidence.md": {
         "defaults": lambda: summary.defaults(read_summary(compare.SUMMARY)),
         "regrets": lambda: summary.regrets(read_summary(compare.SUMMARY)),
+        "public": lambda: public.table(read_summary(public.SUMMARY)),
+        "repeated": lambda: public.repeated(read_summary(public.SUMMARY)),
     },
     "docs/guide/performance.md": {
         "throughput": lambda: "\n".join(throughput.lines(throughput.read())),

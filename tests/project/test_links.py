@@ -14,9 +14,11 @@ TEXTS = [
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch"
 KNOWN = {
     "https://arxiv.org/abs/1502.01852",
+    "https://arxiv.org/abs/1609.02907",
     "https://arxiv.org/abs/1810.10082",
     "https://arxiv.org/abs/1812.03981",
     "https://arxiv.org/abs/1902.07399",
+    "https://arxiv.org/abs/1903.05499",
     "https://arxiv.org/abs/2002.11803",
     "https://arxiv.org/abs/2404.00498",
     "https://arxiv.org/abs/2405.15682",
@@ -24,6 +26,13 @@ KNOWN = {
     f"{LIGHTNING}.callbacks.ModelCheckpoint.html",
     f"{LIGHTNING}.trainer.trainer.Trainer.html",
     "https://docs.pytorch.org/docs/stable/optim.html",
+    "https://github.com/fabian-sp/step-back",
+    "https://github.com/fabian-sp/step-back/blob/main/stepback/records/mnist_mlp.csv",
+    "https://github.com/facebookresearch/schedule_free/blob/main/examples/mnist/README.md",
+    "https://github.com/fsschneider/DeepOBS",
+    "https://github.com/mlcommons/algorithmic-efficiency",
+    "https://github.com/pytorch/examples",
+    "https://github.com/tkipf/gcn",
 }
 """The pages that are linked. Look at a new one before it comes in here."""
 PAPERS = {
