@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.errors import ConfigurationError
 
+_DEFAULT_EPOCHS = 1000
+"""The ``max_epochs`` that Lightning sets where the user gives no limit."""
+
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The trainer's list of callbacks, to read and to change; Lightning does not declare its type."""
@@ -44,6 +47,7 @@ class TrainerFacts:
             partial(_loss_scale, trainer, scaler),
             partial(_grad_scale, scaler),
             partial(_total_steps, trainer, module),
+            partial(_epoch_steps, trainer, module),
             partial(trainer.strategy.reduce, reduce_op="max"),
             rank_zero_info,
         )
@@ -130,10 +134,23 @@ def _grad_scale(scaler: Any, optimizer: Optimizer) -> float | Tensor:
 
 
 def _total_steps(trainer: Trainer, module: LightningModule) -> float:
-    """Optimizer steps of the run; infinity if time limits it, or if the number of accumulated batches changes."""
+    """Optimizer steps of the run; infinity if nothing but a limit that is not expected to be reached tells.
+
+    That is so if time or ``EarlyStopping`` end it, with the 1,000 epochs that are Lightning's default, and if the
+    number of accumulated batches changes.
+    """
     callbacks: Sequence[Any] = callbacks_of(trainer)
     changing = any(is_lightnings(one, "GradientAccumulationScheduler") and len(one.scheduling) > 1 for one in callbacks)
     timed = any(is_lightnings(one, "Timer") and one.time_remaining() is not None for one in callbacks)
-    if not module.automatic_optimization or changing or timed:
+    stops = any(is_lightnings(one, "EarlyStopping") for one in callbacks)
+    default = trainer.max_epochs == _DEFAULT_EPOCHS and trainer.max_steps == -1
+    if not module.automatic_optimization or changing or timed or stops or default:
         return math.inf
     return float(trainer.estimated_stepping_batches)
+
+
+def _epoch_steps(trainer: Trainer, module: LightningModule) -> float:
+    """Optimizer steps of an epoch; infinity if its length is unknown, and in manual optimization."""
+    if not module.automatic_optimization:
+        return math.inf
+    return float(trainer.num_training_batches) / trainer.accumulate_grad_batches

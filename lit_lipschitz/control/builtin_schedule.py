@@ -3,16 +3,21 @@
 import math
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
-from lit_lipschitz.optim.schedules import linear_warmup, linear_warmup_decay
+from lit_lipschitz.optim.schedules import MAX_WARMUP, linear_warmup, linear_warmup_decay
 
 
 class BuiltinSchedule:
-    """Linear warm-up over the first tenth of the run and linear decay to 0; no decay if the weights are averaged."""
+    """Linear warm-up over the first tenth of the run, at most 2,000 steps, and linear decay to 0.
+
+    Without the decay if the weights are averaged. In a run of unknown length the warm-up is over the first epoch, at
+    whose end the constant is known on all of the training data, and there is no decay.
+    """
 
     def __init__(self, *, enabled: bool, averages_weights: bool) -> None:
         self._averages_weights = averages_weights
-        # Optimizer steps of the run; inf without a schedule, None before the first step.
+        # Optimizer steps of the run and of the warm-up; inf if unknown or without a schedule, None before the first.
         self._total_steps: float | None = None if enabled else math.inf
+        self._warmup = 0.0
         self._told = False  # of an epoch that was shortened
 
     @classmethod
@@ -31,13 +36,13 @@ class BuiltinSchedule:
     @property
     def description(self) -> str | None:
         """``"warm-up and decay"`` or ``"warm-up"``; None without a schedule and before the first step."""
-        if self._total_steps is None or self._total_steps == math.inf:
+        if self._total_steps is None or not self._warmup:
             return None
-        return "warm-up" if self._averages_weights else "warm-up and decay"
+        return "warm-up" if self._averages_weights or self._total_steps == math.inf else "warm-up and decay"
 
     def on_short_epoch(self, loop: LoopFacts) -> None:
         """Reports once that the run will be shorter than its length, if the schedule is used."""
-        if self.description and not self._told:
+        if self.description == "warm-up and decay" and not self._told:
             self._told = True
             loop.notify(
                 f"LipschitzLR: the {self.description} is over {int(self._total_steps or 0)} optimizer steps, and this "
@@ -48,17 +53,31 @@ class BuiltinSchedule:
     def factor(self, loop: LoopFacts) -> float:
         """Factor of the learning rate in the next optimizer step; the first call reports the length of the run."""
         if self._total_steps is None:
-            self._total_steps = loop.total_steps()
-            if not 1 <= self._total_steps < math.inf:
-                self._total_steps = math.inf
-                loop.notify(
-                    "LipschitzLR: the length of the run is not known, so the built-in warm-up and decay are off; set "
-                    "max_epochs or max_steps, add a scheduler, or pass schedule='none' to hide this message"
-                )
-            else:
-                what = "warm-up over a tenth of" if self._averages_weights else "warm-up and decay over"
-                loop.notify(f"LipschitzLR: {what} {int(self._total_steps)} optimizer steps (off with schedule='none')")
-        if self._total_steps == math.inf:
+            self._begin(loop)
+        if not self._warmup:
             return 1.0
-        shape = linear_warmup if self._averages_weights else linear_warmup_decay
-        return shape(min(loop.step, int(self._total_steps) - 1), int(self._total_steps))
+        assert self._total_steps is not None
+        if self._averages_weights or self._total_steps == math.inf:
+            return linear_warmup(loop.step, self._warmup)
+        return linear_warmup_decay(min(loop.step, int(self._total_steps) - 1), int(self._total_steps))
+
+    def _begin(self, loop: LoopFacts) -> None:
+        """Finds the length of the run and of the warm-up, and reports them."""
+        steps, epoch = loop.total_steps(), loop.epoch_steps()
+        if 1 <= steps < math.inf:
+            self._total_steps, self._warmup = steps, min(steps / 10, MAX_WARMUP)
+            decay = "" if self._averages_weights else f" and decay over {steps:.0f}"
+            message = f"warm-up over {self._warmup:.0f}{decay} optimizer steps (off with schedule='none')"
+        elif 1 <= epoch < math.inf:
+            self._total_steps, self._warmup = math.inf, min(epoch, MAX_WARMUP)
+            message = (
+                f"warm-up over {self._warmup:.0f} optimizer steps and no decay, since the length of the run is not known "
+                "(EarlyStopping, a limit of time, or no max_epochs and max_steps); add a scheduler to decay the rate"
+            )
+        else:
+            self._total_steps = math.inf
+            message = (
+                "the length of the run is not known, so the built-in warm-up and decay are off; set max_epochs or "
+                "max_steps, add a scheduler, or pass schedule='none' to hide this message"
+            )
+        loop.notify(f"LipschitzLR: {message}")

@@ -25,6 +25,7 @@ class LoopFacts(NamedTuple):
     loss_scale: Callable[[], float | Tensor]  # factor by which the loop multiplies the loss before its backward
     grad_scale: Callable[[Optimizer], float | Tensor]  # factor of the gradients by which the optimizer's step divides
     total_steps: Callable[[], float]  # optimizer steps of the run; infinity if unknown
+    epoch_steps: Callable[[], float]  # optimizer steps of an epoch; infinity if unknown
     reduce: Callable[[Tensor], Tensor]  # element-wise MAX over the ranks; the identity on one device
     notify: Callable[[str], None]  # prints a message once for all ranks
 

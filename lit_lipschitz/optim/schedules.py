@@ -5,16 +5,20 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+MAX_WARMUP = 2000
+"""Most steps of a warm-up: 2 / (1 - beta2) for the usual beta2 = 0.999 of Adam, by J. Ma, D. Yarats: On the adequacy of
+untuned warmup for adaptive optimization, arXiv 1910.04209, 2019."""
+
 
 def linear_warmup_decay(step: int, total_steps: int, warmup: float = 0.1) -> float:
     """The factor of :class:`LinearWarmupDecay` at a step; 0 after the last step."""
-    rise = warmup * total_steps
+    rise = min(warmup * total_steps, MAX_WARMUP)
     return max(0.0, min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise)))
 
 
-def linear_warmup(step: int, total_steps: int, warmup: float = 0.1) -> float:
-    """The warm-up of :func:`linear_warmup_decay` without the decay."""
-    return min((step + 1) / (warmup * total_steps + 1), 1.0)
+def linear_warmup(step: int, rise: float) -> float:
+    """A warm-up over ``rise`` steps, and at most :data:`MAX_WARMUP`, without a decay."""
+    return min((step + 1) / (min(rise, MAX_WARMUP) + 1), 1.0)
 
 
 class TimeDecay(LambdaLR):
@@ -43,8 +47,8 @@ class TimeDecay(LambdaLR):
 class LinearWarmupDecay(LambdaLR):
     r"""Linear warm-up to the optimizer's learning rate, then linear decay to 0; stepped every optimizer step.
 
-    At step t of T, with w = warmup T, the factor is :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It is positive at
-    every step of the run, including the first and the last.
+    At step t of T, with w = warmup T and at most 2,000 (:data:`MAX_WARMUP`), the factor is
+    :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It is positive at every step of the run, the first and the last too.
 
     Args:
         optimizer: The optimizer.
