@@ -157,7 +157,7 @@ class Controller:
                 self._meter = self._measure_by(found, graph, loop)
         if self._meter is not None:
             self._batch_open = False
-            if not self._meter.measure(graph, loop) and self._finder.may_measure:
+            if self._finder.compare(graph, self._meter.measure(graph, loop)):
                 self._measure_from_now(loop)
                 self._meter.measure(graph, loop)
         self._finder.check(graph, loop)
@@ -210,6 +210,8 @@ class Controller:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
+        if self._finder.differs:
+            self._measure_from_now(loop)
         batches = max(1, self._with_loss or (0 if loop.automatic else self._begun))
         found = self._finder.begin_step(self.found, loop, batches, first_step=self.decision is None)
         if found is not self.found:

@@ -405,3 +405,61 @@ def test_batches_of_a_named_loss_are_compared_too(name):
     lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9, "loss": "cross_entropy"}, layer)
     assert is_measured(lipschitz)
     assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        lambda m: torch.zeros((), requires_grad=True),
+        lambda m: 2 * torch.zeros(3, requires_grad=True).sum(),
+        lambda m: m.frozen(torch.ones(1, WIDTH, requires_grad=True)).sum(),
+    ],
+    ids=["leaf", "function of a leaf", "frozen layer"],
+)
+@pytest.mark.parametrize("settings", [{}, {"loss": "cross_entropy"}], ids=str)
+def test_a_loss_that_reaches_no_parameter_is_passed_over(zero, settings):
+    module = Confident(turns(lambda m, *_: zero(m)))
+    module.frozen = nn.Linear(WIDTH, 1).requires_grad_(False)
+    lipschitz, _ = fit(module, wrong(32), settings)
+    assert not is_measured(lipschitz)
+
+
+class Optimizers(Confident):
+    """The cross-entropy for two batches, then another loss, with a second network and an optimizer of its own."""
+
+    def __init__(self, later, order, optimizer=None):
+        super().__init__(turns(later), optimizer=optimizer)
+        self.automatic_optimization, self.order = False, order
+        self.other = nn.Linear(WIDTH, CLASSES)
+
+    def step(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def training_step(self, batch, batch_idx):
+        one, other = self.optimizers()
+        steps = {
+            "own": lambda: self.step(one, self.loss(self, *batch, batch_idx)),
+            # Goes through the network of the first optimizer, as the loss of a generator through its critic.
+            "other": lambda: self.step(other, 5.0 * focal(self, self.other(batch[0]).repeat(1, 2), batch[1], 0)),
+            "elsewhere": lambda: self.step(other, focal(nn.ModuleDict({"net": self.other}), *batch, 0)),
+        }
+        for name in self.order:
+            steps[name]()
+
+    def configure_optimizers(self):
+        return [self.make(part.parameters()) for part in (self.net, self.other)]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("order", [("own", "other"), ("other", "own"), ("own", "elsewhere"), ("elsewhere", "own")])
+@pytest.mark.parametrize("name", ["another loss", "a factor of the logits", "class weights", "same"])
+def test_batches_of_one_of_several_optimizers_are_compared(name, order, optimizer):
+    later = LATER.get(name, lambda m, x, y, _: F.cross_entropy(m.net(x), y))
+    module = Optimizers(later, order, lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+    lipschitz, steps = fit(module, wrong(64), {"max_lr": 1e-9, "optimizers": 0})
+    assert is_measured(lipschitz) == (name != "same")
+    assert all(
+        0 < gradient <= 1.0001 * constant for gradient, constant in zip(steps.gradients, steps.constants, strict=True)
+    )
