@@ -109,7 +109,7 @@ class Controller:
 
     def close(self) -> None:
         """Removes all hooks."""
-        self.hooks.remove()
+        self._finder.close()
         self._writer.close()
         if self.updater.estimator is not None:
             self.updater.estimator.close()

@@ -1,5 +1,6 @@
 """Finds what an optimizer's constant is computed from: a head with a recognised loss, or else the output layers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from zlib import crc32
@@ -16,7 +17,7 @@ from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.loss_graph import LossGraph
-from lit_lipschitz.recognition.output_layers import OutputLayer
+from lit_lipschitz.recognition.output_layers import HiddenLayers, OutputLayer
 
 
 class Finder:
@@ -73,12 +74,13 @@ class Finder:
             return self._used.find(graph, loop)
         try:
             found = self._heads.find(graph, loop)
-            return found and replace(found, gradients=self._measured.hooks.statistic)
+            if found is None or not self._measured.hooks.contradicts(graph, found.hook.weight):
+                return found and replace(found, gradients=self._measured.hooks.statistic)
         except ConfigurationError:
             if not self._layers(graph):
                 raise
-            self.measure_from_now()
-            return self._measured.find(graph, loop)
+        self.measure_from_now()
+        return self._measured.find(graph, loop)
 
     def find_named(self) -> FoundHeads:
         """What to use in manual optimization if a step is made before a loss was recognised.
@@ -125,16 +127,18 @@ class Finder:
         """Whether a loss of the step that is about to be made is another one than was recognised."""
         return self.may_measure and bool(self._differed_before if self._differs is None else self._differs)
 
-    def _layers(self, graph: LossGraph) -> list[OutputLayer]:
+    def _layers(self, graph: LossGraph) -> Sequence[OutputLayer | HiddenLayers]:
         assert self._measured is not None
         return self._measured.hooks.layers(graph)
 
     def check(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Has a backward measured, where a step is due, to check the bound of a recognised loss by its gradients."""
-        if self._heads is None or self._measured is None:
+        if self._measured is None:
             return
-        if self._measured.hooks.statistic.due or self._differs:
-            self._measured.hooks.watch(graph, loop)
+        if self._heads is not None and (self._measured.hooks.statistic.due or self._differs):
+            self._measured.hooks.watch(graph, loop, self._heads.head)
+        if loop.automatic:
+            self._measured.hooks.forget_inputs()
 
     def discard_gradients(self) -> None:
         """Forgets the backwards since the last step."""
@@ -186,6 +190,12 @@ class Finder:
         sent = torch.tensor([high, -high, low, -low], dtype=torch.float32, device=loop.device)
         highest, lowest, *rest = loop.reduce(sent).tolist()
         return not refused and highest == -lowest and rest[0] == -rest[1]
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for finder in (self._heads, self._measured):
+            if finder is not None:
+                finder.hooks.remove()
 
     def reset(self) -> None:
         """Ends an interval."""

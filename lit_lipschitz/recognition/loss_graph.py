@@ -1,7 +1,7 @@
 """Recognises a loss, and the output layer behind it, in its autograd graph; a graph of other nodes is refused."""
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,13 @@ from lit_lipschitz.recognition.autograd_nodes import (
     short_name,
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
-from lit_lipschitz.recognition.output_layers import HIDING, OutputLayer, OutputLayerSearch
+from lit_lipschitz.recognition.output_layers import (
+    CHECKPOINT,
+    COMPILED,
+    HiddenLayers,
+    OutputLayer,
+    OutputLayerSearch,
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,21 @@ class LossGraph:
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
 
+    def compiled_outputs(self) -> tuple[Tensor, int | None] | None:
+        """The outputs of compiled code that a recognised loss is computed from directly, if the graph saves them.
+
+        Of a cross-entropy, their log-softmax, and its dimension.
+        """
+        match = next(iter(self._terms), None)
+        if match is None or not match.below.name().startswith(COMPILED):
+            return None
+        if match.log_softmax is not None:
+            result: Tensor = match.log_softmax._saved_result
+            return result, dim_of(match.log_softmax, result.ndim)
+        direct = any(below is match.below for below in self._reader.below(match.node))
+        saves = hasattr(match.node, "_saved_self") and hasattr(match.node, "_saved_target")
+        return (_outputs_and_targets(self._reader, match)[0], None) if direct and saves else None
+
     def other_loss(self) -> str | None:
         """Name of a recognised loss that is not the one that the user named; None without."""
         if self._root is None or self._name is None or self._terms:
@@ -171,7 +192,7 @@ class LossGraph:
             stack.extend(below)
         return None
 
-    def output_layers(self, owned: Set[Tensor] | None = None) -> list[OutputLayer]:
+    def output_layers(self, owned: Set[Tensor] | None = None) -> Sequence[OutputLayer | HiddenLayers]:
         """The calls of affine maps, of parameters ``owned`` if given, that the graph meets first on each path."""
         return self._search.layers(owned)
 
@@ -402,13 +423,10 @@ def _not_recognised(graph: GraphReader, root: Any) -> str:
 
 def other_ways(names: Iterable[str]) -> str:
     """What a message says on a loss or a layer that is not recognised, by the names of the nodes."""
-    hidden = next((name for name in names if name.startswith(HIDING)), None)
-    if hidden is None:
-        return "with the default bound= and norm= the constant of any loss is measured"
-    return (
-        f"{hidden} hides the layers: leave the last layer out of torch.compile, and use activation checkpointing with "
-        "use_reentrant=False"
-    )
+    measured = "with the default bound= and norm= the constant of any loss is measured"
+    if any(name.startswith(CHECKPOINT) for name in names):
+        return f"use activation checkpointing with use_reentrant=False, which hides no layers; {measured}"
+    return measured
 
 
 def _quoted() -> str:

@@ -1,7 +1,7 @@
 """Finds the output layers of any loss: the affine maps that its autograd graph meets first on each path."""
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,8 +23,27 @@ class OutputLayer:
     copies: int = 1  # in how many rows an input value counts at most, as in the patches of a convolution
     has_bias: bool = False
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether this is a parameter as the output of itself."""
+        return self.outputs_dim is None
 
-HIDING = ("CompiledFunction", "CheckpointFunction")
+
+@dataclass(frozen=True)
+class HiddenLayers:
+    """Code whose layers the graph does not show, since it is one node of it."""
+
+    node: Any
+    parameters: dict[Tensor, int]  # with their positions among the inputs of the node; empty if it does not show them
+    below: tuple[Any, ...] = ()  # nodes that made the inputs of the node, if it may have no layer
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the code is compiled, and not run again in the backward."""
+        return bool(self.parameters)
+
+
+COMPILED, CHECKPOINT = "CompiledFunction", "CheckpointFunction"
 """Beginnings of the names of nodes that hide layers, of compiled code and of reentrant activation checkpointing."""
 _LOOKUPS = (
     "EmbeddingBackward0",
@@ -84,15 +103,15 @@ def _copies(node: Any, weight: tuple[Any, int]) -> int:
 
 
 class OutputLayerSearch:
-    """Finds the output layers in the graph below a node, None for no graph; searches once for each set of owners."""
+    """Finds the output layers in the graph below some nodes; searches once for each set of owners."""
 
-    def __init__(self, graph: GraphReader, root: Any) -> None:
-        self._graph, self._root = graph, root
-        self._layers: dict[frozenset[Tensor] | None, list[OutputLayer]] = {}
+    def __init__(self, graph: GraphReader, *roots: Any) -> None:
+        self._graph, self._roots = graph, roots
+        self._layers: dict[frozenset[Tensor] | None, Sequence[OutputLayer | HiddenLayers]] = {}
         self._calls: dict[Any, OutputLayer | None] = {}  # by the node
         self._made_of_parameters: dict[Any, bool] = {}  # by the node
 
-    def layers(self, owned: Set[Tensor] | None = None) -> list[OutputLayer]:
+    def layers(self, owned: Set[Tensor] | None = None) -> Sequence[OutputLayer | HiddenLayers]:
         """The calls of affine maps that the graph meets first on each path.
 
         Args:
@@ -100,19 +119,20 @@ class OutputLayerSearch:
 
         Returns:
             Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a
-            weight that is computed from parameters alone. If the graph shows no such call, the parameters that it
-            meets, each as the output of itself; empty behind a node of ``HIDING``.
+            weight that is computed from parameters alone; code that may hide some. If the graph has none of these, the
+            parameters that it meets, each as the output of itself.
         """
         owner = None if owned is None else frozenset(owned)
         if owner not in self._layers:
             self._layers[owner] = self._find_layers(owner)
         return self._layers[owner]
 
-    def _find_layers(self, owned: frozenset[Tensor] | None) -> list[OutputLayer]:
-        layers, leaves = list[OutputLayer](), list[OutputLayer]()
+    def _find_layers(self, owned: frozenset[Tensor] | None) -> Sequence[OutputLayer | HiddenLayers]:
+        layers, leaves = list[OutputLayer | HiddenLayers](), list[OutputLayer]()
 
         def is_passed(node: Any) -> bool:
-            if node.name().startswith(HIDING):
+            if (hidden := self._hidden(node, owned)) is not None:
+                layers.append(hidden)
                 return False
             layer = self._call(node)
             if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
@@ -125,6 +145,21 @@ class OutputLayerSearch:
 
         self._visit(is_passed)
         return layers or leaves
+
+    def _hidden(self, node: Any, owned: frozenset[Tensor] | None) -> HiddenLayers | None:
+        """The code of a node that hides layers; None for other nodes, and for compiled code without a weight."""
+        name = node.name()
+        if name.startswith(CHECKPOINT) and hasattr(node, "run_function"):
+            return HiddenLayers(node, {}, tuple(self._graph.below(node)))
+        if not name.startswith(COMPILED):
+            return None
+        inputs = [getattr(operand, "variable", None) for operand, _ in self._graph.edges(node)]
+        parameters: dict[Tensor, int] = {
+            leaf: position
+            for position, leaf in enumerate(inputs)
+            if isinstance(leaf, nn.Parameter) and (owned is None or leaf in owned)
+        }
+        return HiddenLayers(node, parameters) if any(p.ndim > 1 for p in parameters) else None
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -141,8 +176,8 @@ class OutputLayerSearch:
         return weights
 
     def _visit(self, is_passed: Callable[[Any], bool]) -> None:
-        """Visits each node below the root once, and the nodes below it if it is passed."""
-        stack, seen = [self._root], {None}
+        """Visits each node below the roots once, and the nodes below it if it is passed."""
+        stack, seen = [*self._roots], {None}
         while stack:
             node = stack.pop()
             if node not in seen:
