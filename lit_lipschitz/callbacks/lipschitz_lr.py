@@ -264,7 +264,7 @@ class LipschitzLR(Callback):
         for controller in controllers:
             controller.begin_backward()
         if not new and len(controllers) == 1:
-            controllers[0].observe_loss(loss, loop)
+            controllers[0].pass_over_loss(loss, loop)
             return
         graph = LossGraph(loss, self.options.loss_name)
         for controller in _owners(controllers, graph):

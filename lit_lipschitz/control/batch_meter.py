@@ -37,7 +37,7 @@ class BatchMeter:
     def measure(self, graph: LossGraph, loop: LoopFacts) -> bool:
         """Measures a batch by its loss, whose backward is about to begin; False if that is another loss than before.
 
-        A loss may belong to another optimizer, and of a named one the graph need not show anything.
+        Of a loss that the user named the graph need not show anything.
         """
         estimator = self._estimator
         watches = estimator is not None and estimator.needs_logit_grads
@@ -47,7 +47,7 @@ class BatchMeter:
         if self._running:
             self._finish(batch, loop)
         recognised = self._found.recognised
-        if not self._only_optimizer or not recognised.saved:  # the graph did not show the loss that the user named
+        if not recognised.saved:  # the graph did not show the loss that the user named
             return True
         return batch is not None and graph.agrees(recognised, self._hook.weight if self._named_loss else None)
 

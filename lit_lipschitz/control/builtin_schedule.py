@@ -71,7 +71,7 @@ class BuiltinSchedule:
         elif 1 <= epoch < math.inf:
             self._total_steps, self._warmup = math.inf, min(epoch, MAX_WARMUP)
             message = (
-                f"warm-up over {self._warmup:.0f} optimizer steps and no decay, since the length of the run is not known "
+                f"warm-up over {self._warmup:.0f} optimizer steps and no decay, as the length of the run is not known "
                 "(EarlyStopping, a limit of time, or no max_epochs and max_steps); add a scheduler to decay the rate"
             )
         else:

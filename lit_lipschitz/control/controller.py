@@ -119,7 +119,7 @@ class Controller:
 
     def close(self) -> None:
         """Removes all hooks."""
-        self.hooks.remove()
+        self._finder.close()
         self._writer.close()
         if self.updater.estimator is not None:
             self.updater.estimator.close()
@@ -170,6 +170,11 @@ class Controller:
             self._losses.add(kind)
         return not known
 
+    def pass_over_loss(self, loss: Tensor, loop: LoopFacts) -> None:
+        """A loss comes of a kind that was measured before, in a step that is not due."""
+        self.observe_loss(loss, loop)
+        self._finder.forget_inputs()
+
     def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Ends the measurement of a batch by its loss, before the backward; the first one shows the head."""
         # With several optimizers, the last loss before the first step is the one that the step uses.
@@ -179,7 +184,7 @@ class Controller:
                 self._meter = self._measure_by(found, graph, loop)
         if self._meter is not None:
             self._batch_open = False
-            if not self._meter.measure(graph, loop) and self._finder.may_measure:
+            if self._finder.compare(graph, self._meter.measure(graph, loop)):
                 self._measure_from_now(loop)
                 self._meter.measure(graph, loop)
         self._finder.check(graph, loop)
@@ -236,6 +241,8 @@ class Controller:
                 return False
             self._meter = self._measure_by(self._finder.find_named(), None, loop)
         assert self.found is not None
+        if self._finder.differs:
+            self._measure_from_now(loop)
         due, batches = self.due, max(1, self._with_loss or (0 if loop.automatic else self._begun))
         if due or self._finder.watching:
             self._end_measurement(self.found, loop, batches)
@@ -259,7 +266,7 @@ class Controller:
 
     def _end_measurement(self, found: FoundHeads, loop: LoopFacts, batches: int) -> None:
         """Ends the measurement of a step that is about to be made, of so many batches."""
-        now = self._finder.begin_step(found, loop, batches, first_step=self.decision is None)
+        now = self._finder.begin_step(found, loop, batches, due=self.due, first_step=self.decision is None)
         if now is not found:
             self._meter = self._measure_by(now, None, loop)
         if self.decision is None:

@@ -1,5 +1,6 @@
 """Finds what an optimizer's constant is computed from: a head with a recognised loss, or else the output layers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from zlib import crc32
@@ -16,6 +17,7 @@ from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.loss_graph import LossGraph
+from lit_lipschitz.recognition.output_layers import HiddenLayers, OutputLayer
 
 
 class Finder:
@@ -29,8 +31,12 @@ class Finder:
     def __init__(
         self, policy: Policy, options: Options, target: Target, loop: LoopFacts, stored: dict[str, Any] | None
     ) -> None:
+        self._target = target
         self._heads: HeadFinder | None = None
         self._measured: MeasuredFinder | None = None
+        # Whether a loss since the last step was another one than was recognised; None without a loss.
+        self._differs: bool | None = None
+        self._differed_before: bool | None = None  # the same before the last step of another optimizer
         was_measured = is_measured_state(stored)
         if _may_measure(policy, options):
             state = stored if was_measured or options.measured else None
@@ -68,12 +74,13 @@ class Finder:
             return self._used.find(graph, loop)
         try:
             found = self._heads.find(graph, loop)
-            return found and replace(found, gradients=self._measured.hooks.statistic)
+            if found is None or not self._measured.hooks.contradicts(graph, found.hook.weight):
+                return found and replace(found, gradients=self._measured.hooks.statistic)
         except ConfigurationError:
-            if not self._measured.hooks.layers(graph):
+            if not self._layers(graph):
                 raise
-            self.measure_from_now()
-            return self._measured.find(graph, loop)
+        self.measure_from_now()
+        return self._measured.find(graph, loop)
 
     def find_named(self) -> FoundHeads:
         """What to use in manual optimization if a step is made before a loss was recognised.
@@ -109,23 +116,57 @@ class Finder:
         """What measures each batch by what was found."""
         return self._used.meter(found, updater, graph, loop)
 
+    def compare(self, graph: LossGraph, agrees: bool) -> bool:
+        """Notes whether a loss is the recognised one; returns whether it has to be measured from now on.
+
+        A loss that reaches no parameter of the optimizer is passed over. With several optimizers the loss may belong to
+        another one, which is known at their steps; see :attr:`differs`.
+        """
+        if not self.may_measure or not (agrees or self._layers(graph)):
+            return False
+        self._differs = bool(self._differs) or not agrees
+        return not agrees and self._target.is_only
+
+    @property
+    def differs(self) -> bool:
+        """Whether a loss of the step that is about to be made is another one than was recognised."""
+        return self.may_measure and bool(self._differed_before if self._differs is None else self._differs)
+
+    def _layers(self, graph: LossGraph) -> Sequence[OutputLayer | HiddenLayers]:
+        assert self._measured is not None
+        return self._measured.hooks.layers(graph)
+
     def check(self, graph: LossGraph, loop: LoopFacts) -> None:
         """Has a backward measured, to check the bound of a recognised loss by its gradients."""
-        if self._heads is not None and self._measured is not None:
-            self._measured.hooks.watch(graph, loop)
+        if self._measured is None:
+            return
+        if self._heads is not None:
+            self._measured.hooks.watch(graph, loop, self._heads.head)
+        if loop.automatic:
+            self.forget_inputs()
+
+    def forget_inputs(self) -> None:
+        """Forgets the inputs of the last batch in compiled code."""
+        if self._measured is not None:
+            self._measured.hooks.forget_inputs()
 
     def discard_gradients(self) -> None:
         """Forgets the backwards since the last step."""
+        self._differs = self._differed_before = None
         if self._measured is not None:
             self._measured.hooks.statistic.discard()
 
     def on_other_optimizer_step(self) -> None:
-        """Another optimizer is about to step."""
+        """Another optimizer is about to step: losses so far are its own if more come before the own step."""
+        if self._differs is not None:
+            self._differs, self._differed_before = None, self._differs
         for finder in (self._heads, self._measured):
             if finder is not None:
                 finder.on_other_optimizer_step()
 
-    def begin_step(self, found: FoundHeads, loop: LoopFacts, batches: int, *, first_step: bool) -> FoundHeads:
+    def begin_step(
+        self, found: FoundHeads, loop: LoopFacts, batches: int, *, due: bool, first_step: bool
+    ) -> FoundHeads:
         """What to use in the step that is about to be made, of so many ``batches``: the same on all ranks.
 
         Raises:
@@ -137,6 +178,9 @@ class Finder:
             return found
         if first_step and not self._same_on_all_ranks(found, loop):
             found = self.measure_from_now()
+        self._differs = self._differed_before = None
+        if self.may_measure and not due:
+            self._measured.hooks.statistic.discard()  # of a loss of another optimizer
         self._measured.end_step(batches)
         return found
 
@@ -158,6 +202,12 @@ class Finder:
         sent = torch.tensor([high, -high, low, -low], dtype=torch.float32, device=loop.device)
         highest, lowest, *rest = loop.reduce(sent).tolist()
         return not refused and highest == -lowest and rest[0] == -rest[1]
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for finder in (self._heads, self._measured):
+            if finder is not None:
+                finder.hooks.remove()
 
     def reset(self) -> None:
         """Ends an interval."""

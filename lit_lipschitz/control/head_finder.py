@@ -36,7 +36,7 @@ class HeadFinder:
         self._deferred_error: ConfigurationError | None = None  # why the last loss was refused
         self._refused_own = False  # whether it belonged to the head, after a step of another optimizer
         self._other_stepped = False
-        self._hook: HeadHook  # of the head that was found last
+        self._hook: HeadHook | None = None  # of the head that was found last
         owned = None if target.is_only else target.parameters
         statistic = partial(self._statistic, device=device)
         self.hooks = HeadHooks(target.model, options.head, statistic, device, stored, owned)
@@ -61,6 +61,11 @@ class HeadFinder:
     def on_other_optimizer_step(self) -> None:
         """Notes that another optimizer is about to step."""
         self._other_stepped = True
+
+    @property
+    def head(self) -> Tensor | None:
+        """The weight of the head that was found; None before."""
+        return None if self._hook is None else self._hook.weight
 
     @property
     def refused_own(self) -> bool:
@@ -120,6 +125,7 @@ class HeadFinder:
 
     def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> BatchMeter:
         """Measures by the head that was found last, whose loss has the graph."""
+        assert self._hook is not None
         meter = BatchMeter(found, self._hook, self._policy, self._options, self._target, updater)
         if graph is not None and not self._options.running:
             updater.statistics.pass_factor = meter.pass_factor(graph, loop)

@@ -65,8 +65,7 @@ class MeasuredFinder:
                 return None
             raise ConfigurationError(
                 "LipschitzLR looked for output layers in the autograd graph of the loss and found "
-                "no parameter that trains; return a loss that depends on one, and leave the last layer and the loss "
-                "out of torch.compile"
+                "no parameter that trains; return a loss that depends on one"
             )
         self.hooks.name_layers(layers)
         return self.found()

@@ -1,17 +1,21 @@
 """Measures the output layers of one optimizer in the backward, instead of the inputs of one head in the forward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.state import check_like, refuse_other_versions
 from lit_lipschitz.errors import LitLipschitzError
+from lit_lipschitz.measurement.compiled_layers import CompiledLayers
 from lit_lipschitz.measurement.head_hooks import Mode
 from lit_lipschitz.measurement.measured_outputs import MeasuredOutputs
+from lit_lipschitz.recognition.autograd_nodes import GraphReader
+from lit_lipschitz.recognition.heads import name_without_compile
 from lit_lipschitz.recognition.loss_graph import LossGraph
-from lit_lipschitz.recognition.output_layers import OutputLayer
+from lit_lipschitz.recognition.output_layers import HiddenLayers, OutputLayer, OutputLayerSearch
 
 _HEAD = "output layers"
 
@@ -28,24 +32,82 @@ class MeasuredHook:
         self._target, self.name = target, _HEAD
         self._owned = None if target.is_only else target.parameters
         self.statistic = MeasuredOutputs(device)
+        self._compiled = CompiledLayers(target.model, self._owned)
         self.load_state_dict(stored)
 
-    def layers(self, graph: LossGraph) -> list[OutputLayer]:
+    def layers(self, graph: LossGraph) -> Sequence[OutputLayer | HiddenLayers]:
         """The calls of layers of the optimizer that the graph of a loss meets first."""
         return graph.output_layers(self._owned)
 
-    def watch(self, graph: LossGraph, loop: LoopFacts) -> None:
-        """Has the backward that is about to begin measured."""
+    def watch(self, graph: LossGraph, loop: LoopFacts, head: Tensor | None = None) -> None:
+        """Has the backward that is about to begin measured; in compiled code only a layer with the weight ``head``."""
         layers = self.layers(graph)
-        if layers:
-            self.name_layers(layers)
-            # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.
-            self.statistic.watch(layers, loop.loss_scale() * loop.accumulated)
+        hidden = [layer for layer in layers if isinstance(layer, HiddenLayers)]
+        if not hidden:
+            self._compiled.remove()
+        if head is not None and any(layer.is_compiled and not self._has(layer, head) for layer in hidden):
+            return
+        # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.
+        self._watch(layers, loop.loss_scale() * loop.accumulated)
 
-    def name_layers(self, layers: list[OutputLayer]) -> None:
+    def contradicts(self, graph: LossGraph, head: Tensor | None) -> bool:
+        """Whether compiled code has other outputs than its layer with the weight ``head``, or that is computed."""
+        outputs = None if head is None else graph.compiled_outputs()
+        if head is None or outputs is None:
+            return False
+        return not isinstance(head, nn.Parameter) or self._compiled.contradicts(head, *outputs)
+
+    def _has(self, code: HiddenLayers, head: Tensor) -> bool:
+        """Whether the layer with a weight was the last one in compiled code."""
+        module = self._compiled.last_of(code)
+        return module is not None and any(parameter is head for parameter in module.parameters())
+
+    def _watch(self, layers: Sequence[OutputLayer | HiddenLayers], scale: float | Tensor) -> None:
+        if not layers:
+            return
+        self.name_layers(layers)
+        self.statistic.watch([layer for layer in layers if isinstance(layer, OutputLayer)], scale)
+        for layer in layers:
+            if isinstance(layer, OutputLayer):
+                continue
+            if layer.is_compiled:
+                self._compiled.watch(layer, self.statistic, scale)
+            else:
+                self._watch_when_run_again(layer, scale)
+
+    def _watch_when_run_again(self, code: HiddenLayers, scale: float | Tensor) -> None:
+        """Has the layers of checkpointed code measured, which are known when the backward runs it again."""
+        run, below, owned = code.node.run_function, code.below, self._owned  # the node would keep itself alive
+        done = False
+
+        def run_again(*inputs: Any) -> Any:
+            nonlocal done
+            outputs = run(*inputs)
+            if done:  # a retained graph may have more backwards
+                return outputs
+            done = True
+            tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+            roots = [tensor.grad_fn for tensor in tensors if isinstance(tensor, Tensor)]
+            layers = OutputLayerSearch(GraphReader(), *roots).layers(owned)
+            if all(isinstance(layer, OutputLayer) and layer.is_parameter for layer in layers):
+                layers = OutputLayerSearch(GraphReader(), *below).layers(owned) or layers
+            self._watch(layers, scale)
+            return outputs
+
+        code.node.run_function = run_again
+
+    def forget_inputs(self) -> None:
+        """Forgets the inputs of the last batch in compiled code."""
+        self._compiled.forget()
+
+    def name_layers(self, layers: Sequence[OutputLayer | HiddenLayers]) -> None:
         """Takes the names of the output layers' modules, or of their parameters."""
         names = {id(parameter): name for name, parameter in self._target.model.named_parameters()}
-        found = [names[id(p)] for layer in layers for p in layer.parameters if id(p) in names]
+        last = [self._compiled.last_of(layer) if isinstance(layer, HiddenLayers) else None for layer in layers]
+        parts = [
+            module.parameters() if module else layer.parameters for module, layer in zip(last, layers, strict=True)
+        ]
+        found = [name_without_compile(names[id(p)]) for part in parts for p in part if id(p) in names]
         self.name = ", ".join(dict.fromkeys(map(_module_of, found))) or _HEAD
 
     def owns(self, weight: Tensor) -> bool:
@@ -63,7 +125,8 @@ class MeasuredHook:
         self.statistic.reset()
 
     def remove(self) -> None:
-        """Does nothing: hooks are on the graph of a loss, and go with it."""
+        """Removes the hooks on modules; others are on the graph of a loss, and go with it."""
+        self._compiled.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the statistic, in plain values and tensors."""

@@ -80,6 +80,8 @@ class RateUpdater:
         due, ratios, estimator = self.steps.due, None, self.estimator
         self.steps.end_step()
         if not due:
+            if estimator is not None:
+                estimator.discard()
             return state.decision
         if estimator is not None:
             ratios = lr_ratios()

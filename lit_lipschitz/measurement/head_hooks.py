@@ -16,7 +16,7 @@ Mode = Literal["off", "training", "inference", "watching"]
 """What is measured (nothing, forwards with gradients, or those without); "watching" only records which modules run."""
 
 
-class _NoHook:
+class NoHook:
     """The hook in a copy of the network."""
 
     mode: Mode = "off"  # for deepcopy, which copies the method of a HeadHook
@@ -25,7 +25,7 @@ class _NoHook:
         """Does nothing."""
 
 
-def _scripted(self: Any, input: tuple[Tensor]) -> None:
+def scripted(self: Any, input: tuple[Tensor]) -> None:
     """The hook in a network that torch.jit.script compiles."""
     return None
 
@@ -54,11 +54,11 @@ class HeadHook:
         if torch.compiler.is_compiling() or not self.selected:
             self.last_call.copy_(self._clock.add_(1))
 
-    measure.__wrapped__ = _scripted  # type: ignore[attr-defined]
+    measure.__wrapped__ = scripted  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the network, or one that is saved, has a hook that does nothing."""
-        return _NoHook, ()
+        return NoHook, ()
 
     @property
     def weight(self) -> Tensor:

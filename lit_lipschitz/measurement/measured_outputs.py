@@ -55,8 +55,14 @@ class MeasuredOutputs:
     def watch(self, layers: Sequence[OutputLayer], scale: float | Tensor) -> None:
         """Has the backward that is about to begin add the gradients of these calls, divided by ``scale``."""
         for layer in layers:
-            sums = self._sums.setdefault(layer.parameters, _Sums())
-            layer.node.register_prehook(_hook(sums, layer, scale))
+            layer.node.register_prehook(_hook(self._sums_of(layer), layer, scale))
+
+    def add(self, layer: OutputLayer, grad: Tensor, scale: float | Tensor) -> None:
+        """Adds the gradient in the outputs of a call, divided by ``scale``."""
+        _hook(self._sums_of(layer), layer, scale)((grad,))
+
+    def _sums_of(self, layer: OutputLayer) -> _Sums:
+        return self._sums.setdefault(layer.parameters, _Sums())
 
     @property
     def watching(self) -> bool:

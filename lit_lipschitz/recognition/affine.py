@@ -6,16 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_lipschitz.recognition.autograd_nodes import (
-    VIEWS,
-    Factors,
-    dim_of,
-    leaf_of,
-    names_below,
-    nodes_below,
-    signed,
-    take_factors,
-)
+from lit_lipschitz.recognition.autograd_nodes import VIEWS, Factors, GraphReader, dim_of, signed
 
 # Derivatives of 0 and 1: neither a gradient nor a curvature is larger behind them.
 _MASKS = ("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", "MaskedFillBackward0")
@@ -81,16 +72,16 @@ def same_weight(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one.data_ptr() == other.data_ptr() != 0 and one.numel() == other.numel())
 
 
-def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
+def trace_to_affine(graph: GraphReader, node: Any, through_activations: bool) -> AffineSource:
     """Traces the outputs that a node made back to the affine layer, or to nodes that are not understood.
 
     Activations with derivatives of at most 1 may stand between, which make no gradient larger, but not with the
     cross-entropy, whose log-softmax they would be an input of.
     """
     start, path = node, _Path()
-    while (below := _step(node, path, through_activations)) is not None:
+    while (below := _step(graph, node, path, through_activations)) is not None:
         node = below
-    source = _concatenated(node, start, through_activations) or _called(node, start)
+    source = _concatenated(graph, node, start, through_activations) or _called(graph, node, start)
     if source.unrecognised:
         return source
     num_outputs, channels_last = source.num_outputs, node.name() != "ConvolutionBackward0"
@@ -99,12 +90,12 @@ def trace_to_affine(node: Any, through_activations: bool) -> AffineSource:
         if num_outputs is not None and of_outputs and part.size == num_outputs:
             num_outputs = part.size_left
         elif part.selects_one and part.size > 1:  # one position
-            return AffineSource(unrecognised=_names(start))
-    behind_activation = _names(start) if path.behind_activation or source.behind_activation else ()
+            return AffineSource(unrecognised=graph.names(start))
+    behind_activation = graph.names(start) if path.behind_activation or source.behind_activation else ()
     return replace(source, pooled=path.pooled, num_outputs=num_outputs, behind_activation=behind_activation)
 
 
-def _step(node: Any, path: _Path, through_activations: bool) -> Any:
+def _step(graph: GraphReader, node: Any, path: _Path, through_activations: bool) -> Any:
     """The node below one that is understood, which is noted in the path; None for any other node."""
     name = node.name()
     # A slice of the rows, or of the outputs, has a slice of their gradient.
@@ -113,7 +104,7 @@ def _step(node: Any, path: _Path, through_activations: bool) -> Any:
         path.slices = (*path.slices, part)
     elif name in VIEWS or name in _MASKS:
         path.permuted = path.permuted or name in _PERMUTATIONS
-    elif name == "AddBackward0" and (summand := _without_bias(node)) is not None:
+    elif name == "AddBackward0" and (summand := _without_bias(graph, node)) is not None:
         return summand
     elif name in _POOLS or (path.pooled and name == "ReluBackward0") or _is_upsampling(node):
         path.pooled = True
@@ -121,52 +112,48 @@ def _step(node: Any, path: _Path, through_activations: bool) -> Any:
         path.behind_activation = True
     else:
         return None
-    return nodes_below(node)[0]
+    return graph.below(node)[0]
 
 
-def _names(node: Any) -> tuple[str, ...]:
-    return tuple(names_below(node))
-
-
-def _called(node: Any, start: Any) -> AffineSource:
+def _called(graph: GraphReader, node: Any, start: Any) -> AffineSource:
     """The affine layer whose call is a node of the graph below ``start``."""
     name = node.name()
     if name.startswith("CompiledFunction"):
         return AffineSource()
     if name not in _AFFINE:
-        return AffineSource(unrecognised=_names(start))
-    weight = weight_of(node)
+        return AffineSource(unrecognised=graph.names(start))
+    weight = weight_of(graph, node)
     if weight is not None:
         num_outputs = weight.shape[0] if isinstance(weight, nn.Parameter) else None
         return AffineSource(weight, num_outputs=num_outputs, node=node)
-    computed = node.next_functions[_AFFINE[name][0]][0]
+    computed = graph.operand(node, _AFFINE[name][0])
     # A weight computed from other parameters, as by weight_norm, whose gradients differ.
     return (
         AffineSource()
         if computed is None
-        else AffineSource(unrecognised=(*_names(start), "weight", *names_below(computed)))
+        else AffineSource(unrecognised=(*graph.names(start), "weight", *graph.names(computed)))
     )
 
 
-def _concatenated(node: Any, start: Any, through_activations: bool) -> AffineSource | None:
+def _concatenated(graph: GraphReader, node: Any, start: Any, through_activations: bool) -> AffineSource | None:
     """The affine layer that was called several times, if a node concatenates outputs; None for other nodes."""
     if node.name() in ("CatBackward0", "StackBackward0"):
-        nodes = nodes_below(node)
+        nodes = graph.below(node)
     elif node.name() == _ASSIGNMENT:
         nodes = []
         while node is not None and node.name() == _ASSIGNMENT:
-            (base, _), *assigned = node.next_functions
+            (base, _), *assigned = graph.edges(node)
             nodes += [part for part, _ in assigned if part is not None]
             node = base
         nodes += [] if node is None else [node]
     else:
         return None
-    sources = [trace_to_affine(part, through_activations) for part in nodes]
+    sources = [trace_to_affine(graph, part, through_activations) for part in nodes]
     first = sources[0]
     # Concatenated outputs come from one layer that was called several times, or from several layers.
     one_layer = all(same_weight(source.weight, first.weight) and not source.pooled for source in sources)
     if first.weight is None or not one_layer:
-        return AffineSource(unrecognised=_names(start))
+        return AffineSource(unrecognised=graph.names(start))
     calls = sum(source.calls for source in sources)
     behind_activation = next((source.behind_activation for source in sources if source.behind_activation), ())
     return replace(first, calls=calls, behind_activation=behind_activation, node=None, concatenated=True)
@@ -211,41 +198,41 @@ def _is_upsampling(node: Any) -> bool:
     return whole and {*given} <= {None, *ratios} and not getattr(node, "_saved_align_corners", False)
 
 
-def logit_scale_of(node: Any) -> Factors:
+def logit_scale_of(graph: GraphReader, node: Any) -> Factors:
     """The scalar factors of a layer's outputs, such as a temperature; empty if the graph has more than that."""
     scale: Factors = ()
     while node.name() not in _AFFINE:
-        factors, below = take_factors(node)
+        factors, below = graph.take_factors(node)
         scale += factors
         if below is node:
             if not (node.name() in VIEWS or node.name() in _MASKS or _slice(node) is not None):
                 return ()
-            below = nodes_below(node)[0]
+            below = graph.below(node)[0]
         node = below
     return scale
 
 
-def weight_of(node: Any) -> Tensor | None:
+def weight_of(graph: GraphReader, node: Any) -> Tensor | None:
     """The weight of an affine layer or a batched product; of a frozen layer the view that is saved; or None."""
     position, saved, _ = _AFFINE.get(node.name(), (None, "", ""))
     if position is None and node.name() != "BmmBackward0":  # of torch.einsum
         return None
-    for leaf in map(leaf_of, nodes_below(node)):
+    for leaf in map(graph.leaf, graph.below(node)):
         if isinstance(leaf, nn.Parameter) and (leaf.ndim > 1 or position is None):
             return leaf
-    return None if position is None or node.next_functions[position][0] is not None else getattr(node, saved, None)
+    return None if position is None or graph.operand(node, position) is not None else getattr(node, saved, None)
 
 
-def is_call(node: Any, weight: Tensor | None) -> bool:
+def is_call(graph: GraphReader, node: Any, weight: Tensor | None) -> bool:
     """Whether a node is a call of the affine layer with a weight that trains."""
     if (name := node.name()) not in _AFFINE:
         return False
-    computed = node.next_functions[_AFFINE[name][0]][0]
-    return computed is not None and leaf_of(computed) is weight
+    computed = graph.operand(node, _AFFINE[name][0])
+    return computed is not None and graph.leaf(computed) is weight
 
 
-def _without_bias(node: Any) -> Any:
+def _without_bias(graph: GraphReader, node: Any) -> Any:
     """The summand beside a bias or a constant; None if there are several."""
-    summands = [(part, leaf_of(part)) for part in nodes_below(node)]
+    summands = [(part, graph.leaf(part)) for part in graph.below(node)]
     others = [part for part, leaf in summands if not (isinstance(leaf, nn.Parameter) and leaf.ndim == 1)]
     return others[0] if len(others) == 1 else None

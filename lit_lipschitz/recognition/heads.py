@@ -58,6 +58,11 @@ def output_rows(head: nn.Module, outputs: Tensor, width: int | None = None) -> T
     return outputs.reshape(-1, 1 if outputs.numel() % width else width)
 
 
+def name_without_compile(name: str) -> str:
+    """The name of a module or a parameter as users write it, without the parts that torch.compile adds."""
+    return _COMPILED.sub("", name).removeprefix(".")
+
+
 def head_candidates(
     module: nn.Module, name: str = "auto", owned: Container[Tensor] | None = None
 ) -> dict[str, nn.Module]:
@@ -65,8 +70,7 @@ def head_candidates(
 
     The head's weight must be among the parameters ``owned``, if given. A ConfigurationError says why there is none.
     """
-    # torch.compile adds _orig_mod to names; users write them without.
-    modules = {_COMPILED.sub("", key).removeprefix("."): part for key, part in module.named_modules()}
+    modules = {name_without_compile(key): part for key, part in module.named_modules()}
     if name == "auto":
         return _automatic_candidates(module, modules, owned)
     if name not in modules:

@@ -1,7 +1,7 @@
 """Recognises a loss, and the output layer behind it, in its autograd graph; a graph of other nodes is refused."""
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,27 +11,23 @@ from torch import Tensor
 
 from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.recognition.affine import (
-    AffineSource,
-    is_call,
-    logit_scale_of,
-    same_weight,
-    trace_to_affine,
-    weight_of,
-)
+from lit_lipschitz.recognition.affine import AffineSource, is_call, logit_scale_of, same_weight, trace_to_affine
 from lit_lipschitz.recognition.autograd_nodes import (
     VIEWS,
     Factors,
+    GraphReader,
     dim_of,
-    names_below,
-    nodes_below,
-    only_below,
     product_of,
     short_name,
-    take_factors,
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
-from lit_lipschitz.recognition.output_layers import HIDING, OutputLayer, output_layers
+from lit_lipschitz.recognition.output_layers import (
+    CHECKPOINT,
+    COMPILED,
+    HiddenLayers,
+    OutputLayer,
+    OutputLayerSearch,
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,14 @@ class LossGraph:
     """
 
     def __init__(self, loss: Tensor, name: str | None = None) -> None:
-        self._loss, self._root, self._name = loss, loss.grad_fn, name
+        self._root, self._name = loss.grad_fn, name
+        self._reader = GraphReader()
         self._traced: dict[Any, AffineSource] = {}
+        self._search = OutputLayerSearch(self._reader, self._root)
 
     @cached_property
     def _terms(self) -> list[LossMatch]:
-        return [] if self._root is None else self._terms_below(self._root)
+        return [] if self._root is None else self._terms_below(self._root, self._name)
 
     def found(self, head: Tensor | None = None) -> FoundLoss | None:
         """The loss, with the sum of its terms' factors; None without a term of the given name and head weight."""
@@ -110,7 +108,7 @@ class LossGraph:
         terms = [self._describe(term) for term in self._terms]
         if terms and all(term.loss == terms[0].loss for term in terms):
             return replace(terms[0], scale=sum(abs(term.scale) for term in terms)) if len(terms) > 1 else terms[0]
-        raise ConfigurationError(_not_recognised(self._root))
+        raise ConfigurationError(_not_recognised(self._reader, self._root))
 
     def _found_named(self, head: Tensor | None) -> FoundLoss | None:
         terms = [self._describe(term) for term in self._of_head(self._terms, head)]
@@ -143,7 +141,7 @@ class LossGraph:
             return False
         if not all(map(_same_value, _saved_arguments(match), found.saved)):
             return False
-        if found.plain and is_call(match.below, found.head_weight):
+        if found.plain and is_call(self._reader, match.below, found.head_weight):
             return True
         source, num_classes = self._source(match), match.num_classes
         sharded = hasattr(found.head_weight, "full_tensor")  # the graph has another tensor each time
@@ -159,11 +157,26 @@ class LossGraph:
         edges = [self._edge(term) for term in self._terms if term.name == name]
         return list({(edge.node, edge.index): edge for edge in edges}.values())
 
+    def compiled_outputs(self) -> tuple[Tensor, int | None] | None:
+        """The outputs of compiled code that a recognised loss is computed from directly, if the graph saves them.
+
+        Of a cross-entropy, their log-softmax, and its dimension.
+        """
+        match = next(iter(self._terms), None)
+        if match is None or not match.below.name().startswith(COMPILED):
+            return None
+        if match.log_softmax is not None:
+            result: Tensor = match.log_softmax._saved_result
+            return result, dim_of(match.log_softmax, result.ndim)
+        direct = any(below is match.below for below in self._reader.below(match.node))
+        saves = hasattr(match.node, "_saved_self") and hasattr(match.node, "_saved_target")
+        return (_outputs_and_targets(self._reader, match)[0], None) if direct and saves else None
+
     def other_loss(self) -> str | None:
         """Name of a recognised loss that is not the one that the user named; None without."""
         if self._root is None or self._name is None or self._terms:
             return None
-        terms = LossGraph(self._loss)._terms
+        terms = self._terms_below(self._root, None)
         return terms[0].name if terms else None
 
     def function_of_loss(self) -> str | None:
@@ -171,51 +184,40 @@ class LossGraph:
         stack = [self._root]
         while stack:
             node = stack.pop()
-            if node is None or node.name() in MANUAL_REDUCTIONS or match_loss(node) is not None:
+            if node is None or node.name() in MANUAL_REDUCTIONS or match_loss(self._reader, node) is not None:
                 continue
-            below = [part for part, index in node.next_functions if part is not None and _is_scalar(part, index)]
-            if below and len(below) == len(nodes_below(node)) and not _is_linear(node):
+            below = [part for part, index in self._reader.edges(node) if part is not None and _is_scalar(part, index)]
+            if below and len(below) == len(self._reader.below(node)) and not _is_linear(self._reader, node):
                 return short_name(node)
             stack.extend(below)
         return None
 
-    def output_layers(self, owned: Container[Tensor] | None = None) -> list[OutputLayer]:
+    def output_layers(self, owned: Set[Tensor] | None = None) -> Sequence[OutputLayer | HiddenLayers]:
         """The calls of affine maps, of parameters ``owned`` if given, that the graph meets first on each path."""
-        return [] if self._root is None else output_layers(self._root, owned)
+        return self._search.layers(owned)
 
-    @cached_property
+    @property
     def first_affine_maps(self) -> list[Tensor]:
         """The weights of the affine layers that the graph meets first on each path; views of frozen ones."""
-        stack, seen, weights = [self._root], set(), list[Tensor]()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            weight = weight_of(node)
-            if weight is None:
-                stack.extend(nodes_below(node))
-            elif not any(same_weight(weight, other) for other in weights):
-                weights.append(weight)
-        return weights
+        return self._search.weights
 
-    def _terms_below(self, node: Any) -> list[LossMatch]:
+    def _terms_below(self, node: Any, name: str | None) -> list[LossMatch]:
         """The loss that a graph begins with, or several with the same logits; of a named loss, its terms in a sum."""
         terms = list[LossMatch]()
         stack: list[tuple[Factors, Any]] = [((), node)]
         while stack:
             outer, node = stack.pop()
-            factors, node = take_factors(node)
-            factors, match = outer + factors, match_loss(node)
-            if match is not None and self._name in (None, match.name):
+            factors, node = self._reader.take_factors(node)
+            factors, match = outer + factors, match_loss(self._reader, node)
+            if match is not None and name in (None, match.name):
                 terms.append(match._replace(factors=factors + match.factors))
-            elif (below := _same_gradient(node)) is not None:
+            elif (below := _same_gradient(self._reader, node)) is not None:
                 stack.append((factors, below))
             elif node.name() in ("AddBackward0", "SubBackward0") and node._saved_alpha == 1:
-                stack.extend((factors, part) for part in reversed(nodes_below(node)))
-            elif self._name is None:
+                stack.extend((factors, part) for part in reversed(self._reader.below(node)))
+            elif name is None:
                 return []
-        usable = self._name is not None or all(self._alike(terms[0], term) for term in terms[1:])
+        usable = name is not None or all(self._alike(terms[0], term) for term in terms[1:])
         return terms if usable else []
 
     def _alike(self, one: LossMatch, other: LossMatch) -> bool:
@@ -227,7 +229,9 @@ class LossGraph:
     def _source(self, match: LossMatch) -> AffineSource:
         """The affine layer behind a loss, traced once."""
         if match.below not in self._traced:
-            self._traced[match.below] = trace_to_affine(match.below, through_activations=match.log_softmax is None)
+            self._traced[match.below] = trace_to_affine(
+                self._reader, match.below, through_activations=match.log_softmax is None
+            )
         return self._traced[match.below]
 
     def _of_head(self, terms: list[LossMatch], head: Tensor | None) -> list[LossMatch]:
@@ -271,18 +275,18 @@ class LossGraph:
         node, weight = match.log_softmax or match.node, self._source(match).weight
         dim = None if match.log_softmax is None else dim_of(match.log_softmax, match.log_softmax._saved_result.ndim)
         while True:
-            for below, index in node.next_functions:
+            for below, index in self._reader.edges(node):
                 if below is match.below:
                     return LogitEdge(below, index, dim, weight)
-            node = nodes_below(node)[0]
+            node = self._reader.below(node)[0]
 
     def _read(self, match: LossMatch, num_outputs: int, trace: bool) -> BatchLoss:
         scale = product_of(match.factors)
         source = self._source(match) if trace else _NOT_TRACED
-        logit_scale: Any = abs(product_of(logit_scale_of(match.below))) if source.unrecognised else 1.0
+        logit_scale: Any = abs(product_of(logit_scale_of(self._reader, match.below))) if source.unrecognised else 1.0
         rows = match.rows(num_outputs)
         if match.log_softmax is None:
-            outputs = _outputs_and_targets(match) if LOSSES[match.name].needs_output_norm else ()
+            outputs = _outputs_and_targets(self._reader, match) if LOSSES[match.name].needs_output_norm else ()
             return BatchLoss(rows, match.elements, scale, rows, outputs, source.calls, logit_scale)
         count: int | Tensor = match.elements
         if not match.unreduced and match.probabilities is None:
@@ -314,18 +318,18 @@ def _is_scalar(node: Any, index: int) -> bool:
     return index < len(metadata) and len(metadata[index].shape) == 0
 
 
-def _is_linear(node: Any) -> bool:
+def _is_linear(graph: GraphReader, node: Any) -> bool:
     """Whether a node of numbers adds, or multiplies by a constant."""
     name = node.name()
     if name in ("MulBackward0", "DivBackward0"):
-        return len(nodes_below(node)) == 1 and (name[0] == "M" or node.next_functions[0][0] is not None)
+        return len(graph.below(node)) == 1 and (name[0] == "M" or graph.operand(node, 0) is not None)
     return name in ("AddBackward0", "SubBackward0", "RsubBackward1", "NegBackward0", "ToCopyBackward0", *VIEWS)
 
 
-def _outputs_and_targets(match: LossMatch) -> tuple[Tensor, ...]:
+def _outputs_and_targets(graph: GraphReader, match: LossMatch) -> tuple[Tensor, ...]:
     """The outputs and the targets, which is whichever argument has no gradient."""
     outputs = (match.node._saved_self.detach(), match.node._saved_target.detach())
-    return outputs[::-1] if match.node.next_functions[0][0] is None else outputs
+    return outputs[::-1] if graph.operand(match.node, 0) is None else outputs
 
 
 def _combine(losses: list[BatchLoss]) -> BatchLoss:
@@ -388,9 +392,9 @@ def _check_probabilities(match: LossMatch, probabilities: Tensor, named: bool) -
         )
 
 
-def _same_gradient(node: Any) -> Any:
+def _same_gradient(graph: GraphReader, node: Any) -> Any:
     """The node below one that changes the gradient by its sign at most; None for other nodes."""
-    name, below = node.name(), only_below(node)
+    name, below = node.name(), graph.only_below(node)
     if below is None:
         return None
     if name in ("AddBackward0", "SubBackward0", "RsubBackward1"):
@@ -400,16 +404,16 @@ def _same_gradient(node: Any) -> Any:
     return below if name in VIEWS or name == "NegBackward0" else None
 
 
-def _not_recognised(root: Any) -> str:
+def _not_recognised(graph: GraphReader, root: Any) -> str:
     """The message for a graph that is not recognised."""
-    _, node = take_factors(root)
+    _, node = graph.take_factors(root)
     if node.name().startswith("CompiledFunction"):
         return (
             "LipschitzLR looked for the loss in its autograd graph and found one compiled function, which hides it; "
             "compile the network instead of the whole module, or pass loss= with the name of the loss (one of "
             f"{_quoted()})"
         )
-    names = names_below(node)
+    names = graph.names(node)
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
         f"{' > '.join(names)}; return one of them, or pass loss= with its name if the loss is its mean, "
@@ -419,13 +423,10 @@ def _not_recognised(root: Any) -> str:
 
 def other_ways(names: Iterable[str]) -> str:
     """What a message says on a loss or a layer that is not recognised, by the names of the nodes."""
-    hidden = next((name for name in names if name.startswith(HIDING)), None)
-    if hidden is None:
-        return "with the default bound= and norm= the constant of any loss is measured"
-    return (
-        f"{hidden} hides the layers: leave the last layer out of torch.compile, and use activation checkpointing with "
-        "use_reentrant=False"
-    )
+    measured = "with the default bound= and norm= the constant of any loss is measured"
+    if any(name.startswith(CHECKPOINT) for name in names):
+        return f"use activation checkpointing with use_reentrant=False, which hides no layers; {measured}"
+    return measured
 
 
 def _quoted() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_lipschitz.bounds.families import Reduction
 from lit_lipschitz.bounds.loss_spec import LOSSES, find_spec
-from lit_lipschitz.recognition.autograd_nodes import Factors, below_views, dim_of, nodes_below, only_below, signed
+from lit_lipschitz.recognition.autograd_nodes import Factors, GraphReader, dim_of, signed
 
 _REDUCTIONS: dict[Any, Reduction] = {1: "mean", 2: "sum"}  # torch's numbers
 _MEANS, _SUMS = ("MeanBackward0", "MeanBackward1"), ("SumBackward0", "SumBackward1")
@@ -57,19 +57,19 @@ class LossMatch(NamedTuple):
         return result.shape[dim_of(self.log_softmax, result.ndim)]
 
 
-def match_loss(node: Any) -> LossMatch | None:
+def match_loss(graph: GraphReader, node: Any) -> LossMatch | None:
     """The loss whose graph begins with a node, or None."""
     if node.name() in MANUAL_REDUCTIONS:
-        return _match_manual_reduction(node)
+        return _match_manual_reduction(graph, node)
     if node.name() == "AddBackward0":
-        return _match_label_smoothing(node)
+        return _match_label_smoothing(graph, node)
     if node.name().startswith("DivBackward"):
-        return _match_probabilities(node)
+        return _match_probabilities(graph, node)
     reduction = _REDUCTIONS.get(getattr(node, "_saved_reduction", None))
-    return None if reduction is None else _match_function(node, reduction)
+    return None if reduction is None else _match_function(graph, node, reduction)
 
 
-def _match_manual_reduction(node: Any) -> LossMatch | None:
+def _match_manual_reduction(graph: GraphReader, node: Any) -> LossMatch | None:
     """The mean or the sum, in one or several steps, of losses that were not reduced."""
     below, divisor = node, 1
     reduction: Reduction = "mean"
@@ -78,16 +78,18 @@ def _match_manual_reduction(node: Any) -> LossMatch | None:
             divisor *= _num_reduced(below)
         elif below.name() in _SUMS:
             reduction = "sum"
-        below = only_below(below)
+        below = graph.only_below(below)
     if below is None:
         return None
     factors: Factors = ((torch.tensor(float(divisor)), True),) if reduction == "sum" and divisor != 1 else ()
     if below.name() == "AbsBackward0":
-        difference = only_below(below)
-        outputs = only_below(difference) if difference is not None and difference.name() == "SubBackward0" else None
+        difference = graph.only_below(below)
+        outputs = (
+            graph.only_below(difference) if difference is not None and difference.name() == "SubBackward0" else None
+        )
         return None if outputs is None else LossMatch("mean_absolute_error", below, outputs, reduction, factors=factors)
     unreduced = getattr(below, "_saved_reduction", None) == 0
-    match = _match_function(below, reduction) if unreduced else None
+    match = _match_function(graph, below, reduction) if unreduced else None
     return None if match is None else match._replace(unreduced=True, factors=factors)
 
 
@@ -97,45 +99,45 @@ def _num_reduced(node: Any) -> int:
     return math.prod(sizes[signed(dim)] for dim in dims) if dims else math.prod(sizes)
 
 
-def _match_function(node: Any, reduction: Reduction) -> LossMatch | None:
+def _match_function(graph: GraphReader, node: Any, reduction: Reduction) -> LossMatch | None:
     """A loss that torch computes in one node, possibly of a log-softmax or a sigmoid."""
-    below = only_below(node)
+    below = graph.only_below(node)
     if below is None:
         return None
     if node.name().startswith("NllLoss"):
         # Clamped log-probabilities have the gradient of the cross-entropy, or none: the constants hold.
-        below = below_views(below, "ClampBackward0", "ClampBackward1")
+        below = graph.below_views(below, "ClampBackward0", "ClampBackward1")
         if below.name() != "LogSoftmaxBackward0":
             return None
-        return LossMatch("cross_entropy", node, nodes_below(below)[0], reduction, log_softmax=below)
+        return LossMatch("cross_entropy", node, graph.below(below)[0], reduction, log_softmax=below)
     if node.name() == "BinaryCrossEntropyBackward0":
-        below = below_views(below)
+        below = graph.below_views(below)
         if below.name() != "SigmoidBackward0":
             return None
-        return LossMatch("binary_cross_entropy", node, nodes_below(below)[0], reduction)
+        return LossMatch("binary_cross_entropy", node, graph.below(below)[0], reduction)
     spec = find_spec(node.name())
     return None if spec is None else LossMatch(spec.name, node, below, reduction)
 
 
-def _match_label_smoothing(node: Any) -> LossMatch | None:
+def _match_label_smoothing(graph: GraphReader, node: Any) -> LossMatch | None:
     """(1 - s) * nll + s / k * sum of the log-probabilities; torch makes both terms by MulBackward1."""
-    terms = nodes_below(node)
+    terms = graph.below(node)
     if len(terms) != 2 or any(term.name() != "MulBackward1" for term in terms):
         return None
-    nll, rest = (nodes_below(term)[0] for term in terms)
+    nll, rest = (graph.below(term)[0] for term in terms)
     reduction = _REDUCTIONS.get(getattr(nll, "_saved_reduction", None))
     if reduction is None or not nll.name().startswith("NllLoss") or rest.name() not in ("DivBackward0", "SumBackward0"):
         return None
-    match = _match_function(nll, reduction)
+    match = _match_function(graph, nll, reduction)
     return None if match is None else match._replace(label_smoothing=1 - float(terms[0]._saved_other))
 
 
-def _match_probabilities(node: Any) -> LossMatch | None:
+def _match_probabilities(graph: GraphReader, node: Any) -> LossMatch | None:
     """Probabilities as targets: minus the sum of target times log-probability, over the number of rows."""
     below, product = node, None
     for name in ("NegBackward0", "SumBackward0", "MulBackward0", "LogSoftmaxBackward0"):
-        below = only_below(below)
+        below = graph.only_below(below)
         if below is None or below.name() != name:
             return None
         product = below if name == "MulBackward0" else product
-    return LossMatch("cross_entropy", product, nodes_below(below)[0], "mean", log_softmax=below)
+    return LossMatch("cross_entropy", product, graph.below(below)[0], "mean", log_softmax=below)

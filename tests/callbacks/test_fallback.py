@@ -1,13 +1,15 @@
 """``LipschitzLR()`` with losses and layers that are not recognised, in the first step or later: all ranks measure."""
 
+import copy
 import logging
 import math
 
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Keep, Steps, loader, ranks, trainer
+from helpers import CLASSES, WIDTH, Classifier, Keep, Steps, examples, loader, ranks, trainer
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,11 +53,13 @@ def wrong(rows=16):
     return DataLoader(TensorDataset(torch.randn(rows, WIDTH), torch.ones(rows, dtype=torch.long)), batch_size=8)
 
 
-def fit(module, data=None, settings=None, layer=None, **trainer_settings):
+def fit(module, data=None, settings=None, layer=None, trainer_callbacks=(), **trainer_settings):
     """Trains; returns the callback, and the constants and gradient norms of the steps."""
     lipschitz = LipschitzLR(schedule="none", **(settings or {}))
     constants = Constants(lipschitz, layer or module.net[-1])
-    trainer(lipschitz, constants, **{"max_epochs": 1, **trainer_settings}).fit(module, data or wrong())
+    trainer(lipschitz, constants, *trainer_callbacks, **{"max_epochs": 1, **trainer_settings}).fit(
+        module, data or wrong()
+    )
     return lipschitz, constants
 
 
@@ -375,15 +379,188 @@ def test_an_empty_batch_in_a_step_that_is_measured_is_passed_over(empty):
     assert steps.rates[-1][0] > 0
 
 
-def test_layers_that_reentrant_checkpointing_hides_are_refused():
+def rates_of(module, rows=32, **settings):
+    """The callback, the constants and gradient norms, and the rates of a fit."""
+    data, layer, seen = DataLoader(examples(count=rows), batch_size=8), module.layers[1], Steps()
+    lipschitz, steps = fit(module, data, settings, layer, trainer_callbacks=[seen])
+    return lipschitz, steps, [rate for (rate,) in seen.rates]
 
-    class Hidden(Classifier):
-        def training_step(self, batch, batch_idx):
-            hidden = self.net[:2](batch[0])
-            return F.cross_entropy(checkpoint(self.net[2], hidden, use_reentrant=True), batch[1])
 
-    with pytest.raises(ConfigurationError, match="CheckpointFunctionBackward hides the layers: .* use_reentrant=False"):
-        trainer(LipschitzLR(), max_epochs=1).fit(Hidden(), loader())
+class Parts(Classifier):
+    """A network with any loss, of which parts are compiled or checkpointed."""
+
+    def __init__(self, loss, optimizer="SGD", *head):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        body = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU())
+        layers = (body, *(head or (nn.Linear(8, CLASSES),)))
+        super().__init__(lambda p: getattr(torch.optim, optimizer)(p, lr=0.1), nn.Sequential(*layers))
+        self.loss, self.layers = loss, layers
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self, batch[0], batch[1], batch_idx)
+
+
+def compile_parts(module, part):
+    """Compiles a part of the module in place."""
+    if part == "network":
+        module.net = torch.compile(module.net, backend="aot_eager", fullgraph=True)
+    elif part == "loss":
+        module.loss = torch.compile(module.loss, backend="aot_eager")
+    elif part == "in place":
+        module.net.compile(backend="aot_eager")
+    else:
+        for position in part:
+            module.net[position] = torch.compile(module.net[position], backend="aot_eager")
+
+
+def recognised(m, x, y, _):
+    return F.cross_entropy(m.net(x), y)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "optimizer"),
+    [
+        ("focal", "network", "SGD"),
+        ("focal", "network", "AdamW"),
+        ("masked", "in place", "AdamW"),
+        ("penalty", (0, 1), "SGD"),
+        ("margin", (0,), "SGD"),
+        ("temperature", (1,), "AdamW"),
+    ],
+)
+def test_a_compiled_network_with_any_loss_has_the_rates_of_an_eager_one(name, part, optimizer):
+    _, steps, expected = rates_of(Parts(LOSSES[name], optimizer))
+    compile_parts(module := Parts(LOSSES[name], optimizer), part)
+    lipschitz, compiled, rates = rates_of(module)
+    assert is_measured(lipschitz)
+    assert lipschitz.head_name == "net.1"
+    assert rates == pytest.approx(expected, rel=1e-4)
+    assert compiled.constants == pytest.approx(steps.constants, rel=1e-4)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs):
+        return self.factor * inputs
+
+
+HEADS = {
+    "no bias": lambda: [nn.Linear(8, CLASSES, bias=False)],
+    "weight norm": lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(8, CLASSES))],
+    "convolution": lambda: [nn.Conv2d(2, CLASSES, (1, 3), stride=(1, 2), padding=(0, 1)), nn.Flatten()],
+    "transposed convolution": lambda: [nn.ConvTranspose2d(2, CLASSES, (1, 2)), nn.Flatten()],
+    "factor": lambda: [nn.Linear(8, CLASSES), Times(20.0)],
+    "log-softmax": lambda: [nn.Linear(8, CLASSES), nn.LogSoftmax(1)],
+}
+
+
+@pytest.mark.parametrize("loss", ["focal", "recognised"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_constant_of_a_compiled_network_is_that_of_an_eager_one(name, loss):
+    def make(compiles):
+        torch.manual_seed(0)
+        head = HEADS[name]()
+        body = [nn.Unflatten(1, (2, 1, 4))] if "convolution" in name else []
+        module = Parts({"focal": focal, "recognised": recognised}[loss], "SGD", *head)
+        module.layers[0].extend(body)
+        if compiles:
+            compile_parts(module, "network")
+        return module
+
+    _, steps, _ = rates_of(make(False), max_lr=1e-9)
+    lipschitz, compiled, _ = rates_of(make(True), max_lr=1e-9)
+    assert compiled.gradients == pytest.approx(steps.gradients, rel=1e-4)
+    if name == "log-softmax" and loss == "recognised":
+        assert not is_measured(lipschitz)  # a second log-softmax changes nothing, and hides it
+    else:
+        assert compiled.constants == pytest.approx(steps.constants, rel=1e-3)
+    assert all(g <= 1.0001 * c for g, c in zip(compiled.gradients, compiled.constants, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("part", "head"),
+    [("loss", []), ("network", [nn.Conv2d(2, CLASSES, (1, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten()])],
+    ids=["loss", "pooled"],
+)
+def test_of_compiled_code_with_other_outputs_the_gradient_in_the_last_layer_is_measured(part, head, optimizer):
+    def make():
+        module = Parts(focal, optimizer, *copy.deepcopy(head))
+        module.layers[0].extend([nn.Unflatten(1, (2, 1, 4))] if head else [])
+        return module
+
+    before = focal(make(), *examples(count=32).tensors, 0)
+    compile_parts(module := make(), part)
+    lipschitz, steps, rates = rates_of(module)
+    assert is_measured(lipschitz)
+    assert lipschitz.head_name == "net.1"
+    assert steps.constants[0] == pytest.approx(steps.gradients[0], rel=1e-4)
+    assert all(rate > 0 for rate in rates)
+    assert focal(module, *examples(count=32).tensors, 0) < before
+
+
+def test_a_network_that_has_run_compiled_before_is_measured_by_the_gradients_in_its_weights():
+    compile_parts(module := Parts(focal), "network")
+    module.net(torch.zeros(8, WIDTH))
+    lipschitz, steps, _ = rates_of(module)
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[0] <= 1.0001 * steps.constants[0]
+
+
+def test_compiled_code_neither_keeps_its_inputs_nor_is_compiled_for_each_measurement():
+    compiled = CompileCounterWithBackend("aot_eager")
+    module = Parts(focal)
+    module.net = torch.compile(module.net, backend=compiled)
+    lipschitz = LipschitzLR(schedule="none")
+    kept = []
+
+    class Look(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            hooks = [hook.__self__ for hook in pl_module.layers[1]._forward_pre_hooks.values()]
+            kept.extend(hook._inputs for hook in hooks)
+
+    trainer(lipschitz, Look(), max_epochs=2).fit(module, DataLoader(examples(count=32), batch_size=8))
+    assert compiled.frame_count <= 2  # once more when hooks on other layers are removed, as with any loss
+    assert kept == [None] * 8
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
+def checkpointed(network, parts):
+    """The outputs of a network whose parts run again in the backward."""
+
+    def forward(x):
+        x = x.requires_grad_()
+        if parts == "network":
+            return checkpoint(network, x, use_reentrant=True)
+        for position, layer in enumerate(network):
+            x = checkpoint(layer, x, use_reentrant=True) if position in parts else layer(x)
+        return x
+
+    return forward
+
+
+@pytest.mark.parametrize("parts", ["network", (0,), (1,), (0, 1), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize(("name", "optimizer"), [("focal", "AdamW"), ("masked", "SGD"), ("recognised", "SGD")])
+def test_a_network_with_reentrant_checkpointing_has_the_rates_of_one_without(name, parts, optimizer):
+    def make(wrap):
+        torch.manual_seed(0)
+        loss = LOSSES.get(name, recognised)
+        module, part = Parts(None, optimizer, nn.Linear(8, CLASSES), nn.Softplus()), nn.Module()
+        part.net = wrap(module.net)
+        module.loss = lambda m, *batch: loss(part, *batch)
+        return module
+
+    settings = {"loss": "measured"} if name == "recognised" else {}
+    _, steps, expected = rates_of(make(lambda net: net.forward), **settings)
+    lipschitz, hidden, rates = rates_of(make(lambda net: checkpointed(net, parts)), **settings)
+    assert is_measured(lipschitz)
+    assert lipschitz.head_name == "net.1"
+    assert rates == pytest.approx(expected, rel=1e-4)
+    assert hidden.constants == pytest.approx(steps.constants, rel=1e-4)
 
 
 def test_a_name_is_not_believed_if_the_graph_shows_another_loss():
@@ -405,3 +582,61 @@ def test_batches_of_a_named_loss_are_compared_too(name):
     lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9, "loss": "cross_entropy"}, layer)
     assert is_measured(lipschitz)
     assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        lambda m: torch.zeros((), requires_grad=True),
+        lambda m: 2 * torch.zeros(3, requires_grad=True).sum(),
+        lambda m: m.frozen(torch.ones(1, WIDTH, requires_grad=True)).sum(),
+    ],
+    ids=["leaf", "function of a leaf", "frozen layer"],
+)
+@pytest.mark.parametrize("settings", [{}, {"loss": "cross_entropy"}], ids=str)
+def test_a_loss_that_reaches_no_parameter_is_passed_over(zero, settings):
+    module = Confident(turns(lambda m, *_: zero(m)))
+    module.frozen = nn.Linear(WIDTH, 1).requires_grad_(False)
+    lipschitz, _ = fit(module, wrong(32), settings)
+    assert not is_measured(lipschitz)
+
+
+class Optimizers(Confident):
+    """The cross-entropy for two batches, then another loss, with a second network and an optimizer of its own."""
+
+    def __init__(self, later, order, optimizer=None):
+        super().__init__(turns(later), optimizer=optimizer)
+        self.automatic_optimization, self.order = False, order
+        self.other = nn.Linear(WIDTH, CLASSES)
+
+    def step(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def training_step(self, batch, batch_idx):
+        one, other = self.optimizers()
+        steps = {
+            "own": lambda: self.step(one, self.loss(self, *batch, batch_idx)),
+            # Goes through the network of the first optimizer, as the loss of a generator through its critic.
+            "other": lambda: self.step(other, 5.0 * focal(self, self.other(batch[0]).repeat(1, 2), batch[1], 0)),
+            "elsewhere": lambda: self.step(other, focal(nn.ModuleDict({"net": self.other}), *batch, 0)),
+        }
+        for name in self.order:
+            steps[name]()
+
+    def configure_optimizers(self):
+        return [self.make(part.parameters()) for part in (self.net, self.other)]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("order", [("own", "other"), ("other", "own"), ("own", "elsewhere"), ("elsewhere", "own")])
+@pytest.mark.parametrize("name", ["another loss", "a factor of the logits", "class weights", "same"])
+def test_batches_of_one_of_several_optimizers_are_compared(name, order, optimizer):
+    later = LATER.get(name, lambda m, x, y, _: F.cross_entropy(m.net(x), y))
+    module = Optimizers(later, order, lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+    lipschitz, steps = fit(module, wrong(64), {"max_lr": 1e-9, "optimizers": 0})
+    assert is_measured(lipschitz) == (name != "same")
+    assert all(
+        0 < gradient <= 1.0001 * constant for gradient, constant in zip(steps.gradients, steps.constants, strict=True)
+    )

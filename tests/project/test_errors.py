@@ -168,7 +168,7 @@ MISTAKES = {
     "The head is not an affine layer": lambda: fit(LipschitzLR(head="net.1")),
     "The named head does not compute the outputs": lambda: fit(LipschitzLR(head="net.0")),
     "The head is not called in training": lambda: fit(LipschitzLR(head="spare", **UNMEASURED), module=Spare()),
-    "The network has run compiled before the fit": lambda: fit(LipschitzLR(), module=compiled_before()),
+    "The network has run compiled before the fit": lambda: fit(LipschitzLR(**UNMEASURED), module=compiled_before()),
     "The logits are not the output of a module": lambda: fit(LipschitzLR(**UNMEASURED), module=Functional()),
     "An operation between the head and the loss": lambda: fit(
         LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))
@@ -187,16 +187,13 @@ MISTAKES = {
         LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.multi_margin_loss(z, y))
     ),
     "The loss is compiled": lambda: fit(
-        LipschitzLR(),
+        LipschitzLR(**UNMEASURED),
         module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager")),
     ),
     "An argument that has no meaning for a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
     "A rule of the paper's for a measured loss": lambda: LipschitzLR(loss="measured", rule="adamo"),
     "A measured loss without output layers": lambda: fit(
-        LipschitzLR(loss="measured"),
-        module=with_step(
-            torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager"), net=compiled_before().net
-        ),
+        LipschitzLR(loss="measured"), module=with_step(lambda z, y: torch.zeros((), requires_grad=True))
     ),
     "A measured loss that manual_backward does not see": lambda: fit(
         LipschitzLR(loss="measured", optimizers=0), module=manual(lambda module, loss: loss.backward())
@@ -290,7 +287,7 @@ ADVICE = {
     "The head has more rows than the loss has targets": {"head": "net.2", **UNMEASURED},
     "The head changes its input": {"head": "net.1", **UNMEASURED},
     "The loss is a sum of several losses": {"loss": "cross_entropy", **UNMEASURED},
-    "The loss is compiled": {"loss": "cross_entropy"},
+    "The loss is compiled": {"loss": "cross_entropy", **UNMEASURED},
     "Target probabilities do not sum to 1": {"loss": "cross_entropy", **UNMEASURED},
     "The loss has a weight for each element": {"loss": "binary_cross_entropy", **UNMEASURED},
     "A loss weight under manual optimization": {"optimizers": 0, "loss": "cross_entropy", **UNMEASURED},

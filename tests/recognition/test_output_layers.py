@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lit_lipschitz.recognition.loss_graph import LossGraph
+from lit_lipschitz.recognition.output_layers import HiddenLayers
 
 
 def rows(*shape):
@@ -214,3 +216,29 @@ def test_penalties_of_weights_are_passed():
     loss = head(rows(5, 6)).exp().mean()
     orthogonal = (other.weight @ other.weight.T - torch.eye(6)).square().sum()
     assert found(loss + head.weight.square().sum() + orthogonal)[0] == {ids(head.weight_orig)}
+
+
+def test_compiled_code_with_a_weight_is_found_and_other_compiled_code_is_passed():
+    torch.compiler.reset()
+    below, head = body(), nn.Linear(4, 3)
+    network = torch.compile(nn.Sequential(below, head), backend="aot_eager")
+    squares = torch.compile(lambda outputs: outputs.square().mean(), backend="aot_eager")
+    for loss in (network(rows(5, 6)).exp().mean(), squares(network(rows(5, 6)))):
+        (code,) = LossGraph(loss).output_layers()
+        assert isinstance(code, HiddenLayers)
+        assert code.is_compiled
+        assert set(code.parameters) == {*below.parameters(), *head.parameters()}
+        for parameter, position in code.parameters.items():
+            assert code.node.next_functions[position][0].variable is parameter
+        (code,) = LossGraph(loss).output_layers(set(head.parameters()))
+        assert set(code.parameters) == set(head.parameters())
+    assert found(squares(head(below(rows(5, 6)))))[0] == {ids(head.weight)}
+
+
+def test_checkpointed_code_is_found_with_what_is_below_it():
+    below, head = body(), nn.Linear(4, 3)
+    hidden = below(rows(5, 6))
+    (code,) = LossGraph(checkpoint(head, hidden, use_reentrant=True).exp().mean()).output_layers()
+    assert isinstance(code, HiddenLayers)
+    assert not code.is_compiled
+    assert code.below == (hidden.grad_fn,)
