@@ -45,7 +45,7 @@ def _judgement(difference: Estimate, metric: str) -> str:
         return "that of one seed each"
     size = abs(difference.mean)
     kind = "an improvement" if (difference.mean < 0) == Metric(metric).lower else "a deterioration"
-    if difference.standard_error <= _ROUNDING * size:
+    if size > 0 and difference.standard_error <= _ROUNDING * size:
         return f"the same with each of the {difference.count} seeds, so its noise is not known; pass more --seeds"
     scale, digits = _scale(metric)
     width = f"{scale * difference.interval:.{digits}f}"

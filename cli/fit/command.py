@@ -84,8 +84,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves it in the logger's folder, beside that of an earlier run; without a logger a run has no folder."""
-        if trainer.logger is not None:
-            folder = trainer.log_dir or ""
+        folder = trainer.log_dir if trainer.logger is not None else None
+        if folder is not None:
             self.config_filename = free_path(Path(folder, self.config_filename)).name
             super().setup(trainer, pl_module, "fit")
 

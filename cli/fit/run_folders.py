@@ -40,8 +40,6 @@ class RunFolders:
             LitLipschitzError: Another run writes into one of them now.
             OSError: A folder can't be made or written.
         """
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
         for logger in trainer.loggers:
             if _is_local(logger.root_dir):
                 root = Path(str(logger.root_dir))
