@@ -77,7 +77,7 @@ class Killed(Fixed):
     """A module whose process is killed after two steps at a learning rate of 0.5."""
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == 2 and RATES[-1] == 0.5:
+        if batch_idx == 2 and RATES[-1] > 0.4:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, batch_idx)
 
