@@ -82,8 +82,21 @@ def test_a_second_fit_in_a_folder_keeps_the_first_ones_configuration_curves_and_
     assert "seed_everything: 5" in Path("my/version_7/config-v1.yaml").read_text()
 
 
-def test_fits_that_start_at_the_same_time_get_a_folder_each(lit):
-    runs = race(*(["-m", "lit_lipschitz", *FIT, "--seed_everything", seed] for seed in (1, 2, 3)))
+# Starts when all three have imported what they need.
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import lit_lipschitz.cli.fit.command, sklearn.datasets
+from lit_lipschitz.cli.main import main
+Path(f"ready{sys.argv[-1]}").touch()
+while len(list(Path(".").glob("ready*"))) < 3:
+    time.sleep(0.001)
+sys.exit(main())
+"""
+
+
+def test_fits_that_start_at_the_same_time_get_a_folder_each():
+    runs = race(*(["-c", TOGETHER, *FIT, "--seed_everything", seed] for seed in (1, 2, 3)))
     assert [run.returncode for run in runs] == [0, 0, 0], [run.stderr for run in runs]
     folders = sorted(Path("lightning_logs").iterdir())
     assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
