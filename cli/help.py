@@ -14,7 +14,7 @@ commands:
   fit         train a network, and test it at the end
   validate    evaluate a checkpoint on the validation set
   test        evaluate a checkpoint on the test set
-  predict     write the predicted classes of the test set and their probabilities to predictions.csv
+  predict     write the predicted classes of the test set and their probabilities to a new predictions.csv
   configs     list the bundled configs
   explain     dry-run one training step and explain the resulting learning rate
   compare     fit a config with computed and with fixed learning rates, over seeds: does it help?
@@ -70,30 +70,39 @@ examples:
 """,
     "compare": """\
 usage: lit-lipschitz compare --config NAME [options of fit] [--policies A,B,...] [--seeds N] [--output FILE.csv]
-                             [--metric NAME] [--json]
+                             [--metric NAME] [--jobs N] [--engine NAME] [--engine_options JSON] [--json]
 
-Fits a config under several policies and seeds, one run after another on one device, and prints the results: mean and
-standard error on the validation and the test set after the last epoch, and the difference to the best fixed rate.
-The best fixed rate is chosen by the validation set; the test set is measured once a run, at its end.
+Fits a config under several policies and seeds, each run on one device, and prints the results: mean and standard
+error on the validation and the test set after the last epoch, and the difference to the best fixed rate, paired by
+seed. The best fixed rate is chosen by the validation set; the test set is measured once a run, at its end.
 
   --policies LIST    separated by commas (default: lipschitz,sgd:0.03,sgd:0.1,sgd:0.3,adamw:0.001,adamw:0.003):
       lipschitz        the config as it is, with LipschitzLR
       lipschitz-adamw  the config with AdamW and LipschitzLR
+      lipschitz-schedulefree
+                       the config with Schedule-Free AdamW (package schedulefree) and LipschitzLR, no scheduler
       sgd:RATE         SGD with momentum 0.9 at a fixed learning rate; adamw:RATE the same with AdamW
       config:RATE      the config's own optimizer at a fixed learning rate
       paper            the paper's method: plain SGD at 1/L with bound=paper, no scheduler
-                     All but the paper's keep the config's scheduler, which multiplies the rate. The config's weight
-                     decay is kept if both its optimizer and the policy's are AdamW, or neither is; otherwise torch's
-                     default is used.
+                     The others keep the config's scheduler, which multiplies the rate. The config's weight decay is
+                     kept if both its optimizer and the policy's are AdamW, or neither is; otherwise torch's default
+                     is used (Schedule-Free AdamW: as AdamW).
   --seeds N          number of runs of each policy; the seeds count up from the config's seed_everything (default: 1)
-  --output FILE.csv  one line a run (default: ./compare.csv); a run that is in the file is not repeated
+  --output FILE.csv  one line a run (default: ./compare.csv); a run that is in the file is not repeated, and of several
+                     commands with one file each makes what no other makes
   --metric NAME      compare val_NAME and test_NAME (default: acc, or else loss)
+  --jobs N           number of runs at a time (default: 1; with --engine joblib one for each GPU or CPU core, with the
+                     others as many as the engine has room for); alone it means --engine joblib
+  --engine NAME      what spreads the runs: joblib (processes of this machine, a GPU each), ray (a cluster at
+                     RAY_ADDRESS, or this machine) or submitit (Slurm, or this machine); each is an extra of that name.
+                     On several machines config, data and code have to be at the same paths
+  --engine_options J keyword arguments as JSON: of joblib.Parallel, of a Ray task, of submitit's update_parameters
   --json             print everything as JSON
   all others         as for fit: lit-lipschitz fit --help
 
 Checkpoints and curves are written only with --trainer.enable_checkpointing true and --trainer.logger true.
 
-example: lit-lipschitz compare --config digits.yaml --policies lipschitz,sgd:0.03,sgd:0.1,sgd:0.3 --seeds 3
+example: lit-lipschitz compare --config digits.yaml --policies lipschitz,sgd:0.03,sgd:0.1,sgd:0.3 --seeds 3 --jobs 2
 """,
     "report": """\
 usage: lit-lipschitz report RUN [RUN ...] [--output FOLDER] [--json] [--no-png]

@@ -1,11 +1,15 @@
-"""Output of all commands: errors in one line, JSON without NaN, tables, and files that are never half written."""
+"""Output of all commands: errors in one line, JSON without NaN, tables, locks, files that are never half written."""
 
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from glob import escape
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +53,62 @@ def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     ]
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file under another name and moves it into place: a kill or a full disk leaves the earlier file whole."""
-    part = path.with_name(f".{path.name}.part")
+_ABANDONED = 3600.0
+"""Age in seconds from which a half-written file is one that a kill has left."""
+
+
+class Busy(Exception):
+    """Another process holds a lock."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a file or a name: one process at a time, of those on the same file system.
+
+    The lock is a file ``.NAME.lock`` in the folder of ``path``, which must exist. It is gone afterwards; the operating
+    system releases that of a process that was killed.
+
+    Raises:
+        Busy: Another process holds it, and ``wait`` is false.
+        OSError: The folder can't be written.
+    """
+    from filelock import FileLock, Timeout  # here, since the help texts need none of it
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        with part.open("wb") as file:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise Busy from None
+    try:
+        yield
+    finally:
+        # Before the release: a process that waits for a file that is gone tries again with a new one.
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def free_path(path: Path) -> Path:
+    """The path, or where it exists the first of NAME-v1.csv, NAME-v2.csv, ... that does not.
+
+    As ModelCheckpoint names a checkpoint that would overwrite another.
+    """
+    numbered = (path.with_name(f"{path.stem}-v{version}{path.suffix}") for version in count(1))
+    return next(one for one in chain([path], numbered) if not os.path.lexists(one))
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file under a name of its own and moves it into place.
+
+    A kill or a full disk leaves the earlier file whole, and of two writers the later one's file is there.
+    """
+    for part in path.parent.glob(f".{escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if part.stat().st_mtime < time.time() - _ABANDONED:
+                part.unlink()
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

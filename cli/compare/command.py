@@ -3,17 +3,21 @@
 import argparse
 import copy
 import hashlib
+import itertools
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_lipschitz import __version__
-from lit_lipschitz.cli.compare.policies import DEFAULT, Policy, fit_options, parse_policies
-from lit_lipschitz.cli.compare.results_file import ResultsFile, Row
+from lit_lipschitz.cli.compare.engines import ENGINES, Engine, Spread, find_engine, in_turn
+from lit_lipschitz.cli.compare.policies import DEFAULT, ComparedPolicy, fit_options, parse_policies
+from lit_lipschitz.cli.compare.results_file import ResultsFile
+from lit_lipschitz.cli.compare.runs import Runs
 from lit_lipschitz.cli.compare.summaries import summarize
-from lit_lipschitz.cli.compare.trials import WITHOUT_EFFECT, Parsed, ParseOnly, Trial, run_trial
+from lit_lipschitz.cli.compare.trials import WITHOUT_EFFECT, Parsed, ParseOnly, Trial
 from lit_lipschitz.cli.compare.verdict import print_summaries, verdict
 from lit_lipschitz.cli.fit.command import run
 from lit_lipschitz.cli.help import OptionParser
@@ -32,10 +36,24 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", default="compare.csv", type=Path)
     parser.add_argument("--metric")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--engine", choices=[*ENGINES])
+    parser.add_argument("--engine_options", default="{}")
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.seeds < 1:
         raise ConfigurationError(f"compare --seeds {options.seeds}: expected the number of seeds, at least 1")
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigurationError(f"compare --jobs {options.jobs}: expected the number of runs at a time, at least 1")
+    try:
+        settings = json.loads(options.engine_options)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigurationError(
+            f"compare --engine_options {options.engine_options}: expected JSON such as '{{\"num_cpus\": 2}}'"
+        )
+    options.engine_options = settings
     return options, rest
 
 
@@ -54,22 +72,41 @@ def compare(arguments: list[str]) -> int:
         except Parsed as parsed:
             config = parsed.config
         typed = {policy: fit_options(policy, config["model"]) for policy in policies}
-        trials = _trials(options, config, typed)
-        code = _run_missing(trials, file, {policy: [*rest, *typed[policy]] for policy in policies})
+        trials = _trials(options, config, typed, rest)
+        code = Runs(trials, file).make(_engine(options, config))
         return code or _report(options, trials, typed, file)
     except LitLipschitzError as error:
         return fail(error)
 
 
-def _trials(options: argparse.Namespace, config: dict[str, Any], typed: dict[Policy, list[str]]) -> list[Trial]:
+def _trials(
+    options: argparse.Namespace, config: dict[str, Any], typed: dict[ComparedPolicy, list[str]], rest: list[str]
+) -> list[Trial]:
     """The runs, seed by seed."""
-    seed = config["seed_everything"]
-    first = 0 if seed is None or isinstance(seed, bool) else int(seed)
+    start = config["seed_everything"]
+    first = 0 if start is None or isinstance(start, bool) else int(start)
     hashes = {policy: _fingerprint(config, policy, own, options.metric) for policy, own in typed.items()}
-    return [Trial(policy, first + i, hashes[policy], options.metric) for i in range(options.seeds) for policy in typed]
+    each = itertools.product(range(first, first + options.seeds), typed)
+    return [
+        Trial(number, policy, seed, hashes[policy], options.metric,
+              ["fit", *rest, *typed[policy], "--seed_everything", str(seed)])
+        for number, (seed, policy) in enumerate(each, 1)
+    ]  # fmt: skip
 
 
-def _fingerprint(config: dict[str, Any], policy: Policy, typed: list[str], metric: str | None) -> str:
+def _engine(options: argparse.Namespace, config: dict[str, Any]) -> Engine:
+    """What makes the runs, as the options have it: --jobs alone means joblib."""
+    if options.engine is None and options.jobs in (None, 1):
+        return in_turn
+    trainer = config["trainer"]
+    # With devices such as [3] the user has chosen one.
+    ours = trainer["accelerator"] in ("auto", "gpu", "cuda") and str(trainer["devices"]) == "1"
+    gpus = torch.cuda.device_count() if ours else 0
+    folder = options.output.absolute().parent
+    return find_engine(options.engine or "joblib", Spread(options.jobs, gpus, options.engine_options, folder))
+
+
+def _fingerprint(config: dict[str, Any], policy: ComparedPolicy, typed: list[str], metric: str | None) -> str:
     """A short hash of everything that a run's result depends on, except the seed."""
     config = copy.deepcopy(config)
     for name in ("seed_everything", "checkpoint", "fixed_rate", "config"):
@@ -82,40 +119,9 @@ def _fingerprint(config: dict[str, Any], policy: Policy, typed: list[str], metri
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _run_missing(trials: list[Trial], file: ResultsFile, arguments: dict[Policy, list[str]]) -> int:
-    """Makes the runs that are not in the file; returns 0, or the exit code of a run that a signal has ended."""
-    misconfigured: set[Policy] = set()  # a mistake in the configuration is one for every seed
-    for number, trial in enumerate(trials, 1):
-        title = f"[{number}/{len(trials)}] {trial.policy.name}, seed {trial.seed}:"
-        trial.row = file.rows().get((trial.policy.name, trial.seed, trial.config))
-        if trial.row:
-            print(f"{title} already in {file.path}", file=sys.stderr)
-            continue
-        if trial.policy in misconfigured:
-            continue
-        code = run_trial(trial, ["fit", *arguments[trial.policy], "--seed_everything", str(trial.seed)])
-        if trial.row:
-            file.add(trial.row)
-            print(f"{title} {_line(trial.row)}", file=sys.stderr)
-        elif trial.error:
-            print(f"{title} failed: {trial.error[0]}", file=sys.stderr)
-            if trial.error[1] == 2:
-                misconfigured.add(trial.policy)
-        else:
-            print(f"{title} interrupted; the same command continues from {file.path}", file=sys.stderr)
-            return code
-    return 0
-
-
-def _line(row: Row) -> str:
-    parts = [f"val_{row.metric} {row.val:.4f}"]
-    parts += [f"test_{row.metric} {row.test:.4f}"] if row.test is not None else []
-    parts += [f"(best {row.best_val:.4f} in epoch {row.best_epoch})" if row.best_epoch else "(no finite value)"]
-    parts += [f"rate {row.rate_first:.4g} > {row.rate_last:.4g}", f"{row.seconds:.1f} s"]
-    return "  ".join([*parts, f"diverged, ended after epoch {row.epochs}"] if row.diverged else parts)
-
-
-def _report(options: argparse.Namespace, trials: list[Trial], typed: dict[Policy, list[str]], file: ResultsFile) -> int:
+def _report(
+    options: argparse.Namespace, trials: list[Trial], typed: dict[ComparedPolicy, list[str]], file: ResultsFile
+) -> int:
     """Prints the results; returns the exit code."""
     rows = [trial.row for trial in trials if trial.row]
     errors = {trial.policy.name: trial.error for trial in trials if trial.error}

@@ -1,13 +1,15 @@
 """The CSV file of `lit-lipschitz compare`: one line a run, so that no run is repeated."""
 
+import contextlib
 import csv
+import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lit_lipschitz.cli.output import write_whole
+from lit_lipschitz.cli.output import locked, write_whole
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 
@@ -58,6 +60,7 @@ class ResultsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._target = path.resolve()  # the same for all links to the file
         if path.is_dir() or not path.absolute().parent.is_dir():
             found = "a folder of that name" if path.is_dir() else f"no folder {path.absolute().parent}"
             raise ConfigurationError(f"compare --output {path}: expected the name of a file, found {found}")
@@ -91,19 +94,44 @@ class ResultsFile:
                 "or remove the line, or pass another name"
             ) from None
 
-    def add(self, row: Row) -> None:
-        """Writes a run; runs that others have written in the meantime are kept.
+    def add(self, row: Row) -> Row:
+        """Writes a run; runs that others have written in the meantime are kept, and the same run is not replaced.
+
+        Returns:
+            The row of this run that is in the file.
 
         Raises:
             LitLipschitzError: The file can't be written.
         """
-        rows = {**self.rows(), row.key: row}
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_cell(value) for value in asdict(one).values()] for one in rows.values())
+        with self._writing(), locked(self._target):
+            rows = self.rows()
+            if row.key in rows:
+                return rows[row.key]
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([_cell(value) for value in asdict(one).values()] for one in (*rows.values(), row))
+            write_whole(self._target, text.getvalue().encode())
+        return row
+
+    @contextlib.contextmanager
+    def claim(self, key: tuple[str, int, str], wait: bool) -> Iterator[None]:
+        """Reserves a run, so that no other process makes it at the same time.
+
+        Raises:
+            Busy: Another process makes it, and ``wait`` is false.
+            LitLipschitzError: The folder of the file can't be written.
+        """
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:10]
+        with contextlib.ExitStack() as claims:
+            with self._writing():
+                claims.enter_context(locked(self._target.with_name(f"{self._target.name}.{name}"), wait))
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            write_whole(self.path, text.getvalue().encode())
+            yield
         except OSError as error:
             raise LitLipschitzError(f"compare --output {self.path}: can't be written: {error.strerror}") from None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lit_lipschitz.cli.compare.policies import Policy
+from lit_lipschitz.cli.compare.policies import ComparedPolicy
 from lit_lipschitz.cli.compare.recorder import Metric
 from lit_lipschitz.cli.compare.results_file import Row
 
@@ -29,15 +29,9 @@ class Estimate:
         error = statistics.stdev(values) / math.sqrt(len(values)) if several else None
         return Estimate(sum(values) / len(values), error, len(values))
 
-    def minus(self, other: "Estimate") -> "Estimate":
-        """The difference of two independent means."""
-        errors = self.standard_error, other.standard_error
-        error = None if None in errors else math.hypot(*(error or 0.0 for error in errors))
-        return Estimate(self.mean - other.mean, error, min(self.count, other.count))
-
     @property
     def interval(self) -> float | None:
-        """Half the width of the 95 % confidence interval, with the degrees of freedom of the smaller sample."""
+        """Half the width of the 95 % confidence interval by Student's t with count - 1 degrees of freedom."""
         if self.standard_error is None:
             return None
         return self.standard_error * (_STUDENT_T[self.count - 2] if self.count - 2 < len(_STUDENT_T) else 2.0)
@@ -47,7 +41,7 @@ class Estimate:
 class Summary:
     """The results of a policy over all seeds."""
 
-    policy: Policy
+    policy: ComparedPolicy
     metric: str  # such as acc
     val: Estimate  # on the validation set, with the final weights
     test: Estimate | None  # on the test set; None if a run has none
@@ -56,7 +50,7 @@ class Summary:
     n: int  # number of runs
     diverged: int  # number of runs that diverged
     best_fixed_rate_by_validation: bool = False
-    difference: Estimate | None = None  # to the best fixed rate, on the test set if there is one
+    difference: Estimate | None = None  # to the best fixed rate, paired by seed, on the test set if there is one
 
     @property
     def final(self) -> Estimate:
@@ -69,22 +63,39 @@ class Summary:
         return {**asdict(self), "policy": self.policy.name}
 
 
-def summarize(rows: Sequence[Row], policies: Sequence[Policy]) -> list[Summary]:
+def summarize(rows: Sequence[Row], policies: Sequence[ComparedPolicy]) -> list[Summary]:
     """One summary for each policy that has runs, in the order of the policies."""
-    grouped = [(policy, [row for row in rows if row.policy == policy.name]) for policy in policies]
-    found = [_summary(policy, own) for policy, own in grouped if own]
+    grouped = {policy: [row for row in rows if row.policy == policy.name] for policy in policies}
+    found = [_summary(policy, own) for policy, own in grouped.items() if own]
     reference = _best_fixed_rate(found)
     if reference is None:
         return found
     return [
         replace(one, best_fixed_rate_by_validation=True)
         if one is reference
-        else replace(one, difference=one.final.minus(reference.final))
+        else replace(one, difference=paired_difference(grouped[one.policy], grouped[reference.policy]))
         for one in found
     ]
 
 
-def _summary(policy: Policy, rows: Sequence[Row]) -> Summary:
+def paired_difference(rows: Sequence[Row], others: Sequence[Row]) -> Estimate | None:
+    """The mean of the differences between two policies' runs with the same seed, and its standard error.
+
+    Runs with the same seed share their initial weights and the order of their data, so their noise is not independent.
+
+    Returns:
+        The estimate, with one difference a seed that both have; None if they share no seed.
+    """
+    tested = all(row.test is not None for row in (*rows, *others))
+    pairs = {row.seed: [row.test if tested and row.test is not None else row.val] for row in rows}
+    for row in others:
+        if row.seed in pairs:
+            pairs[row.seed].append(row.test if tested and row.test is not None else row.val)
+    differences = [pair[0] - pair[1] for pair in pairs.values() if len(pair) == 2]
+    return Estimate.of(differences) if differences else None
+
+
+def _summary(policy: ComparedPolicy, rows: Sequence[Row]) -> Summary:
     tests = [row.test for row in rows if row.test is not None]
     return Summary(
         policy,

@@ -12,10 +12,11 @@ from typing import Any
 
 import lightning as L
 
+from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.cli.compare.fixed_rate import FixedRate
 from lit_lipschitz.cli.compare.optimizer_swap import SwapOptimizer
-from lit_lipschitz.cli.compare.policies import Policy, needs_swap
+from lit_lipschitz.cli.compare.policies import ComparedPolicy, needs_swap
 from lit_lipschitz.cli.compare.recorder import Recorder, no_validation
 from lit_lipschitz.cli.compare.results_file import Row
 from lit_lipschitz.cli.fit.command import merge, run
@@ -31,12 +32,20 @@ WITHOUT_EFFECT = ("logger", "default_root_dir", "enable_checkpointing", "profile
 class Trial:
     """A run to make, and its result: a row, or an error's line and exit code, or nothing if it was interrupted."""
 
-    policy: Policy
+    number: int  # from 1
+    policy: ComparedPolicy
     seed: int
     config: str
     metric: str | None
+    arguments: list[str]  # of the command
     row: Row | None = None
     error: tuple[str, int] | None = None
+    code: int = 0  # the exit code of fit
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What identifies the run in the file."""
+        return self.policy.name, self.seed, self.config
 
 
 class Parsed(Exception):
@@ -70,7 +79,7 @@ class _Fit(QuietFit):
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.world_size != 1 or trainer.strategy.launcher is not None:
             raise ConfigurationError(
-                f"compare makes one run after another on one device; found devices {trainer.world_size} and strategy "
+                f"compare makes each run on one device; found devices {trainer.world_size} and strategy "
                 f"{type(trainer.strategy).__name__}: pass --trainer.devices 1 and --trainer.strategy auto, and start "
                 "it without torchrun or SLURM"
             )
@@ -106,6 +115,7 @@ class _Run(_Fit):
         self.recorder = Recorder(self.trial.metric, policy.rate)
         if needs_swap(policy, self.options.model.as_dict()):
             callbacks_of(trainer).insert(0, SwapOptimizer(policy))
+            callbacks_of(trainer).extend([AveragedWeights()] if policy.averages else [])
         if policy.rate is not None:
             positions = self.options.lipschitz.optimizers
             callbacks_of(trainer).append(
@@ -133,8 +143,8 @@ class _Run(_Fit):
         )  # fmt: skip
 
 
-def run_trial(trial: Trial, arguments: list[str]) -> int:
-    """Makes a run and stores its result in the trial; returns the exit code of fit."""
+def run_trial(trial: Trial) -> Trial:
+    """Makes a run, in this process; returns the trial with its result."""
 
     def note(line: str, code: int) -> int:
         trial.error = (" ".join(line.split()), code)
@@ -145,9 +155,10 @@ def run_trial(trial: Trial, arguments: list[str]) -> int:
     try:
         # The output of data and modules is not part of the answer.
         with contextlib.redirect_stdout(sys.stderr):
-            return run(functools.partial(_Run, trial), arguments, note)
+            trial.code = run(functools.partial(_Run, trial), trial.arguments, note)
     except Exception as error:
         traceback.print_exc()
-        return note(f"{type(error).__name__}: {error}", 1)
+        trial.code = note(f"{type(error).__name__}: {error}", 1)
     finally:
         gc.collect()  # the cycles between a trainer and its parts would hold the device's memory
+    return trial

@@ -7,6 +7,11 @@ from lit_lipschitz.cli.compare.recorder import Metric
 from lit_lipschitz.cli.compare.summaries import Estimate, Summary
 from lit_lipschitz.cli.output import align
 
+_NOISE = 1.96
+"""Standard errors that a difference of nothing but noise exceeds in 5 % of comparisons with many seeds."""
+_ROUNDING = 1e-9
+"""Relative spread of equal differences that are rounded."""
+
 
 def verdict(found: Sequence[Summary]) -> str:
     """Sentences with the numbers, one for each policy that computes its rate, and hints."""
@@ -36,15 +41,23 @@ def _sentence(one: Summary, reference: Summary | None, fixed: int) -> str:
 def _judgement(difference: Estimate, metric: str) -> str:
     if not math.isfinite(difference.mean):
         return "not a number"
-    if difference.interval is None:
+    if difference.interval is None or difference.standard_error is None:
         return "that of one seed each"
+    size = abs(difference.mean)
+    kind = "an improvement" if (difference.mean < 0) == Metric(metric).lower else "a deterioration"
+    if size > 0 and difference.standard_error <= _ROUNDING * size:
+        return f"the same with each of the {difference.count} seeds, so its noise is not known; pass more --seeds"
     scale, digits = _scale(metric)
     width = f"{scale * difference.interval:.{digits}f}"
-    interval = f"the 95 % confidence interval of +- {width} ({difference.count} seeds)"
-    if abs(difference.mean) <= difference.interval:
+    interval = f"the 95 % confidence interval of +- {width} ({difference.count} seeds, paired)"
+    if size > difference.interval:
+        return f"{kind} outside {interval}"
+    if size <= _NOISE * difference.standard_error:
         return f"within the noise, inside {interval}"
-    better = (difference.mean < 0) == Metric(metric).lower
-    return f"{'an improvement' if better else 'a deterioration'} outside {interval}"
+    return (
+        f"{kind} of {size / difference.standard_error:.1f} standard errors, but inside {interval}: too few seeds to "
+        "tell; pass more --seeds"
+    )
 
 
 def _hint_at_edge(reference: Summary, fixed: Sequence[Summary]) -> list[str]:
@@ -92,7 +105,8 @@ def print_summaries(found: Sequence[Summary], failures: Mapping[str, str], said:
         print(f"{name}: failed: {reason}")
     print(
         "mean +- standard error over the seeds, with the weights after the last epoch; the best fixed rate is chosen "
-        f"by val_{metric}, the difference is on the {'test' if tested else 'validation'} set\n"
+        f"by val_{metric}, the difference is on the {'test' if tested else 'validation'} set, "
+        "paired by seed\n"
         "* the best epoch of each run by the validation set, for information: nothing is chosen or reported by it\n"
     )
     print(said)

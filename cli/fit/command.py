@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,9 +31,10 @@ from lit_lipschitz.cli.fit.epoch_lines import EpochLines, Mode
 from lit_lipschitz.cli.fit.error_messages import condense, explain_error, no_room
 from lit_lipschitz.cli.fit.predictions import PredictionFile
 from lit_lipschitz.cli.fit.progress_bar import RateBar
+from lit_lipschitz.cli.fit.run_folders import RunFolders
 from lit_lipschitz.cli.fit.signals import CheckpointOnSignal
 from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary
-from lit_lipschitz.cli.output import fail
+from lit_lipschitz.cli.output import fail, free_path
 from lit_lipschitz.data import ImageDataModule
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.module import ImageClassifier
@@ -103,8 +103,10 @@ class SaveConfig(SaveConfigCallback):
         """Does nothing yet."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves it in the logger's folder; without a logger the run has no folder of its own."""
-        if trainer.logger is not None:
+        """Saves it in the logger's folder, beside that of an earlier run; without a logger a run has no folder."""
+        folder = trainer.log_dir if trainer.logger is not None else None
+        if folder is not None:
+            self.config_filename = free_path(Path(folder, self.config_filename)).name
             super().setup(trainer, pl_module, "fit")
 
 
@@ -118,6 +120,7 @@ class Command(LightningCLI):
 
     def __init__(self) -> None:
         self.running = False  # whether the configuration has been accepted
+        self.folders = RunFolders()
         self._subcommand = ""
 
     def start(self, arguments: list[str]) -> None:
@@ -238,6 +241,13 @@ class Command(LightningCLI):
                 )
         self.running = True
 
+    def before_fit(self) -> None:
+        """Reserves the folders that the run writes into."""
+        if self.trainer.is_global_zero:
+            self.folders.claim(self.trainer, checkpoints=self.config["subcommand"] == "fit")
+
+    before_validate = before_test = before_predict = before_fit
+
     def after_fit(self) -> None:
         """Prints the table of the epochs, and tests the final weights."""
         if self.trainer.is_global_zero:
@@ -295,7 +305,7 @@ def run(
     Returns:
         The exit code.
     """
-    command, started = kind(), time.time()
+    command = kind()
     unwritten: list[OSError] = []
     with _filtered_messages(), _failures_of_tensorboard(unwritten):
         try:
@@ -308,7 +318,8 @@ def run(
             interrupted = trainer is not None and trainer.interrupted and end.code == 1
             return 130 if interrupted else end.code if isinstance(end.code, int) else 0
         except Exception as error:
-            _remove_traces(command, started)
+            if not getattr(_trainer(command), "global_step", 0):
+                command.folders.undo()
             answer = explain_error(error, command.running, _folder(command))
             if answer is None:
                 raise
@@ -318,6 +329,8 @@ def run(
                 return report(line, code)
             # Every rank finds a mistake in the configuration; at run time this one may be alone.
             return code if code == 2 else fail(f"[rank {rank}] {line}", code)
+        finally:
+            command.folders.release()
     return report(no_room(unwritten[0], _folder(command)), 1) if unwritten else 0
 
 
@@ -331,22 +344,6 @@ def _folder(command: Command) -> str:
     trainer = _trainer(command)
     logged = trainer.logger.log_dir if trainer and trainer.logger else None
     return logged or (trainer.default_root_dir if trainer else os.getcwd())
-
-
-def _remove_traces(command: Command, started: float) -> None:
-    """Removes what a run that failed before its first step has written into its folder."""
-    trainer = _trainer(command)
-    if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.logger:
-        return
-    folder = Path(trainer.logger.log_dir or "")
-    if not trainer.logger.log_dir or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name.startswith(("events.", "hparams.yaml", "config.yaml")) and path.stat().st_mtime >= started:
-            path.unlink()
-    for path in (folder, folder.parent):
-        with contextlib.suppress(OSError):
-            path.rmdir()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lipschitz.cli.help import OptionParser
-from lit_lipschitz.cli.output import printable, to_json, write_whole
+from lit_lipschitz.cli.output import locked, printable, to_json, write_whole
 from lit_lipschitz.cli.report.page import page
 from lit_lipschitz.cli.report.panels import Panel, panels
 from lit_lipschitz.cli.report.png import pngs
@@ -41,12 +41,14 @@ def report(arguments: list[str]) -> int:
             print(printable(f"lit-lipschitz: warning: {run.folder}: {note}"), file=sys.stderr)
     runs = [run for run in runs if run.curves]
     drawn, rows = panels(runs), table(runs)
-    files = _write(options.output, {"report.html": page(runs, drawn, rows).encode()})
+    content = {"report.html": page(runs, drawn, rows).encode()}
+    files = _write(options.output, content)
     if not options.json:
         # Before the pictures: matplotlib takes more time than all the rest.
         print(picture(runs, drawn, rows, Terminal()), flush=True)
     if not options.no_png:
-        files += _write(options.output, _pictures(runs, drawn))
+        # The page once more: page and pictures are of the same runs, whoever else writes there.
+        files = _write(options.output, {**content, **_pictures(runs, drawn)})
     if options.json:
         print(to_json({"runs": [_plain(run) for run in runs], "files": files}))
     else:
@@ -67,11 +69,12 @@ def _pictures(runs: list[Run], drawn: list[Panel]) -> dict[str, bytes]:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
-    """Writes files into a folder; returns their paths."""
+    """Writes files into a folder, all of them before another report writes there; returns their paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_whole(folder / name, content)
+        with locked(folder / "report"):
+            for name, content in files.items():
+                write_whole(folder / name, content)
     except OSError as error:
         raise LitLipschitzError(
             f"report --output {folder}: can't be written: {error.strerror}; pass another folder"

@@ -1,5 +1,6 @@
-"""The command's script, its one line of an error, and the checkpoints that a run leaves."""
+"""The command's script, its one line of an error, the checkpoints that a run leaves, and processes that race."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,3 +27,16 @@ def last(root: str | Path) -> Any:
 def same(first: Any, second: Any) -> bool:
     """Whether two checkpoints have the same weights."""
     return all(torch.equal(first["state_dict"][name], value) for name, value in second["state_dict"].items())
+
+
+def race(*commands: list[Any], timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """Runs Python processes at the same time, each with the arguments after `python`; returns what they printed."""
+    running = [
+        subprocess.Popen([sys.executable, *map(str, one)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for one in commands
+    ]
+    printed = [process.communicate(timeout=timeout) for process in running]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *texts)
+        for process, texts in zip(running, printed, strict=True)
+    ]

@@ -11,13 +11,14 @@ import lightning as L
 import pytest
 import torch
 from helpers import CLASSES, WIDTH, error_line, loader
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.nn import functional as F
 
 from lit_lipschitz.cli.compare.optimizer_swap import swapped
 from lit_lipschitz.cli.compare.policies import fit_options, parse_policies
 from lit_lipschitz.cli.compare.results_file import COLUMNS, ResultsFile, Row
-from lit_lipschitz.cli.compare.summaries import summarize
+from lit_lipschitz.cli.compare.summaries import paired_difference, summarize
 from lit_lipschitz.cli.compare.verdict import verdict
 
 DIGITS = ["--config", "digits", "--trainer.accelerator", "cpu", "--data.train_subset", "320", "--trainer.max_epochs",
@@ -71,7 +72,7 @@ def test_two_policies_and_two_seeds_end_to_end_and_nothing_is_made_twice(lit):
 
 
 def test_a_run_is_what_fit_makes_of_the_options_that_are_named(lit):
-    policies = "lipschitz,paper,sgd:0.05,adamw:0.002,config:0.2"
+    policies = "lipschitz,lipschitz-schedulefree,paper,sgd:0.05,adamw:0.002,config:0.2"
     code, out, err = lit("compare", *DIGITS, "--policies", policies, "--json")
     assert code == 0, err
     account = json.loads(out)
@@ -134,6 +135,8 @@ class Fixed(L.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
+        if batch_idx == 0 and self.trainer.optimizers and "train_mode" in self.trainer.optimizers[0].param_groups[0]:
+            MODES.append(self.trainer.optimizers[0].param_groups[0]["train_mode"])
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def train_dataloader(self):
@@ -150,6 +153,7 @@ class Fixed(L.LightningModule):
     def after_step(self, optimizer, *_):
         RATES.append(optimizer.param_groups[0]["lr"])
         KINDS.append(type(optimizer))
+        MODES.append(optimizer.param_groups[0].get("train_mode"))
 
     def configure_optimizers(self):
         decayed, others = self.net[0].parameters(), self.net[2].parameters()
@@ -161,6 +165,7 @@ class Fixed(L.LightningModule):
 
 RATES: list[float] = []
 KINDS: list[type] = []
+MODES: list[bool] = []  # of Schedule-Free, in the steps and in the first batch of each validation
 
 
 def one_cycle(rate):
@@ -177,8 +182,8 @@ def one_cycle(rate):
 
 
 def test_the_own_optimizer_of_any_module_at_a_fixed_rate_with_its_schedule(lit):
-    RATES.clear()
-    KINDS.clear()
+    for noted in (RATES, KINDS, MODES):
+        noted.clear()
     own = ["--model", "test_compare_command.Fixed", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2",
            "--seed_everything", "5"]  # fmt: skip
     code, out, err = lit("compare", *own, "--policies", "lipschitz,config:0.05")
@@ -190,24 +195,30 @@ def test_the_own_optimizer_of_any_module_at_a_fixed_rate_with_its_schedule(lit):
     assert "on the validation set" in out
 
     # An optimizer that the module's code does not have takes its place, with its schedule, or without for the papers'.
-    code, out, err = lit("compare", *own, "--policies", "sgd:0.06,adamw:0.004,paper")
+    code, out, err = lit("compare", *own, "--policies", "sgd:0.06,adamw:0.004,paper,lipschitz-schedulefree")
     assert code == 0, err
-    assert KINDS[24::12] == [torch.optim.SGD, torch.optim.AdamW, torch.optim.SGD]
+    assert KINDS[24::12] == [torch.optim.SGD, torch.optim.AdamW, torch.optim.SGD, AdamWScheduleFree]
     assert RATES[24:36] == pytest.approx(one_cycle(0.06))
     assert RATES[36:48] == pytest.approx(one_cycle(0.004))
     (paper,) = [row for row in file_rows() if row["policy"] == "paper"]
     assert [RATES[48], RATES[59]] == pytest.approx([float(paper["rate_first"]), float(paper["rate_last"])])
+    # Schedule-Free has no schedule, is in training mode in each step and in evaluation mode in each validation.
+    (free,) = [row for row in file_rows() if row["policy"] == "lipschitz-schedulefree"]
+    assert [RATES[60], RATES[71]] == pytest.approx([float(free["rate_first"]), float(free["rate_last"])])
+    assert MODES[60:] == [True] * 6 + [False] + [True] * 6 + [False] * 2
 
 
 def test_a_swapped_optimizer_keeps_groups_and_their_ratios():
     module = Fixed()
     (old,), _ = module.configure_optimizers()
-    sgd, adamw, paper = (swapped(old, *parse_policies(name)) for name in ("sgd:0.1", "adamw:0.1", "paper"))
-    for new in (sgd, adamw, paper):
+    names = ("sgd:0.1", "adamw:0.1", "paper", "lipschitz-schedulefree")
+    sgd, adamw, paper, free = (swapped(old, *parse_policies(name)) for name in names)
+    for new in (sgd, adamw, paper, free):
         assert [group["params"] for group in new.param_groups] == [group["params"] for group in old.param_groups]
         assert new.param_groups[1]["max_lr"] == old.param_groups[1]["max_lr"]
     assert [group["weight_decay"] for group in sgd.param_groups] == [0.001, 0.0]
-    assert [group["weight_decay"] for group in adamw.param_groups] == [0.01, 0.0]
+    for decoupled in (adamw, free):
+        assert [group["weight_decay"] for group in decoupled.param_groups] == [0.01, 0.0]
     assert [group["momentum"] for group in sgd.param_groups] == [0.9, 0.9]
     assert [group["momentum"] for group in paper.param_groups] == [0.0, 0.0]
     assert not sgd.param_groups[0]["nesterov"]
@@ -230,24 +241,78 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
         "sgd:0.3": (0.98, 0.960),
         "adamw:0.003": (0.95, 0.95),
     }
-    rows = [row(name, seed, val + 0.001 * seed, test + 0.001 * seed)
-            for name, (val, test) in values.items() for seed in (0, 1, 2)]  # fmt: skip
+    noise = {"lipschitz": (0, 0.0012, 0.0018), "sgd:0.3": (0, 0.0006, 0.0024)}
+    rows = [row(name, seed, val + extra, test + extra)
+            for name, (val, test) in values.items()
+            for seed, extra in enumerate(noise.get(name, (0, 0.001, 0.002)))]  # fmt: skip
     found = {one.policy.name: one for one in summarize(rows, policies)}
     assert [name for name, one in found.items() if one.best_fixed_rate_by_validation] == ["sgd:0.3"]
     assert found["lipschitz"].difference.mean == pytest.approx(0.01)
-    error = statistics.stdev([0, 0.001, 0.002]) / math.sqrt(3)
-    assert found["lipschitz"].difference.standard_error == pytest.approx(math.sqrt(2) * error)
+    # The seeds are shared: the error is that of the differences, which are 0.01, 0.0106 and 0.0094.
+    error = statistics.stdev([0.01, 0.0106, 0.0094]) / math.sqrt(3)
+    assert found["lipschitz"].difference.standard_error == pytest.approx(error)
     said = verdict(list(found.values()))
     assert (
-        "lipschitz: 97.10 +- 0.06 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.1" in said
+        "lipschitz: 97.10 +- 0.05 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.10"
+        in said
     )
-    assert "+1.00 +- 0.08, is an improvement outside the 95 % confidence interval of +- 0.35 (3 seeds)." in said
+    interval = "the 95 % confidence interval of +- 0.15 (3 seeds, paired)."
+    assert f"+1.00 +- 0.03, is an improvement outside {interval}" in said
     assert "sgd:0.3 is the largest of its rates that were tried" in said
+
+
+def test_differences_are_of_runs_with_the_same_seed():
+    policies = parse_policies("lipschitz,sgd:0.1")
+    rows = [row("lipschitz", seed, 0.5, 0.5 + 0.1 * seed) for seed in (0, 1, 2)]
+    others = [row("sgd:0.1", seed, 0.4, 0.4 + 0.1 * seed + 0.01 * (seed == 3)) for seed in (3, 2, 1, 0)]
+    ours = summarize([*rows, *others], policies)[0]
+    assert ours.difference.count == 3
+    assert ours.difference.mean == pytest.approx(0.1)
+    assert ours.difference.standard_error == pytest.approx(0, abs=1e-12)
+    # On the validation set unless both have a test, and nothing without a seed in common.
+    assert paired_difference([row("lipschitz", 0, 0.7, None)], others).mean == pytest.approx(0.3)
+    assert paired_difference(rows[:1], others[:1]) is None
+    # A lower common level of one seed is no noise of the difference.
+    levels = {"lipschitz": (0.91, 0.52, 0.73), "sgd:0.1": (0.90, 0.50, 0.72)}
+    shared = [row(name, seed, value, value) for name, values in levels.items() for seed, value in enumerate(values)]
+    difference = summarize(shared, policies)[0].difference
+    assert difference.standard_error < 0.01 < statistics.stdev([0.90, 0.50, 0.72]) / math.sqrt(3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("errors", [0.0, 0.5, 1.9, 2.0, 2.1, 3.0, 9.0, 12.6, 12.8, 50.0, -9.0])
+def test_the_verdict_follows_the_number_of_standard_errors(seeds, errors):
+    policies = parse_policies("lipschitz,sgd:0.1")
+    spread = [0.001 * (seed - (seeds - 1) / 2) for seed in range(seeds)]
+    mean = errors * statistics.stdev(spread) / math.sqrt(seeds)
+    rows = [row("sgd:0.1", seed, 0.5, 0.5) for seed in range(seeds)]
+    rows += [row("lipschitz", seed, 0.5, 0.5 + mean + extra) for seed, extra in enumerate(spread)]
+    said = verdict(summarize(rows, policies))
+    student = {2: 12.71, 3: 4.30, 5: 2.78}[seeds]
+    kind = "an improvement" if errors > 0 else "a deterioration"
+    if abs(errors) < 1.96:
+        assert "is within the noise, inside the 95 % confidence interval" in said
+    elif abs(errors) > student:
+        assert f"is {kind} outside the 95 % confidence interval" in said
+    else:
+        assert f"is {kind} of {abs(errors):.1f} standard errors, but inside the 95 % confidence interval of" in said
+        assert "too few seeds to tell; pass more --seeds." in said
+    assert ("within the noise" in said) == (abs(errors) < 1.96)
+
+
+def test_equal_differences_are_no_measure_of_the_noise():
+    policies = parse_policies("lipschitz,sgd:0.1")
+    rows = [row(name, seed, value + 0.1 * seed, value + 0.1 * seed)
+            for name, value in (("lipschitz", 0.52), ("sgd:0.1", 0.51)) for seed in (0, 1, 2)]  # fmt: skip
+    said = verdict(summarize(rows, policies))
+    assert "is the same with each of the 3 seeds, so its noise is not known; pass more --seeds." in said
+    same = [row(name, seed, 0.5, 0.5) for name in ("lipschitz", "sgd:0.1") for seed in (0, 1)]
+    assert "+0.00 +- 0.00, is within the noise" in verdict(summarize(same, policies))
 
 
 def test_it_is_honest_about_noise_and_about_one_seed():
     policies = parse_policies("lipschitz,sgd:0.1")
-    values = {"lipschitz": (0.96, 0.99), "sgd:0.1": (0.95, 0.98)}
+    values = {"lipschitz": (0.96, 0.99), "sgd:0.1": (0.95, 0.99)}
     noisy = [row(name, seed, test, test) for name, tests in values.items() for seed, test in enumerate(tests)]
     assert "within the noise" in verdict(summarize(noisy, policies))
     single = verdict(summarize([one for one in noisy if one.seed == 0], policies))
@@ -257,9 +322,10 @@ def test_it_is_honest_about_noise_and_about_one_seed():
     assert "With one seed there is no standard error" in single
     alone = verdict(summarize(noisy[:2], policies))
     assert alone == "lipschitz: 97.50 +- 1.50 % on the test set; there is no fixed rate to compare it with."
-    losses = [row(name, seed, loss, loss + 0.001 * seed, metric="loss")
-              for name, loss in (("lipschitz", 0.5), ("sgd:0.1", 0.4)) for seed in (0, 1)]  # fmt: skip
-    assert "+0.1000 +- 0.0007, is a deterioration outside" in verdict(summarize(losses, policies))
+    losses = [row(name, seed, loss, loss + slope * seed, metric="loss")
+              for name, loss, slope in (("lipschitz", 0.5, 0.002), ("sgd:0.1", 0.4, 0.001))
+              for seed in (0, 1)]  # fmt: skip
+    assert "+0.1005 +- 0.0005, is a deterioration outside" in verdict(summarize(losses, policies))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -315,6 +381,10 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(lit, content, message):
         (["--ckpt_path", "last"], "has saved a checkpoint"),
         (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "on one device; found devices 2"),
         (["--trainer.devices", "2"], "pass --trainer.devices 1 and --trainer.strategy auto"),
+        (["--jobs", "0"], "compare --jobs 0: expected the number of runs at a time, at least 1"),
+        (["--engine", "dask"], "argument --engine: invalid choice: 'dask'"),
+        (["--engine_options", "a=1"], "compare --engine_options a=1: expected JSON such as '{\"num_cpus\": 2}'"),
+        (["--engine_options", "[1]"], "compare --engine_options [1]: expected JSON"),
         (["--data.val_split", "2"], "val_split=2.0: expected a fraction"),
         (["--data.val_split", "0", "--trainer.max_epochs", "1"], "compare chooses by the validation set"),
         (["--metric", "f1", "--trainer.max_epochs", "1"], "the validation logs val_loss, val_acc, and no val_f1"),
@@ -339,6 +409,15 @@ def test_weight_decay_goes_with_the_optimizer_that_it_was_chosen_for():
     assert decay("adamw:0.1", "torch.optim.SGD", 5e-4) == "0.01"
     assert decay("adamw:0.1", "torch.optim.AdamW", 0.05) == "0.05"
     assert decay("sgd:0.1", "torch.optim.AdamW", 0.05) == "0.0"
+    assert decay("lipschitz-schedulefree", "torch.optim.AdamW", 0.05) == "0.05"
+    assert decay("lipschitz-schedulefree", "torch.optim.SGD", 0.05) == "0.01"
+
+
+def test_schedule_free_needs_its_package(lit, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = lit("compare", *DIGITS, "--policies", "lipschitz-schedulefree")
+    assert code == 2
+    assert "the package schedulefree is missing: pip install schedulefree" in error_line(err)
 
 
 def test_help_says_what_it_is(lit):

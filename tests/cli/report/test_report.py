@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import SCRIPT
+from helpers import SCRIPT, race
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
@@ -664,3 +664,32 @@ def test_closed_streams_change_no_exit_code(arguments):
         )
         assert done.returncode == code
         assert "Traceback" not in done.stderr
+
+
+# -- two reports at once -----------------------------------------------------------------------------------------------
+
+
+REPORTS = """
+import sys
+from pathlib import Path
+from lit_lipschitz.cli.report.command import report
+Path(f"ready{sys.argv[1]}").touch()
+while len(list(Path(".").glob("ready*"))) < 2:
+    pass
+for _ in range(4):
+    report([sys.argv[1], "--output", "both"])
+"""
+
+
+def test_of_two_reports_into_one_folder_page_and_pictures_are_of_the_same_runs(lit):
+    for name, scale in (("first", 1.0), ("second", 7.0)):
+        Path(name).mkdir()
+        lines = [f"{epoch},{epoch},{scale / (epoch + 1)},{0.1 * epoch}" for epoch in range(8)]
+        Path(name, "metrics.csv").write_text("\n".join(["epoch,step,val_loss,val_acc", *lines, ""]))
+        assert lit("report", name, "--output", f"{name}_alone")[0] == 0
+    for run in race(*(["-c", REPORTS, name] for name in ("first", "second"))):
+        assert run.returncode == 0, run.stderr
+    found, *alone = ({path.name: path.read_bytes() for path in Path(folder).iterdir()}
+                     for folder in ("both", "first_alone", "second_alone"))  # fmt: skip
+    assert set(found) == {"report.html", "accuracy.png", "loss.png"}
+    assert found in alone
