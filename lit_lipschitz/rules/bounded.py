@@ -25,7 +25,7 @@ class MeanState(NamedTuple):
 
 
 def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResult:
-    r"""Rate = 1 / max(C / (c s), its mean, (1 - b) H), with c = min(sqrt(n / 2), 1 / (1 - b)).
+    r"""rate = 1 / max(K, mean of K), with K = max(C / (c s), H) and c = min(sqrt(n / 2), 1 / (1 - b)).
 
     s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
     as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
@@ -35,15 +35,15 @@ def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResu
        2 / n times the trace of the covariance of one example's gradient. D may be as long as with a rate of the inverse
        of that, the Lipschitz constant of the noise.
     2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
-    3. **Curvature.** A loss f that is not negative and whose gradient has the Lipschitz constant H satisfies
-       \|g\|^2 <= 2 f H. So H is at least \|g\|^2 / (2 f), over all layers and at the weights that there are; in units
-       of the optimizer's steps, \|g\| \|D\| / (2 f), summed over the parameters. A single step may be as long as with a
-       rate of 1 / H. C vanishes with the residuals of a regression, and H does not.
+    3. **Curvature.** A loss f that is not negative and whose gradient has the Lipschitz constant B satisfies
+       \|g\|^2 <= 2 f B. So B is at least \|g\|^2 / (2 f), over all layers and at the weights that there are, and D may
+       be as long as with the inverse of that: H is \|g\| \|D\| / (2 f), summed over the parameters. C vanishes with the
+       residuals of a regression, and H does not.
 
     Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
     gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
-    that were measured in the same step as s, and n is Kish's effective number of examples. C / (c s) is not let below
-    its mean over all updates, since a rate that followed a constant that vanishes would grow without bound.
+    that were measured in the same step as s, and n is Kish's effective number of examples. K is not let below its mean
+    over all updates, since a rate that followed a constant that vanishes would grow without bound.
 
     With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
 
@@ -57,7 +57,7 @@ def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResu
     gain = 1 / (1 - momentum)
     if examples is not None:
         gain = min(math.sqrt(examples.value / 2), gain)
-    now = constant.value / (gain * inputs.step_scale)
+    now = max(constant.value / (gain * inputs.step_scale), inputs.curvature)
     state = state.updated(now)
     terms = [
         Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
@@ -65,10 +65,11 @@ def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResu
         constant,
         *([examples] if examples else ()),
         Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), for noise and gradient"),
-        Term("mean", state.mean, "mean of C / (c s) over all updates, below which it does not count"),
         Term("H", inputs.curvature, "least curvature, gradient norm times displacement over twice the loss"),
+        Term("K", now, "max(C / (c s), H)"),
+        Term("mean", state.mean, "mean of K over all updates, below which it does not count"),
     ]
-    return RuleResult(1 / max(now, state.mean, (1 - momentum) * inputs.curvature), state, tuple(terms))
+    return RuleResult(1 / max(now, state.mean), state, tuple(terms))
 
 
 def momentum_of_any(settings: Settings) -> float:
@@ -101,7 +102,7 @@ RULES = (
     RuleInfo(
         "bounded",
         bounded,
-        "Steps bounded by noise, gradient and curvature: rate = 1 / max(C / (c s), its mean, (1 - b) H).",
+        "Steps bounded by noise, gradient and curvature: rate = 1 / max(K, mean of K), K = max(C / (c s), H).",
         MeanState,
         bounds=("strict", "smooth"),
         needs_steps=True,
