@@ -40,6 +40,12 @@ class BuiltinSchedule:
             return None
         return "warm-up" if self._averages_weights or self._total_steps == math.inf else "warm-up and decay"
 
+    def decays(self, loop: LoopFacts) -> bool:
+        """Whether it lowers the learning rate until the end of the run."""
+        if self._total_steps is None:
+            self._begin(loop)
+        return self.description == "warm-up and decay"
+
     def on_short_epoch(self, loop: LoopFacts) -> None:
         """Reports once that the run will be shorter than its length, if the schedule is used."""
         if self.description == "warm-up and decay" and not self._told:

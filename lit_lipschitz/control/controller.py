@@ -64,7 +64,7 @@ class Controller:
         self._pending = False  # whether a loss has come since the last step
         self._versions = 0  # changes to the weights before this batch
         self.measuring = False  # whether the forwards of this batch are measured
-        self._losses: set[tuple[str, ...]] = set()  # what the graphs of losses that were measured begin with
+        self._is_unknown = False  # whether the last loss was of a kind that was not measured before
 
     @property
     def hooks(self) -> Hooks:
@@ -156,7 +156,8 @@ class Controller:
             self._versions = self._count_changes()
 
     def _measure_forwards(self) -> None:
-        self.hooks.set_mode("training" if self.options.running else "watching")
+        measured = self.options.running and self.updater.steps.due
+        self.hooks.set_mode("training" if measured else "watching")
         self.measuring = True
 
     def _count_changes(self) -> int:
@@ -165,10 +166,11 @@ class Controller:
 
     def is_new(self, kind: tuple[str, ...]) -> bool:
         """Whether a loss whose graph begins with these nodes is to be measured, in a step that need not be due."""
-        known = not self.due and kind in self._losses
-        if len(self._losses) < MAX_KINDS:
-            self._losses.add(kind)
-        return not known
+        kinds, name = self.updater.state.losses, " ".join(kind)
+        self._is_unknown = name not in kinds
+        if self._is_unknown and len(kinds) < MAX_KINDS:
+            kinds.append(name)
+        return self.due or self._is_unknown
 
     def pass_over_loss(self, loss: Tensor, loop: LoopFacts) -> None:
         """A loss comes of a kind that was measured before, in a step that is not due."""
@@ -182,12 +184,12 @@ class Controller:
             found = self._finder.find(graph, loop)
             if found is not None:
                 self._meter = self._measure_by(found, graph, loop)
-        if self._meter is not None:
+        if self._meter is not None and (self.updater.steps.due or self._is_unknown):
             self._batch_open = False
             if self._finder.compare(graph, self._meter.measure(graph, loop)):
                 self._measure_from_now(loop)
                 self._meter.measure(graph, loop)
-        self._finder.check(graph, loop)
+            self._finder.check(graph, loop)
         # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
         if loop.automatic:
             self.hooks.set_mode("off")
@@ -247,6 +249,9 @@ class Controller:
         if due or self._finder.watching:
             self._end_measurement(self.found, loop, batches)
         before = self.updater.state.decision
+        if before is None or self.decision is None:
+            averages = self.updater.info.averages_weights
+            self.updater.statistics.decays = averages or self._writer.scheduled or self._schedule.decays(loop)
         self._begun, self._with_loss, self._pending = 0, 0, False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         if due:

@@ -51,7 +51,7 @@ class Measurement:
         fourth_moment_norm: Frobenius norm of the matrix of squared activations, for the authors' second moment.
         output_norm: Norm of the head's outputs plus that of the targets, for losses whose constant depends on it.
         step_scale: Gradient norm over the displacement by a gradient at lr = 1; 0 if no usable gradient was measured.
-        curvature: Gradient norm times that displacement over twice the loss; 0 if not measured or the loss is negative.
+        descent: Decrease of the loss per unit of the learning rate, over the loss; 0 if either is not positive.
         logit_grad_norm: Root mean square over the examples of the gradient norm of an example's loss in the logits; 0
             if not measured.
         mean_logit_grad_norm: Mean of that gradient norm.
@@ -61,6 +61,7 @@ class Measurement:
             the interval; else 0.
         gradient_bound: Largest product, in an optimizer step of a rank, of the norm of the gradient in the outputs of
             the output layers and the norm of their inputs, a bound of the gradient in their weights; 0 if not measured.
+        decays: Whether a schedule lowers the rate later, or the weights are averaged.
         batches: Batches in an optimizer step on each rank.
         ranks: Number of ranks.
     """
@@ -72,13 +73,14 @@ class Measurement:
     fourth_moment_norm: float = 0.0
     output_norm: float = 0.0
     step_scale: float = 1.0
-    curvature: float = 0.0
+    descent: float = 0.0
     logit_grad_norm: float = 0.0
     mean_logit_grad_norm: float = 0.0
     residual_rms: float = 0.0
     loss_factor: float = 1.0
     largest_grad_norm: float = 0.0
     gradient_bound: float = 0.0
+    decays: bool = True
     batches: int = 1
     ranks: int = 1
 
@@ -377,7 +379,8 @@ class _Constant:
             batch_size=measured.batch_size,
             observed_constant=observed,
             effective_sample_size=effective,
-            curvature=measured.curvature,
+            descent=measured.descent,
+            decays=self._measured.decays,
             is_curvature=self._policy.bound == "smooth",
         )
 

@@ -31,6 +31,7 @@ class RankStatistics:
         self.residuals = RunningResiduals(device=loop.device)  # of a squared error
         self.all_residuals = Residuals()  # of all ranks at the last update
         self.nonfinite = NonfiniteLosses(loop.rank, loop.world_size, loop.step, loop.device)
+        self.decays = True  # whether a schedule lowers the rate later, or the weights are averaged
         self.pass_factor = 1.0  # factor of the loss, which a pass over the training set does not see
         self._reduced = False  # whether the ranks have reduced the statistics of a head
         self._accumulated = 1  # largest number of batches in a step on this rank; another may have skipped some
@@ -113,6 +114,7 @@ class RankStatistics:
             loss_factor=self.all_residuals.factor,
             largest_grad_norm=largest_grad_norm,
             gradient_bound=gradient_bound,
+            decays=self.decays,
             batches=accumulated,
             ranks=self._world_size,
         )
@@ -126,7 +128,7 @@ class RankStatistics:
         return replace(
             measurement,
             step_scale=scale.value,
-            curvature=scale.curvature,
+            descent=scale.descent,
             logit_grad_norm=scale.logit_grad_norm,
             mean_logit_grad_norm=scale.mean_logit_grad_norm,
         )

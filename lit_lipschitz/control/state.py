@@ -102,6 +102,7 @@ class ControllerState:
     last_pass_epoch: int = -1  # last epoch whose pass over the training set, or whose fixed rate, a step has used
     accumulated: int = 1  # largest number of batches that made one step in this interval
     damped_epochs: int = 0  # epochs in the noise damping
+    losses: list[str] = field(default_factory=list)  # what the graphs of losses that were measured begin with
     warned: bool = False  # whether non-finite activations or gradients were reported
     damping: NoiseDamping = field(default_factory=NoiseDamping)
     references: list[float] = field(default_factory=list)  # configured learning rates of the parameter groups

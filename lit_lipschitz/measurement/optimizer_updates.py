@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from lit_lipschitz.measurement.norms import as_real, grad_norm, norm
+from lit_lipschitz.measurement.norms import as_real, grad_norm, norm, whole, wide
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance
 from lit_lipschitz.measurement.trial_step import Behaviour, UpdateOf, behaviour_of, is_schedule_free, trial_step
 from lit_lipschitz.rules.bounded import momentum_of_any
@@ -266,13 +266,13 @@ def step_lengths(
     longer the weights are, count as if the weights had the norm that they usually start with. Without weights, as in an
     optimizer of biases or of a flat part of a sharded network, the two are the norms over all parameters.
 
-    The third is the sum of :math:`\|g\| \|u\|` over all parameters, each times its group's learning rate over that
-    of the first one (``ratios``): a bound of how fast the loss falls per unit of the learning rate.
+    The third is the inner product of gradient and update over all parameters, each times its group's learning rate over
+    that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate.
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
-    divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step; the update of a
-    linear optimizer is the gradient, without its weight decay, and one that is not registered is ``update_of``, or
-    measured by a step of a copy. Not finite where one of the gradients is not.
+    divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step. For a linear
+    optimizer the first two are 1, and its weight decay is left out; one that is not registered has the update
+    ``update_of``, or that of a step of a copy. Not finite where one of the gradients is not.
 
     Raises:
         TrialError: No copy can step.
@@ -282,36 +282,51 @@ def step_lengths(
         return _lengths_of_linear(optimizer, grad_scale, ratios)
     weights: list[Tensor] = []
     squares: list[Tensor] = []
-    rates: list[float] = []
+    products: list[Tensor] = []
     for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         if not step.ratio:
             continue
         growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
         pair = [_square(step.grad), _square(step.update)]
         squares += pair
-        rates.append(step.ratio)
+        products.append(step.ratio * whole((wide(step.grad) * wide(step.update)).sum()).float())
         if is_weight(step.parameter):
             weights += [growth**2 * pair[0], pair[1]]
-    of_all = _pairs(squares)
-    together = of_all.sum(dim=0).sqrt()
-    speed = (of_all.prod(dim=1).sqrt() * torch.tensor(rates).to(together)).sum()
+    together = _pairs(squares).sum(dim=0).sqrt()
+    descent = sum((product.to(together.device) for product in products), torch.zeros_like(together[0]))
     grad_norms, norms = _pairs(weights, together.device).sqrt().T
     counted = (grad_norms > 0) & (norms > 0)
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
     lengths = torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
-    return torch.cat([lengths, speed.reshape(1)])
+    return torch.cat([lengths, descent.reshape(1)])
 
 
 def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
-    """The lengths of :func:`step_lengths` where the update is the gradient, whose norms are taken together."""
-    speed: Any = 0.0
+    """The result of :func:`step_lengths` for an optimizer with torch's momentum buffers, or without."""
+    descent, length = torch.zeros(()), torch.zeros(())
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
-        square = grad_norm([parameter.grad for parameter in group["params"] if parameter.grad is not None]).square()
-        speed = ratio * square + (speed.to(square.device) if isinstance(speed, Tensor) else speed)
-    speed = speed / grad_scale**2
-    one = (speed > 0).to(speed.dtype)
-    return torch.stack([torch.where(torch.isfinite(speed), one, speed), one, speed])
+        grads = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        if not grads:
+            continue
+        square = grad_norm(grads).square() / grad_scale**2
+        descent, length = descent.to(square.device), length.to(square.device) + square
+        if any(optimizer.state[one].get("momentum_buffer") is not None for one in group["params"]):
+            square = (1 - float(group.get("dampening", 0.0))) * square + float(group["momentum"]) * sum(
+                (_product(one, optimizer.state[one].get("momentum_buffer")) for one in group["params"]),
+                torch.zeros_like(square),
+            ) / grad_scale
+        descent = descent + ratio * square
+    one = (length > 0).to(length.dtype)
+    return torch.stack([torch.where(torch.isfinite(length), one, length), one, descent])
+
+
+def _product(parameter: Tensor, buffer: Tensor | None) -> Tensor:
+    """Inner product of a parameter's gradient and its momentum buffer; 0 without both."""
+    if parameter.grad is None or buffer is None:
+        return torch.zeros((), device=parameter.device)
+    grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+    return whole((wide(as_real(grad.detach())) * wide(as_real(buffer))).sum()).float()
 
 
 @dataclass(frozen=True)

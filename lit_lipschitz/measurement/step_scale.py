@@ -22,7 +22,7 @@ class StepScale:
     """What was measured of an optimizer step; 0 stands for a number that was not."""
 
     value: float = 0.0  # s, gradient norm over the norm of the displacement by a gradient at lr = 1
-    curvature: float = 0.0  # H, their product over twice the loss
+    descent: float = 0.0  # decrease of the loss per unit of the learning rate, over the loss
     logit_grad_norm: float = 0.0  # root mean square over the examples of the gradient norm in the logits
     mean_logit_grad_norm: float = 0.0  # mean over the examples
 
@@ -111,7 +111,9 @@ class StepScaleEstimator:
         if self._grad_norm is not None:
             clipping = self._grad_norm / (self._current_grad_norm() / grad_scale)
             clipping = torch.where(torch.isfinite(clipping), clipping, 1.0)
-            packed = packed * torch.stack([clipping, torch.ones_like(clipping), clipping])
+            # The update of a linear optimizer is as much longer without clipping as the gradient is.
+            descent = clipping**2 if self._info.is_linear else clipping
+            packed = packed * torch.stack([clipping, torch.ones_like(clipping), descent])
             self._grad_norm = None
         loss = packed.new_zeros(1) if self._loss is None else self._loss.to(packed).reshape(1)
         packed, self._loss = torch.cat([packed, loss]), None
@@ -149,15 +151,15 @@ class StepScaleEstimator:
 
     def update(self, reduced: Sequence[float]) -> None:
         """Takes over the MAX over all ranks of :meth:`pack`, read to the host; without a usable gradient nothing."""
-        grad_norm, update_norm, speed, loss, *logit_grads = reduced
+        grad_norm, update_norm, descent, loss, *logit_grads = reduced
         ratio = grad_norm / update_norm if update_norm > 0 else 0.0
         if not _is_positive(ratio):
             return
-        curvature = speed * self._gain / (2 * loss) if loss > 0 else 0.0
+        relative = descent / loss if descent > 0 and loss > 0 else 0.0
         norms = grad_norms_of_ranks(logit_grads)
         if not all(map(_is_positive, norms)):
             norms = self.scale.logit_grad_norm, self.scale.mean_logit_grad_norm
-        self.scale = StepScale(ratio / self._gain, curvature if math.isfinite(curvature) else 0.0, *norms)
+        self.scale = StepScale(ratio / self._gain, relative if math.isfinite(relative) else 0.0, *norms)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""

@@ -30,7 +30,8 @@ class RuleInput:
     batch_size: float = 1.0  #: m, examples that the loss of one optimizer step averages over, positive
     observed_constant: float = 0.0  #: O; 0 if not measured
     effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
-    curvature: float = 0.0  #: H, gradient norm times displacement at lr = 1 over twice the loss; 0 if not measured
+    descent: float = 0.0  #: decrease of the loss per unit of the learning rate, over the loss; 0 if not measured
+    decays: bool = True  #: whether a schedule lowers the rate later, or the weights are averaged
     is_curvature: bool = False  #: whether L bounds the curvature (``bound="smooth"``) and not the gradient
 
     def __post_init__(self) -> None:

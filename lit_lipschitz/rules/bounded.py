@@ -12,20 +12,22 @@ from typing import NamedTuple
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Stateless, Term, decay_rate
 
 
-class MeanState(NamedTuple):
-    """Mean of a constant over all updates."""
+class PastState(NamedTuple):
+    """Mean square and maximum of a constant over all updates."""
 
-    mean: float = 0.0
+    mean_square: float = 0.0
+    maximum: float = 0.0
     updates: int = 0
 
-    def updated(self, value: float) -> "MeanState":
+    def updated(self, value: float) -> "PastState":
         """The state after one more value."""
         updates = self.updates + 1
-        return MeanState(self.mean + (value - self.mean) / updates, updates)
+        mean_square = self.mean_square + (value**2 - self.mean_square) / updates
+        return PastState(mean_square, max(self.maximum, value), updates)
 
 
-def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResult:
-    r"""rate = 1 / max(K, mean of K), with K = max(C / (c s), H) and c = min(sqrt(n / 2), 1 / (1 - b)).
+def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResult:
+    r"""Rate = 1 / max(K, its past, P), with K = C / (c s) and c = min(sqrt(n / 2), 1 / (1 - b)).
 
     s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
     as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
@@ -35,41 +37,48 @@ def bounded(inputs: RuleInput, state: MeanState, settings: Settings) -> RuleResu
        2 / n times the trace of the covariance of one example's gradient. D may be as long as with a rate of the inverse
        of that, the Lipschitz constant of the noise.
     2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
-    3. **Curvature.** A loss f that is not negative and whose gradient has the Lipschitz constant B satisfies
-       \|g\|^2 <= 2 f B. So B is at least \|g\|^2 / (2 f), over all layers and at the weights that there are, and D may
-       be as long as with the inverse of that: H is \|g\| \|D\| / (2 f), summed over the parameters. C vanishes with the
-       residuals of a regression, and H does not.
+    3. **Descent.** No step lowers a loss f that is not negative below 0. With the update u at lr = 1, a step lowers its
+       linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. It contains the curvature
+       of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of the gradient. K vanishes with the
+       residuals of a regression, and P does not. Without a positive loss P is 0.
 
     Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
     gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
-    that were measured in the same step as s, and n is Kish's effective number of examples. K is not let below its mean
-    over all updates, since a rate that followed a constant that vanishes would grow without bound.
+    that were measured in the same step as s, and n is Kish's effective number of examples.
+
+    K is not let below its past, since a rate that followed a constant that vanishes would grow without bound: its root
+    mean square over all updates where the rate decays later or the weights are averaged, and its maximum where not,
+    since the rate must suit the end of the run then.
 
     With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
 
     References:
-        N. Srebro, K. Sridharan, A. Tewari: Smoothness, Low Noise and Fast Rates, NIPS 2010, lemma 2.1, for the third
-        bound. L. Kish: Survey Sampling, 1965, for n. N. Agarwal et al., arXiv 2002.11803, 2020, for steps with the
-        length of one optimizer and the direction of another. The rate is not in them.
+        B. Polyak: Minimization of unsmooth functionals, USSR Computational Mathematics 9, 1969, for the third bound; N.
+        Srebro, K. Sridharan, A. Tewari: Smoothness, Low Noise and Fast Rates, NIPS 2010, lemma 2.1, for its curvature.
+        L. Kish: Survey Sampling, 1965, for n. N. Agarwal et al., arXiv 2002.11803, 2020, for steps with the length of
+        one optimizer and the direction of another. The rate is not in them.
     """
     momentum = momentum_of_any(settings)
     constant, examples = _constant_and_examples(inputs)
     gain = 1 / (1 - momentum)
     if examples is not None:
         gain = min(math.sqrt(examples.value / 2), gain)
-    now = max(constant.value / (gain * inputs.step_scale), inputs.curvature)
+    now = constant.value / (gain * inputs.step_scale)
     state = state.updated(now)
+    past = math.sqrt(state.mean_square) if inputs.decays else state.maximum
     terms = [
         Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
         Term("s", inputs.step_scale, "norm of a gradient over that of the displacement by it at lr = 1"),
         constant,
         *([examples] if examples else ()),
         Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), for noise and gradient"),
-        Term("H", inputs.curvature, "least curvature, gradient norm times displacement over twice the loss"),
-        Term("K", now, "max(C / (c s), H)"),
-        Term("mean", state.mean, "mean of K over all updates, below which it does not count"),
+        Term("K", now, "C / (c s)"),
+        Term(
+            "past", past, f"{'root mean square' if inputs.decays else 'maximum'} of K over all updates, its least value"
+        ),
+        Term("P", inputs.descent, "decrease of the loss per unit of the learning rate, over the loss"),
     ]
-    return RuleResult(1 / max(now, state.mean), state, tuple(terms))
+    return RuleResult(1 / max(now, past, inputs.descent), state, tuple(terms))
 
 
 def momentum_of_any(settings: Settings) -> float:
@@ -102,8 +111,8 @@ RULES = (
     RuleInfo(
         "bounded",
         bounded,
-        "Steps bounded by noise, gradient and curvature: rate = 1 / max(K, mean of K), K = max(C / (c s), H).",
-        MeanState,
+        "Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K = C / (c s).",
+        PastState,
         bounds=("strict", "smooth"),
         needs_steps=True,
     ),

@@ -190,12 +190,23 @@ def test_a_batch_with_another_loss_is_measured_at_its_own_step(name, optimizer, 
     module.other = nn.Linear(8, CLASSES)
     layer = module.other if name == "another layer" else module.net[1]
     with caplog.at_level(logging.INFO):
-        lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9}, layer)
+        lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9, "measure_every": 1}, layer)
     assert is_measured(lipschitz)
     assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
     said = [record.getMessage() for record in caplog.records if "on its constant is measured" in record.getMessage()]
     assert len(said) == 1
     assert "from step 3 on" in said[0]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_batch_with_another_loss_is_measured_in_the_next_step_that_is_due(name, optimizer):
+    module = Confident(turns(LATER[name]), optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=0.1))
+    module.other = nn.Linear(8, CLASSES)
+    layer = module.other if name == "another layer" else module.net[1]
+    lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9}, layer)
+    assert is_measured(lipschitz)
+    assert 0 < steps.gradients[3] <= 1.0001 * steps.constants[3]  # step 4
 
 
 def test_the_same_arguments_that_are_made_again_in_each_batch_stay_recognised():
@@ -365,7 +376,7 @@ def test_a_parameter_behind_a_frozen_convolution_trains():
     assert callback.constant > 0
 
 
-@pytest.mark.filterwarnings("ignore:LipschitzLR. no constant can be computed")
+@pytest.mark.filterwarnings("ignore:LipschitzLR. (no constant can be computed|all gradients or updates so far)")
 @pytest.mark.parametrize("empty", [0, 1])
 def test_an_empty_batch_in_a_step_that_is_measured_is_passed_over(empty):
     class Empty(Classifier):
@@ -579,7 +590,8 @@ def test_batches_of_a_named_loss_are_compared_too(name):
     module = Confident(turns(LATER[name]))
     module.other = nn.Linear(8, CLASSES)
     layer = module.other if name == "another layer" else module.net[1]
-    lipschitz, steps = fit(module, wrong(32), {"max_lr": 1e-9, "loss": "cross_entropy"}, layer)
+    settings = {"max_lr": 1e-9, "loss": "cross_entropy", "measure_every": 1}
+    lipschitz, steps = fit(module, wrong(32), settings, layer)
     assert is_measured(lipschitz)
     assert 0 < steps.gradients[2] <= 1.0001 * steps.constants[2]
 

@@ -70,7 +70,7 @@ class Inputs(L.Callback):
 
 def test_an_epochs_rate_comes_from_the_epoch_before():
     inputs = Inputs()
-    _, rates = fit(LipschitzLR(schedule="none"), more=[inputs], max_epochs=3)
+    _, rates = fit(LipschitzLR(schedule="none", rule="inverse", measure_every=1), more=[inputs], max_epochs=3)
     rates = [rate for (rate,) in rates]
     by_batch = [strict_rate(batch) for batch in inputs.seen]
     for epoch in (1, 2):
@@ -483,8 +483,41 @@ def test_nothing_is_read_to_the_host_between_updates(monkeypatch):
     run = trainer(LipschitzLR(schedule="none"), Count(), max_epochs=3)
     run.fit(Classifier(), loader())
     assert per_step[0] > 0
-    assert per_step[2] == per_step[4] == 0  # the first epoch looks after 1, 2 and 4 steps
-    assert [bool(count) for count in per_step[6:]] == [False] * 5 + [True] + [False] * 5 + [True]
+    # Steps 1, 2, 4, 8 and 16 are due, and the first of an epoch; its end reads what the epoch has measured.
+    assert [step for step, count in enumerate(per_step, start=1) if count] == [1, 2, 4, 6, 7, 8, 12, 13, 16, 18]
+
+
+def test_steps_that_are_not_due_measure_nothing():
+    callback, counts = LipschitzLR(schedule="none"), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            estimator = callback.controllers[0].updater.estimator
+            counts.append(estimator.scale)
+
+    trainer(callback, Watch(), max_epochs=1).fit(Adaptive(), loader(1))
+    changed = [step for step in range(2, len(counts) + 1) if counts[step - 1] != counts[step - 2]]
+    assert changed == [2, 4, 8, 16, 31, 32, 62, 64, 93][: len(changed)]
+    assert len(changed) > 6
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_the_steps_between_measurements_are_an_argument(every):
+    callback, seen = LipschitzLR(schedule="none", measure_every=every), []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_):
+            seen.append(callback.controllers[0].due)
+
+    trainer(callback, Watch(), max_epochs=1).fit(Classifier(), loader(4))
+    due = {1, 2, 4, 8, 16, *range(every, len(seen) + 1, every)}
+    assert [step for step, is_due in enumerate(seen, start=1) if is_due] == sorted(s for s in due if s <= len(seen))
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, "each", True])
+def test_a_wrong_number_of_steps_between_measurements_is_refused(value):
+    with pytest.raises(ConfigurationError, match=r"measure_every=.*: expected 'auto' or a number of steps >= 1"):
+        LipschitzLR(measure_every=value)
 
 
 BY_PASS = {"bound": "paper", "measure": "pass", "rule": "adamo_authors", "initial_lr": 0.5}
