@@ -80,9 +80,8 @@ class Steps(L.Callback):
 
 def due_steps(count: int, interval: int) -> list[int]:
     """The optimizer steps that are measured, of so many, with updates every so many steps."""
-    return [
-        step for step in range(1, count + 1) if step & (step - 1) == 0 or step % 16 == 0 or (step - 1) % interval == 0
-    ]
+    steps = range(1, count + 1)
+    return [step for step in steps if step & (step - 1) == 0 or step % 31 == 0 or (step - 1) % interval == 0]
 
 
 def length(parts: Iterable[Tensor]) -> float:

@@ -41,7 +41,7 @@ def test_the_curvature_of_least_squares_is_at_most_the_largest_eigenvalue(seed, 
     loss = (inputs @ weights - targets).square().mean()
     loss.backward()
     estimator = StepScaleEstimator(torch.optim.SGD([weights], lr=1.0), nn.Identity())
-    estimator.add_loss(loss, lambda: 1.0)
+    estimator.add_loss(loss, 1.0)
     estimator.begin_step()
     largest = float(torch.linalg.eigvalsh(2 * inputs.T @ inputs / examples)[-1])
     assert 0 < measured(estimator).curvature <= largest * (1 + 1e-5)
@@ -51,7 +51,7 @@ def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
     optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
     estimator = estimator_of(optimizer)
     for value, factor in ((6.0, 4.0), (2.0, 4.0)):  # a mean of 1 each, of 2 accumulated batches
-        estimator.add_loss(torch.tensor(value), lambda factor=factor: factor)
+        estimator.add_loss(torch.tensor(value), factor)
     # The gradient's norm is 5, the update's sqrt(2) and the loss 2.
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-5)
@@ -62,16 +62,16 @@ def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
 @pytest.mark.parametrize("value", [0.0, -3.0, -1e-30])
 def test_a_loss_that_is_not_positive_has_no_curvature(value):
     estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
-    estimator.add_loss(torch.tensor(value), lambda: 1.0)
+    estimator.add_loss(torch.tensor(value), 1.0)
     assert measured(estimator).curvature == 0
     assert estimator.scale.value > 0
 
 
 def test_the_losses_before_a_batch_that_is_discarded_are_forgotten():
     estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
-    estimator.add_loss(torch.tensor(100.0), lambda: 1.0)
+    estimator.add_loss(torch.tensor(100.0), 1.0)
     estimator.discard()
-    estimator.add_loss(torch.tensor(1.0), lambda: 1.0)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
     assert measured(estimator).curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / 2, rel=1e-5)
 
 
@@ -79,10 +79,10 @@ def test_the_losses_before_a_batch_that_is_discarded_are_forgotten():
 def test_a_gradient_that_tells_nothing_leaves_the_last_measurement(value):
     optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
     estimator = estimator_of(optimizer)
-    estimator.add_loss(torch.tensor(1.0), lambda: 1.0)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
     before = measured(estimator)
     optimizer.param_groups[0]["params"][0].grad.fill_(value)
-    estimator.add_loss(torch.tensor(1.0), lambda: 1.0)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
     assert measured(estimator) == before
 
 
@@ -93,7 +93,7 @@ def test_the_scale_of_sgd_is_known_whatever_the_gradient_is_and_was_before_clipp
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.full((2, 2), 8.0)
     estimator = StepScaleEstimator(torch.optim.SGD([parameter], lr=1.0, momentum=momentum), nn.Identity())
-    estimator.after_backward(lambda: 1.0)
+    estimator.after_backward(1.0)
     parameter.grad.fill_(value)
     estimator.begin_step()
     assert measured(estimator).value == pytest.approx(1 - momentum)
@@ -105,9 +105,9 @@ def test_the_gradient_of_adam_is_that_before_clipping():
     optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
     parameter = optimizer.param_groups[0]["params"][0]
     estimator = StepScaleEstimator(optimizer, nn.Identity())
-    estimator.after_backward(lambda: 1.0)
+    estimator.after_backward(1.0)
     parameter.grad /= 100
-    estimator.add_loss(torch.tensor(1.0), lambda: 1.0)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
     estimator.begin_step()
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-4)

@@ -62,11 +62,11 @@ def terms_of(out, *names):
     return [float(re.search(rf"^{name} +([\d.e-]+)", out, re.M)[1]) for name in names]
 
 
-def largest(out, constant, gain, b=0.9):
-    """The largest of the three constants of the rule `bounded`, with C and c as given and the others as printed."""
+def largest(out, constant, gain):
+    """The largest of the constants of the rule `bounded`, with C and c as given and the others as printed."""
     scale, mean, curvature, printed, c = terms_of(out, "s", "mean", "H", "C", "c")
     assert (printed, c) == pytest.approx((constant, gain), rel=1e-4)
-    return max(constant / (gain * scale), mean, (1 - b) * curvature)
+    return max(constant / (gain * scale), mean, curvature)
 
 
 def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
@@ -83,7 +83,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "Lipschitz constant of the loss in the head's weights, the strict family",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest gradient norm",
-        "bounded, for SGD: Steps bounded by noise, gradient and curvature: rate = 1 / max(C / (c s), its mean, (1 - b)",
+        "bounded, for SGD: Steps bounded by noise, gradient and curvature: rate = 1 / max(K, mean of K), K = max(C /",
         "b         0.9, the optimizer's momentum",
         "from LinearWarmupDecay",
     ):
