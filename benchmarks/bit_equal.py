@@ -235,10 +235,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "smooth_l1": {"loss": partial(F.smooth_l1_loss, beta=0.7), "data": "real"},
 }
 NORMS = {"paper": "frobenius sample", "strict": "frobenius sample", "smooth": "frobenius sample spectral"}
-RULES = {"momentum": "inverse noise adamo", "dampening": "noise adamo", "zero_start": "adamo adamo_authors"}
-RULES |= {"adam": "adam adam_authors observed", "amsgrad": "adam", "adamw": "inverse grafted schedule_free"}
-RULES |= {"nadam": "adam grafted", "rmsprop": "rmsprop rmsprop_authors observed grafted", "rmsprop_momentum": "rmsprop"}
-RULES |= {"schedule_free": "observed grafted schedule_free"}
+RULES = {"momentum": "inverse bounded adamo", "dampening": "bounded adamo", "zero_start": "adamo adamo_authors"}
+RULES |= {"adam": "adam adam_authors bounded", "amsgrad": "adam", "adamw": "inverse bounded", "nadam": "adam"}
+RULES |= {"rmsprop": "rmsprop rmsprop_authors bounded", "rmsprop_momentum": "rmsprop bounded"}
+RULES |= {"schedule_free": "bounded"}
 """Rules that are forced, by the optimizer."""
 ARGUMENTS: list[tuple[str, Any]] = [("update", 1), ("update", 3), ("update", "epoch"), ("schedule", "none")]
 ARGUMENTS += [("weight_decay", 0.05), ("min_lr", 0.2), ("max_lr", 0.02), ("initial_lr", 0.03), ("dry_run", True)]
@@ -275,7 +275,7 @@ def add_rules() -> None:
     papers = "momentum nesterov zero_start adam amsgrad adamw nadam rmsprop rmsprop_momentum"
     add("optimizer/paper", papers, {"bound": "paper"})
     for optimizer, rule in ((optimizer, rule) for optimizer, rules in RULES.items() for rule in rules.split()):
-        bounds = ("strict",) if rule in ("observed", "schedule_free") else ("strict", "paper")
+        bounds = ("strict", "smooth") if rule == "bounded" else ("strict", "paper")
         for bound in ("paper",) if rule.endswith("_authors") else bounds:
             add(f"rule/{rule}/{bound}", optimizer, {"rule": rule, "bound": bound, "update": 2})
     for bound, norm in ((bound, norm) for bound, norms in NORMS.items() for norm in norms.split()):

@@ -152,8 +152,12 @@ def bytes_of_update(ranks: int, spectral_width: int = 0) -> int:
 
 
 def bytes_of_norms(ranks: int) -> int:
-    """Bytes of the norms of AdamW's updates: two norms, and two numbers per rank on the gradients in the logits."""
-    return 4 * (2 + 2 * ranks)
+    """Bytes of a step of AdamW: two norms, a product of norms, the loss, and two numbers per rank on the logits."""
+    return 4 * (4 + 2 * ranks)
+
+
+BYTES_OF_STEP = 16
+"""Of a step of SGD: the same without those per rank."""
 
 
 def seconds(ranks: int, size: int, hop: float, bandwidth: float, ring: bool) -> float:

@@ -101,7 +101,6 @@ POLICIES: dict[str, Callable[[float | None], Recipe]] = {
     "lipschitz-adamw": lambda _: Recipe(_adamw("constant", ANY_LR), (LipschitzLR(),)),
     "lipschitz-schedulefree": lambda _: Recipe(_schedule_free(0.0025, 0.0), (LipschitzLR(),)),
     "lipschitz-inverse": lambda _: Recipe(_sgd("constant", ANY_LR), (LipschitzLR(rule="inverse"),)),
-    "lipschitz-grafted": lambda _: Recipe(_adamw("constant", ANY_LR), (LipschitzLR(rule="grafted"),)),
     "paper": lambda _: Recipe(_paper, (LipschitzLR(bound="paper"),)),
     "sgd": lambda lr: Recipe(_sgd("linear", lr or 1.0)),
     "adamw": lambda lr: Recipe(_adamw("linear", lr or 1.0)),

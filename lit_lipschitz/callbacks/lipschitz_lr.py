@@ -72,9 +72,8 @@ class LipschitzLR(Callback):
             ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
-            ``"inverse"`` is 1/L; ``"noise"``, for SGD with momentum, grows with the square root of the batch size;
-            ``"grafted"`` makes Adam-type updates as long as SGD's at 1/L, ``"observed"`` on average over the weights
-            and with measured gradient norms; ``"schedule_free"`` is for Schedule-Free AdamW; others are the papers'.
+            ``"bounded"``, for every optimizer, makes steps as long as noise, gradient and curvature allow
+            (:mod:`lit_lipschitz.rules.bounded`); ``"inverse"`` is 1/L; others are the papers'.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.
         max_lr: Upper limit of the learning rate, before a schedule's factor.

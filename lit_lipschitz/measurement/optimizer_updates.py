@@ -31,25 +31,25 @@ class OptimizerInfo:
         cls: Its class, or ``"module:Class"`` for a package that may not be installed and is not imported for this.
         update: Its update at lr = 1; None where it is measured (:mod:`lit_lipschitz.measurement.trial_step`), and where
             it is linear.
-        linear: Whether its updates are sums of gradients with weights b^k and the settings ``momentum`` and
-            ``dampening`` of torch's SGD, so that the displacement by a gradient is known.
         rules: The name of its rule for each family of constants (``bound``); without an entry a family is refused.
         momentum_rules: Likewise, where its setting ``momentum`` is not 0 and the rule differs then.
         unsupported: For each family of constants, a setting for which its rule is not valid.
         decoupled_weight_decay: Whether its weight decay is never added to the gradient.
         averages_weights: Whether it averages the weights instead of decaying the learning rate.
         behaviour: What was measured of an optimizer that is not registered; None for others.
+        linear: Whether its updates are sums of gradients with weights b^k and the settings ``momentum`` and
+            ``dampening`` of torch's SGD, so that the displacement by a gradient is known.
     """
 
     cls: type[Optimizer] | str
     update: UpdateFunction | None = None
-    linear: bool = False
     rules: Mapping[str, str] = field(default_factory=dict)
     momentum_rules: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
     decoupled_weight_decay: bool = False
     averages_weights: bool = False
     behaviour: Behaviour | None = None
+    linear: bool = False
 
     @property
     def name(self) -> str:
@@ -173,8 +173,8 @@ _SGD = {**_BOUNDED, "paper": "inverse"}
 _ADAM = {**_BOUNDED, "paper": "adam"}
 _MOMENTUM = {"paper": "adamo"}
 OPTIMIZERS: list[OptimizerInfo] = [
-    OptimizerInfo(SGD, None, True, _SGD, _MOMENTUM),
-    OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", None, True, _SGD, _MOMENTUM),
+    OptimizerInfo(SGD, rules=_SGD, momentum_rules=_MOMENTUM, linear=True),
+    OptimizerInfo("lit_lipschitz.optim.zero_start_sgd:ZeroStartSGD", rules=_SGD, momentum_rules=_MOMENTUM, linear=True),
     OptimizerInfo(Adam, _adam, rules=_ADAM),
     OptimizerInfo(AdamW, _adam, rules=_ADAM, decoupled_weight_decay=True),
     OptimizerInfo(NAdam, _nadam, rules=_ADAM),

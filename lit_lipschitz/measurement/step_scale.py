@@ -152,7 +152,8 @@ class StepScaleEstimator:
     def update(self, reduced: Sequence[float]) -> None:
         """Takes over the MAX over all ranks of :meth:`pack`, read to the host; without a usable gradient nothing."""
         grad_norm, update_norm, descent, loss, *logit_grads = reduced
-        ratio = grad_norm / update_norm if update_norm > 0 else 0.0
+        # The update of a linear optimizer is the gradient, clipped or not, and 0 with it.
+        ratio = 1.0 if self._info.is_linear else grad_norm / update_norm if update_norm > 0 else 0.0
         if not _is_positive(ratio):
             return
         relative = descent / loss if descent > 0 and loss > 0 else 0.0

@@ -77,22 +77,22 @@ def test_a_rule_from_outside_sets_the_rate_and_resumes():
 def test_an_optimizer_from_outside_has_the_rules_that_it_is_registered_with():
     rates_of = {}
     signs = lambda grad, state, group: grad.sign()  # noqa: E731
-    register_optimizer(OptimizerInfo(SignDescent, signs, {"strict": "observed", "smooth": "grafted"}))
-    for bound, rule in (("strict", "observed"), ("smooth", "grafted")):
+    register_optimizer(OptimizerInfo(SignDescent, signs, {"strict": "bounded", "smooth": "bounded"}))
+    for bound in ("strict", "smooth"):
         callback = LipschitzLR(bound=bound, schedule="none")
         _, rates = fit(callback, SignDescent, max_epochs=1)
         decision = callback.controllers[0].decision
         terms = {term.symbol: term.value for term in decision.terms}
-        assert decision.rule == rule
+        assert decision.rule == "bounded"
         assert rates[-1] == decision.lr
-        assert 0 < terms["scale"] < 1  # every entry of the update is 1
+        assert 0 < terms["s"] < 1  # every entry of the update is 1
         rates_of[bound] = rates
     with pytest.raises(ConfigurationError, match="SignDescent with bound='paper'"):
         fit(LipschitzLR(bound="paper"), SignDescent)
     for update in (None, "not registered"):  # measured
         optimizer_updates.OPTIMIZERS.pop()
         if update is None:
-            register_optimizer(OptimizerInfo(SignDescent, None, {"strict": "observed", "smooth": "grafted"}))
+            register_optimizer(OptimizerInfo(SignDescent, None, {"strict": "bounded", "smooth": "bounded"}))
         for bound, rates in rates_of.items():
             _, found = fit(LipschitzLR(bound=bound, schedule="none"), SignDescent, max_epochs=1)
             assert found == pytest.approx(rates, rel=1e-3)

@@ -355,7 +355,7 @@ def test_sparse_gradients():
 def test_steps_that_are_not_due_cost_nothing(monkeypatch):
     calls, reads = [], []
     norms, values = torch._foreach_norm, torch.Tensor.tolist
-    lipschitz = LipschitzLR(initial_lr=0.1, update=1000)
+    lipschitz = LipschitzLR(initial_lr=0.1, update=1000, rule="inverse")
     monkeypatch.setattr(torch, "_foreach_norm", lambda *a, **k: calls.append(1) or norms(*a, **k))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or values(self))
     module = Classifier()

@@ -10,7 +10,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Lion, Steps, examples, loader, trainer
+from helpers import CLASSES, WIDTH, Classifier, Lion, Steps, due_steps, examples, loader, trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -469,7 +469,8 @@ class Reads:
         return counted
 
 
-def test_nothing_is_read_to_the_host_between_updates(monkeypatch):
+@pytest.mark.parametrize("rule", ["inverse", "auto"])
+def test_nothing_is_read_to_the_host_between_updates(rule, monkeypatch):
     reads = Reads(monkeypatch)
     per_step = []
 
@@ -480,11 +481,12 @@ def test_nothing_is_read_to_the_host_between_updates(monkeypatch):
         def on_train_batch_end(self, *_):
             per_step.append(reads.count - self.before)
 
-    run = trainer(LipschitzLR(schedule="none"), Count(), max_epochs=3)
+    run = trainer(LipschitzLR(schedule="none", rule=rule), Count(), max_epochs=3)
     run.fit(Classifier(), loader())
     assert per_step[0] > 0
-    # Steps 1, 2, 4, 8 and 16 are due, and the first of an epoch; its end reads what the epoch has measured.
-    assert [step for step, count in enumerate(per_step, start=1) if count] == [1, 2, 4, 6, 7, 8, 12, 13, 16, 18]
+    assert per_step[2] == per_step[4] == 0  # the first epoch looks after 1, 2 and 4 steps
+    measured = due_steps(18, 6) if rule == "auto" else []
+    assert [bool(count) for count in per_step[6:]] == [step in (12, 18, *measured) for step in range(7, 19)]
 
 
 def test_steps_that_are_not_due_measure_nothing():

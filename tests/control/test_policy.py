@@ -51,20 +51,20 @@ def decide(optimizer, policy=None, measured=MEASURED, state=Stateless(), last=No
     [
         (torch.optim.SGD, {"momentum": 0.9}, "paper", "adamo"),
         (torch.optim.SGD, {"momentum": 0.0}, "paper", "inverse"),
-        (torch.optim.SGD, {"momentum": 0.9}, "strict", "noise"),
-        (torch.optim.SGD, {"momentum": 0.9}, "smooth", "inverse"),
-        (torch.optim.SGD, {"momentum": 0.0}, "strict", "inverse"),
+        (torch.optim.SGD, {"momentum": 0.9}, "strict", "bounded"),
+        (torch.optim.SGD, {"momentum": 0.9}, "smooth", "bounded"),
+        (torch.optim.SGD, {"momentum": 0.0}, "strict", "bounded"),
         (torch.optim.RMSprop, {}, "paper", "rmsprop"),
         (torch.optim.RMSprop, {"momentum": 0.5}, "paper", "rmsprop"),
-        (torch.optim.RMSprop, {"momentum": 0.5}, "strict", "observed"),
+        (torch.optim.RMSprop, {"momentum": 0.5}, "strict", "bounded"),
         (torch.optim.Adam, {}, "paper", "adam"),
         (torch.optim.AdamW, {}, "paper", "adam"),
         (torch.optim.NAdam, {}, "paper", "adam"),
         (ZeroStartSGD, {"momentum": 0.9}, "paper", "adamo"),
-        (ZeroStartSGD, {"momentum": 0.9}, "strict", "noise"),
-        (torch.optim.RAdam, {}, "strict", "observed"),
-        (torch.optim.Adamax, {}, "strict", "observed"),
-        (torch.optim.Adamax, {}, "smooth", "grafted"),
+        (ZeroStartSGD, {"momentum": 0.9}, "strict", "bounded"),
+        (torch.optim.RAdam, {}, "strict", "bounded"),
+        (torch.optim.Adamax, {}, "strict", "bounded"),
+        (torch.optim.Adamax, {}, "smooth", "bounded"),
     ],
 )
 def test_the_rule_follows_the_optimizer_and_the_family(kind, settings, bound, rule):
@@ -80,7 +80,7 @@ def test_the_rule_follows_the_optimizer_and_the_family(kind, settings, bound, ru
             torch.optim.LBFGS,
             {},
             "paper",
-            "LBFGS with bound=.paper.; known: SGD, .* rule= with one of 'inverse', 'noise'",
+            "LBFGS with bound=.paper.; known: SGD, .* rule= with one of 'bounded', 'inverse'",
         ),
         (torch.optim.Adagrad, {}, "paper", "Adagrad with bound=.paper.; known: SGD, ZeroStartSGD, Adam, AdamW"),
         (torch.optim.RMSprop, {"centered": True}, "paper", "RMSprop with centered=True"),
@@ -111,7 +111,7 @@ def test_every_optimizer_of_torch_has_a_documented_rule():
 def test_an_optimizer_named_like_torchs_is_told_by_its_module():
     kind = type("AdamW", (torch.optim.Optimizer,), {"__module__": "elsewhere", "step": lambda self: None})
     optimizer = kind([torch.nn.Parameter(torch.ones(1))], {"lr": 0.1})
-    assert rule_of(optimizer) == "observed"
+    assert rule_of(optimizer) == "bounded"
     with pytest.raises(ConfigurationError, match=r"the optimizer elsewhere\.AdamW with bound='paper'; known: .*AdamW"):
         rule_of(optimizer, bound="paper")
 
@@ -120,17 +120,34 @@ def test_a_forced_rule_needs_what_it_uses():
     assert rule_of(made(torch.optim.Adagrad), rule="inverse") == "inverse"
     with pytest.raises(ConfigurationError, match="with the setting 'momentum', found Adagrad; pass rule='inverse'"):
         rule_of(made(torch.optim.Adagrad), rule="adamo")
-    assert rule_of(made(torch.optim.SGD), rule="grafted") == "grafted"
-    with pytest.raises(ConfigurationError, match="'noise' needs the same momentum in all parameter groups"):
+    assert rule_of(made(torch.optim.SGD), rule="bounded") == "bounded"
+    with pytest.raises(ConfigurationError, match="'bounded' needs the same momentum in all parameter groups"):
         rule_of(made(torch.optim.SGD, {"momentum": 0.5}, {"momentum": 0.9}))
     groups = {"momentum": 0.5}, {"momentum": 0.9}
     assert rule_of(made(torch.optim.SGD, *groups), rule="inverse") == "inverse"
 
 
 def test_a_rule_is_for_the_families_that_it_is_defined_for():
-    with pytest.raises(ConfigurationError, match=r"rule='observed'\) is defined for bound='strict', found 'smooth'"):
-        Policy(bound="smooth", rule="observed")
-    assert Policy(bound="smooth", rule="grafted").rule == "grafted"
+    with pytest.raises(
+        ConfigurationError, match=r"rule='bounded'\) is defined for bound='strict', 'smooth', found 'paper'"
+    ):
+        Policy(bound="paper", rule="bounded")
+    for bound in ("strict", "smooth"):
+        assert Policy(bound=bound, rule="bounded").rule == "bounded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 1.0}, "LipschitzLR: dampening=1.0: expected less than 1"),
+        (torch.optim.SGD, {"momentum": 1.0}, "LipschitzLR: momentum=1.0: expected 0 <= momentum < 1"),
+        (torch.optim.RMSprop, {"momentum": 2.0}, "LipschitzLR: momentum=2.0"),
+    ],
+)
+@pytest.mark.parametrize("bound", ["strict", "smooth"])
+def test_settings_without_a_rate_are_refused_before_the_first_step(kind, settings, message, bound):
+    with pytest.raises(ConfigurationError, match=message):
+        rule_of(made(kind, **settings), bound=bound)
 
 
 @pytest.mark.parametrize(("bound", "norm"), FAMILIES)
@@ -145,7 +162,10 @@ def test_the_formula_with_the_terms_is_the_constant(bound, norm, name):
     assert eval(formula, names) == pytest.approx(decision.constant, rel=1e-12)
     assert terms["data"] + terms["l2"] == terms["L"] == decision.constant
     assert ("outputs" in terms) == (name == "mean_squared_error" and bound != "smooth")
-    assert (decision.rule, decision.lr) == ("inverse", 1 / decision.constant)
+    gradient_descent, _ = decide(
+        made(torch.optim.SGD, weight_decay=0.2), Policy(bound, norm, rule="inverse"), name=name
+    )
+    assert (gradient_descent.rule, gradient_descent.lr) == ("inverse", 1 / decision.constant)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +183,7 @@ def test_the_terms_of_the_rule_come_after_the_constant_and_the_limit_is_last():
     decision, _ = decide(optimizer, Policy(max_growth=1.5), last=last)
     assert (decision.cap, decision.lr) == ("max_growth", pytest.approx(1.5e-3))
     symbols = [term.symbol for term in decision.terms]
-    assert symbols[symbols.index("L") :] == ["L", "b", "max_growth"]
+    assert symbols[symbols.index("L") :] == ["L", "b", "s", "C", "n", "c", "H", "K", "mean", "max_growth"]
     assert decision.terms[-1].value == decision.lr
     free, _ = decide(optimizer, last=last)
     assert re.search(rf"rate of {free.lr:.6g}$", decision.terms[-1].meaning)
@@ -173,7 +193,7 @@ def test_the_terms_of_the_rule_come_after_the_constant_and_the_limit_is_last():
 def test_a_decision_is_plain_values_and_comes_back_from_them():
     optimizer = made(torch.optim.AdamW)
     measured = Measurement(4.0, 3.0, 16, 0, step_scale=0.5, logit_grad_norm=0.7, mean_logit_grad_norm=0.5)
-    decision, _ = decide(optimizer, measured=measured, state=RULES["observed"].initial_state())
+    decision, _ = decide(optimizer, measured=measured, state=RULES["bounded"].initial_state())
     assert 0 < decision.observed_constant < decision.constant
     (effective,) = (term.value for term in decision.terms if term.symbol == "n")
     assert effective == pytest.approx(16 * (0.5 / 0.7) ** 2)

@@ -123,9 +123,9 @@ class AnyLoss(LightningModule):
 
 
 def first_constant(module: LightningModule, targets: Tensor, inputs: Tensor | None = None, **settings: Any) -> float:
-    """Trains one step with ``LipschitzLR(**settings)``; returns the constant behind its rate."""
+    """Trains one step at the inverse of the constant, with ``LipschitzLR(**settings)``; returns the constant."""
     inputs = torch.randn(len(targets), WIDTH) if inputs is None else inputs
-    callback = LipschitzLR(**settings)
+    callback = LipschitzLR(**{"rule": "inverse", **settings})
     trainer(callback, max_steps=1).fit(module, DataLoader(TensorDataset(inputs, targets), batch_size=len(targets)))
     assert callback.constant is not None
     assert callback.rate == pytest.approx(1 / callback.constant)

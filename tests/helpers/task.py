@@ -78,6 +78,12 @@ class Steps(L.Callback):
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
 
 
+def due_steps(count: int, interval: int) -> list[int]:
+    """The optimizer steps that are measured, of so many, with updates every so many steps."""
+    steps = range(1, count + 1)
+    return [step for step in steps if step & (step - 1) == 0 or step % 31 == 0 or (step - 1) % interval == 0]
+
+
 def length(parts: Iterable[Tensor]) -> float:
     """Euclidean norm of several tensors together."""
     return sum((part.double() ** 2).sum().item() for part in parts) ** 0.5

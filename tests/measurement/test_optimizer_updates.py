@@ -1,19 +1,17 @@
 """Norms of updates against the steps that torch's optimizers make, and which classes are known."""
 
+import math
+
 import pytest
 import torch
-from helpers import ADAPTIVE_OPTIMIZERS, MEASURED_OPTIMIZERS, MuonWithAdam, OtherSGD, stepping
+from helpers import ADAPTIVE_OPTIMIZERS, MEASURED_OPTIMIZERS, Lamb, MuonWithAdam, OtherSGD, stepping
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lit_lipschitz import ZeroStartSGD
 from lit_lipschitz.measurement import optimizer_updates
-from lit_lipschitz.measurement.optimizer_updates import (
-    mean_grad_to_update_ratio,
-    optimizer_info,
-    update_norms,
-    weight_filter,
-)
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info, step_lengths, weight_filter
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.measurement.trial_step import Behaviour
 
@@ -31,21 +29,23 @@ def test_the_length_is_that_of_the_step_which_follows(name, dtype):
             parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype) / (1 + step)
         before = [parameter.detach().clone() for parameter in parameters]
         gradient = [p.grad + decay * b for p, b in zip(parameters, before, strict=True)]
-        found = update_norms(optimizer)
+        found = step_lengths(optimizer, is_weight=lambda parameter: False)
         optimizer.step()
         moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
         expected = [torch.cat([part.flatten() for part in parts]).norm().real for parts in (gradient, moved)]
+        expected.append(sum(one.norm() * two.norm() for one, two in zip(gradient, moved, strict=True)).real)
         torch.testing.assert_close(found.double(), torch.stack(expected).double(), rtol=2e-5, atol=0)
 
 
 def test_gradients_that_are_scaled_count_unscaled_and_without_any_the_lengths_are_zero():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], weight_decay=0.0)
-    assert update_norms(optimizer).tolist() == [0.0, 0.0]
+    assert step_lengths(optimizer).tolist() == [0.0, 0.0, 0.0]
     parameter.grad = torch.tensor([3.0, 0.0, 4.0]) * 1024
-    gradient, step = update_norms(optimizer, torch.tensor(1024.0)).tolist()
+    gradient, step, product = step_lengths(optimizer, torch.tensor(1024.0)).tolist()
     assert gradient == pytest.approx(5.0)
     assert step == pytest.approx(2**0.5, rel=1e-6)
+    assert product == pytest.approx(5 * 2**0.5, rel=1e-6)
 
 
 WEIGHTS = {"matrix": (3, 4), "kernel": (2, 1, 3, 3), "positions": (1, 4, 6)}
@@ -54,7 +54,7 @@ OTHERS = {"bias": (4,), "scale of a layer": (5, 1, 1), "token": (1, 1, 6), "numb
 
 def scale_of(optimizer, **settings):
     """Gradient norm over update norm; None without an update."""
-    gradient, step = mean_grad_to_update_ratio(optimizer, **settings).tolist()
+    gradient, step, _ = step_lengths(optimizer, **settings).tolist()
     return gradient / step if step else None
 
 
@@ -74,15 +74,18 @@ def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
             parameter.grad = 10**size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         if step == 3:
             parameters["kernel"].grad = None
-        found = scale_of(optimizer, ratios=[1.0, 7.0])
+        found, product = scale_of(optimizer, ratios=[1.0, 7.0]), step_lengths(optimizer, ratios=[1.0, 7.0])[2]
         before = {title: parameter.detach().clone() for title, parameter in parameters.items()}
         optimizer.step()
-        ratios = []
-        for title in WEIGHTS:
-            if parameters[title].grad is not None:
-                gradient = parameters[title].grad + decay * before[title]
-                ratios.append(gradient.norm() / (parameters[title].detach() - before[title]).norm())
+        ratios, products = [], []
+        for title, parameter in parameters.items():
+            if parameter.grad is not None:
+                gradient = (parameter.grad + decay * before[title]).norm()
+                moved = (parameter.detach() - before[title]).norm()
+                ratios += [gradient / moved] if title in WEIGHTS else []
+                products.append((7 if title == "matrix" else 1) * gradient * moved)
         assert found == pytest.approx(float(sum(ratios)) / len(ratios), rel=2e-5)
+        assert float(product) == pytest.approx(float(sum(products)), rel=2e-5)
 
 
 def adamw_of(*parameters, **settings):
@@ -126,7 +129,7 @@ def test_a_gradient_that_is_not_finite_is_not_measured(value, shape):
     broken = nn.Parameter(torch.ones(shape))
     broken.grad = torch.ones(shape)
     broken.grad[0] = value
-    read = mean_grad_to_update_ratio(adamw_of(parameter_with([3.0] * 2, [3.0] * 2), broken))
+    read = step_lengths(adamw_of(parameter_with([3.0] * 2, [3.0] * 2), broken))
     assert not torch.isfinite(read).all()
 
 
@@ -155,22 +158,99 @@ def test_weights_are_told_by_the_layers_that_have_them(name):
 def test_a_rank_without_a_gradient_leaves_the_measurement_to_the_others():
     """As with parameters that are flat and sharded: the MAX over the ranks is of both norms."""
     bias, empty = parameter_with(3.0, 0.0, 4.0), nn.Parameter(torch.ones(0))
-    ranks = [StepScaleEstimator(adamw_of(one), nn.Identity(), "mean") for one in (bias, empty)]
+    ranks = [StepScaleEstimator(adamw_of(one), nn.Identity()) for one in (bias, empty)]
     packed = [one.pack(1.0, [1.0], rank, 2) for rank, one in enumerate(ranks)]
     ranks[1].update(torch.stack(packed).amax(dim=0).tolist())
-    assert ranks[1].scale.value == pytest.approx(5.0 / 2**0.5, rel=1e-5)
+    displacement = 2**0.5 * ROOT_19
+    assert ranks[1].scale.value == pytest.approx(5.0 / displacement, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adafactor])
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Adafactor, Lamb])
 def test_an_update_that_is_not_known_is_measured(kind):
-    for measure in (update_norms, mean_grad_to_update_ratio):
+    for is_weight in (lambda parameter: True, lambda parameter: False):
         parameter = parameter_with([3.0, 4.0], [0.0, 12.0])
         optimizer = kind([parameter], lr=0.1)
-        grad_norm, update_norm = measure(optimizer).tolist()
+        grad_norm, update_norm, product = step_lengths(optimizer, is_weight=is_weight).tolist()
         before = parameter.detach().clone()
         optimizer.step()
         moved = float((before - parameter.detach()).norm()) / 0.1
         assert grad_norm / update_norm == pytest.approx(13.0 / moved, rel=1e-3)
+        assert product == pytest.approx(13.0 * moved, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, ZeroStartSGD, OtherSGD])
+def test_the_update_of_a_linear_optimizer_counts_as_the_gradient(kind):
+    """Whatever it has summed up: what counts is the displacement by one gradient."""
+    parameter = parameter_with([3.0, 4.0], [0.0, 12.0])
+    optimizer = kind([parameter], lr=0.1, **({} if kind is OtherSGD else {"momentum": 0.9}))
+    info = optimizer_info(optimizer)
+    for _ in range(3):
+        assert step_lengths(optimizer, info=info).tolist() == pytest.approx([1.0, 1.0, 169.0])
+        optimizer.step()
+
+
+ROOT_19 = math.sqrt(1.9 / 0.1)
+GAINS = {
+    "SGD": (torch.optim.SGD, {}, 1.0),
+    "momentum": (torch.optim.SGD, {"momentum": 0.8}, 5.0),
+    "dampening": (torch.optim.SGD, {"momentum": 0.8, "dampening": 0.3}, 3.5),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.8, "nesterov": True}, 5.0),
+    "ZeroStartSGD": (ZeroStartSGD, {"momentum": 0.9}, 10.0),
+    "another SGD": (OtherSGD, {}, 10.0),
+    "Adam": (torch.optim.Adam, {}, ROOT_19),
+    "AdamW": (torch.optim.AdamW, {"betas": (0.6, 0.99), "weight_decay": 0.0}, 2.0),
+    "RMSprop": (torch.optim.RMSprop, {}, 1.0),
+    "RMSprop, momentum": (torch.optim.RMSprop, {"momentum": 0.8}, 3.0),
+    "Schedule-Free": (AdamWScheduleFree, {"weight_decay": 0.0}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_the_displacement_by_a_gradient_is_that_of_the_optimizers_own_steps(name):
+    """A gradient of one coordinate among those of the others, beside the same steps without it."""
+    kind, settings, gain = GAINS[name]
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(1400, 64, generator=generator, dtype=torch.float64)
+    changed = gradients.clone()
+    changed[1000] *= 1.001
+
+    def walk(gradients):
+        """The positions after the last step, and the updates at a rate of 1."""
+        parameter = nn.Parameter(torch.zeros(64, dtype=torch.float64))
+        optimizer = kind([parameter], lr=1.0, **settings)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        positions = [torch.zeros(64, dtype=torch.float64)]
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            positions.append(optimizer.state[parameter].get("z", parameter).detach().clone())
+        return optimizer, torch.stack(positions)
+
+    optimizer, plain = walk(gradients)
+    _, moved = walk(changed)
+    info = optimizer_info(kind([nn.Parameter(torch.zeros(2, 2))], lr=1.0, **settings))
+    found = info.displacement_gain(optimizer.param_groups[0])
+    assert found == pytest.approx(gain, rel=1e-9)
+    displacement = float((moved[-1] - plain[-1]).norm()) / 0.001
+    update = float(gradients[1000].norm())
+    if not info.is_linear:  # the root mean square over many steps
+        update = float(plain.diff(dim=0)[600:].norm(dim=1).square().mean().sqrt())
+    assert displacement / update == pytest.approx(gain, rel=1e-6 if info.is_linear else 0.15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (torch.optim.SGD, {"momentum": 1.0}, r"momentum=1.0: expected 0 <= momentum < 1"),
+        (torch.optim.SGD, {"dampening": 1.0}, "dampening=1.0: expected less than 1"),
+        (torch.optim.RMSprop, {"momentum": 1.5}, "momentum=1.5"),
+    ],
+)
+def test_settings_without_a_displacement_are_refused(kind, settings, message):
+    optimizer = kind([nn.Parameter(torch.ones(1))], lr=0.1, **settings)
+    with pytest.raises(ValueError, match=message):
+        optimizer_info(optimizer).displacement_gain(optimizer.param_groups[0])
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -181,7 +261,7 @@ def test_weight_decay_counts_as_with_a_known_update(decoupled):
         parameters = [parameter_with([3.0, 4.0], [0.0, 12.0]), parameter_with(1.0, 0.0)]
         optimizer = make(parameters, lr=0.1, weight_decay=0.2)
         for _ in range(4):
-            norms.append(update_norms(optimizer).tolist())
+            norms.append(step_lengths(optimizer, is_weight=lambda parameter: False).tolist())
             optimizer.step()
     for known, measured in zip(norms[:4], norms[4:], strict=True):
         assert measured == pytest.approx(known, rel=1e-3)
@@ -198,7 +278,7 @@ def test_counters_are_read_from_the_device_at_once(kind, monkeypatch):
     for name in ("__float__", "item", "tolist"):
         own = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, own=own: reads.append(self) or own(self))
-    mean_grad_to_update_ratio(optimizer)
+    step_lengths(optimizer)
     assert len(reads) == 1
 
 
@@ -236,7 +316,7 @@ def test_a_subclass_counts_as_its_class_unless_it_steps_by_itself():
     for kind in (Stepping, type("Further", (Stepping,), {})):
         measured = info_of(kind)
         assert (measured.cls, measured.update, measured.behaviour) == (kind, None, Behaviour())
-        assert dict(measured.rules) == {"strict": "observed", "smooth": "grafted"}
+        assert dict(measured.rules) == {"strict": "bounded", "smooth": "bounded"}
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "AdamWScheduleFree", "ZeroStartSGD"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
-from lit_lipschitz.measurement.step_scale import FlooredScale, StepScale
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.recognition.loss_graph import LossGraph
 
 
@@ -436,22 +436,28 @@ def test_without_a_measured_gradient_norm_the_largest_one_is_used():
 
     callback = LipschitzLR(loss="cross_entropy", schedule="none")
     trainer(callback, look := Look(), max_steps=1).fit(Own(adamw), loader())
-    expected = 0.1 * math.sqrt(16 / 2) / (0.19 * 0.1) ** 0.25 * look.scale / callback.constant
+    # The norm of the displacement is sqrt(1.9 / 0.1) times that of an update.
+    expected = math.sqrt(16 / 2) * look.scale / math.sqrt(1.9 / 0.1) / callback.constant
     assert callback.rate == pytest.approx(expected, rel=1e-4)
     assert callback.controllers[0].decision.observed_constant == 0
 
 
 def test_a_batch_without_a_backward_leaves_the_gradient_norm_unchanged():
-    scale = StepScale().update(0.5, 0.5, 0.4)
-    assert (scale.logit_grad_norm, scale.mean_logit_grad_norm) == (0.5, 0.4)
-    later = scale.update(0.5, 2.0, 1.6)
-    assert (later.logit_grad_norm, later.mean_logit_grad_norm) == pytest.approx((1.0, 0.8))
-    for norms in ((0.0, 0.0), (math.nan, 1.0), (1.0, math.inf)):
-        later = scale.update(4.5, *norms)
-        assert (later.logit_grad_norm, later.mean_logit_grad_norm, later.value) == (0.5, 0.4, 1.5)
-    assert scale.update(math.inf, 0.7, 0.7) == scale
-    floored = FlooredScale().update(0.5).update(1.5, 0.5, 0.4)
-    assert (floored.value, floored.logit_grad_norm, floored.count) == (1.0, 0.5, 2)
+    estimator = StepScaleEstimator(adamw([nn.Parameter(torch.ones(2, 2))]), nn.Identity(), needs_logit_grads=True)
+
+    def updated(ratio, norm, mean):
+        """After one rank's numbers: norms, their product, no loss, mean square and mean of the examples' norms."""
+        estimator.update([ratio, 1.0, ratio, 0.0, norm**2, mean])
+        scale = estimator.scale
+        return scale.logit_grad_norm, scale.mean_logit_grad_norm, scale.value * math.sqrt(1.9 / 0.1)
+
+    assert updated(0.5, 0.5, 0.4) == pytest.approx((0.5, 0.4, 0.5))
+    assert updated(0.7, 2.0, 1.6) == pytest.approx((2.0, 1.6, 0.7))
+    for norms in ((0.0, 0.0), (math.inf, 1.0), (1.0, math.inf)):
+        assert updated(4.5, *norms) == pytest.approx((2.0, 1.6, 4.5))
+    before = estimator.scale
+    updated(math.inf, 0.7, 0.7)
+    assert estimator.scale == before
 
 
 # -- the rate ----------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ MISTAKES = {
     "No optimizer": lambda: fit(LipschitzLR(), module=Classifier(lambda parameters: [])),
     "An optimizer without torch's hooks": lambda: fit(LipschitzLR(), module=Classifier(Wrapped)),
     "An optimizer without a rule": lambda: fit(LipschitzLR(bound="paper"), module=Classifier(torch.optim.Adagrad)),
-    "A rule for another bound": lambda: LipschitzLR(bound="smooth", rule="observed"),
+    "A rule for another bound": lambda: LipschitzLR(bound="paper", rule="bounded"),
     "A rule that needs another setting of the optimizer": lambda: fit(
         LipschitzLR(rule="adamo"), module=Classifier(torch.optim.Adagrad)
     ),

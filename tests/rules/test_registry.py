@@ -11,8 +11,8 @@ import pytest
 from lit_lipschitz import ConfigurationError
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, Stateless
+from lit_lipschitz.rules.bounded import inverse
 from lit_lipschitz.rules.registry import RULES, register_rule
-from lit_lipschitz.rules.sgd import inverse
 
 SETTINGS = {"momentum": 0.9, "alpha": 0.9, "betas": (0.9, 0.99), "eps": 0.0}
 
@@ -25,8 +25,9 @@ SETTINGS = {"momentum": 0.9, "alpha": 0.9, "betas": (0.9, 0.99), "eps": 0.0}
         ("adamo_authors", {"momentum": -0.1}, "momentum=-0.1"),
         ("rmsprop", {"alpha": 1.0, "eps": 0.0}, "alpha=1.0: expected 0 <= alpha < 1"),
         ("adam", {"betas": (0.9, 1.0), "eps": 0.0}, "betas=1.0"),
-        ("noise", {"momentum": 1.0}, "momentum=1.0"),
-        ("observed", {"betas": (1.0, 0.9)}, "betas=1.0"),
+        ("bounded", {"momentum": 1.0}, "momentum=1.0: expected 0 <= momentum < 1"),
+        ("bounded", {"momentum": -0.5}, "momentum=-0.5"),
+        ("bounded", {"betas": (1.0, 0.9)}, "betas=1.0"),
     ],
 )
 def test_settings_without_a_rate_are_refused(rule, settings, named):
@@ -72,27 +73,23 @@ def test_the_terms_are_the_symbols_of_the_description(name):
     """Those of the constant and of the optimizer's settings aside."""
     info = RULES[name]
     formula = info.description.partition("rate = ")[2]
-    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "O", "scale", "K1", "K2", "mean"}
+    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "s", "C", "H", "K", "K1", "K2", "mean"}
     inputs = RuleInput(4.0, 16.0, observed_constant=1.0, effective_sample_size=1.0)
     _, _, terms = info.function(inputs, info.initial_state(), SETTINGS)
     assert symbols <= {term.symbol for term in terms}
 
 
 def test_the_values_of_the_terms_make_the_rate():
-    inputs = RuleInput(4.0, 16.0, 3.0, 2.0, 8.0, observed_constant=1.5, effective_sample_size=6.0)
+    inputs = RuleInput(4.0, 16.0, 3.0, 2.0, 8.0, observed_constant=1.5, effective_sample_size=6.0, curvature=7.0)
 
     def terms(name):
         rate, _, terms = RULES[name].function(inputs, RULES[name].initial_state(), SETTINGS)
         return rate, {term.symbol: term.value for term in terms}
 
-    rate, of = terms("observed")
-    assert rate == pytest.approx(min(of["c"] * of["scale"] / of["O"], of["mean"]), rel=1e-12)
-    rate, of = terms("grafted")
-    assert rate == pytest.approx(of["c"] * min(of["scale"], of["mean"]) / 4.0, rel=1e-12)
-    rate, of = terms("schedule_free")
-    assert rate == pytest.approx(of["scale"] * min(of["c"] / of["O"], of["mean"]), rel=1e-12)
-    rate, of = terms("noise")
-    assert rate == pytest.approx((1 - of["b"]) * math.sqrt(8.0 / 2) / of["O"], rel=1e-12)
+    rate, of = terms("bounded")
+    assert of["K"] == pytest.approx(max(of["C"] / (of["c"] * of["s"]), of["H"]), rel=1e-12)
+    assert rate == pytest.approx(1 / max(of["K"], of["mean"]), rel=1e-12)
+    assert (of["C"], of["n"], of["s"], of["H"]) == (1.5, 6.0, 2.0, 7.0)
     rate, of = terms("adamo")
     assert rate == pytest.approx((1 - of["b"]) / of["K1"], rel=1e-12)
     rate, of = terms("adam")
@@ -109,7 +106,9 @@ def test_a_name_is_registered_once():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ConfigurationError, match="rule='invented'.: expected one of 'auto', 'inverse', 'noise'"):
+    with pytest.raises(
+        ConfigurationError, match="rule='invented'.: expected one of 'auto', 'bounded', 'inverse', 'adamo'"
+    ):
         Policy(rule="invented")
 
 

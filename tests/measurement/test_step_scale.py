@@ -1,0 +1,114 @@
+"""What is measured of a step: its loss, the curvature by it, and what clipping and unusable gradients leave."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lit_lipschitz.measurement.step_scale import StepScaleEstimator
+
+ROOT_19 = math.sqrt(1.9 / 0.1)  # the displacement of AdamW over its update
+
+
+def estimator_of(optimizer):
+    estimator = StepScaleEstimator(optimizer, nn.Identity())
+    estimator.begin_step()
+    return estimator
+
+
+def measured(estimator, grad_scale=1.0):
+    estimator.update(estimator.pack(grad_scale, [1.0], 0, 1).tolist())
+    return estimator.scale
+
+
+def adamw(gradient):
+    parameter = nn.Parameter(torch.zeros_like(torch.tensor(gradient)))
+    parameter.grad = torch.tensor(gradient)
+    return torch.optim.AdamW([parameter], lr=1.0, weight_decay=0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 8), st.floats(1e-2, 1e2))
+def test_the_curvature_of_least_squares_is_at_most_the_largest_eigenvalue(seed, width, examples, size):
+    """Of the mean squared error of a linear map, whose Hessian is 2 A'A / m, wherever its weights are."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = size * torch.randn(examples, width, generator=generator, dtype=torch.float64)
+    targets = torch.randn(examples, generator=generator, dtype=torch.float64)
+    weights = nn.Parameter(torch.randn(width, generator=generator, dtype=torch.float64))
+    loss = (inputs @ weights - targets).square().mean()
+    loss.backward()
+    estimator = StepScaleEstimator(torch.optim.SGD([weights], lr=1.0), nn.Identity())
+    estimator.add_loss(loss, 1.0)
+    estimator.begin_step()
+    largest = float(torch.linalg.eigvalsh(2 * inputs.T @ inputs / examples)[-1])
+    assert 0 < measured(estimator).curvature <= largest * (1 + 1e-5)
+
+
+def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
+    optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
+    estimator = estimator_of(optimizer)
+    for value, factor in ((6.0, 4.0), (2.0, 4.0)):  # a mean of 1 each, of 2 accumulated batches
+        estimator.add_loss(torch.tensor(value), factor)
+    # The gradient's norm is 5, the update's sqrt(2) and the loss 2.
+    scale = measured(estimator)
+    assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-5)
+    assert scale.curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / (2 * 2), rel=1e-5)
+    assert measured(estimator).curvature == 0  # the next one has no loss yet
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, -1e-30])
+def test_a_loss_that_is_not_positive_has_no_curvature(value):
+    estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
+    estimator.add_loss(torch.tensor(value), 1.0)
+    assert measured(estimator).curvature == 0
+    assert estimator.scale.value > 0
+
+
+def test_the_losses_before_a_batch_that_is_discarded_are_forgotten():
+    estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
+    estimator.add_loss(torch.tensor(100.0), 1.0)
+    estimator.discard()
+    estimator.add_loss(torch.tensor(1.0), 1.0)
+    assert measured(estimator).curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_a_gradient_that_tells_nothing_leaves_the_last_measurement(value):
+    optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
+    estimator = estimator_of(optimizer)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
+    before = measured(estimator)
+    optimizer.param_groups[0]["params"][0].grad.fill_(value)
+    estimator.add_loss(torch.tensor(1.0), 1.0)
+    assert measured(estimator) == before
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e-3, math.inf])
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_the_scale_of_sgd_is_known_whatever_the_gradient_is_and_was_before_clipping(value, momentum):
+    """So its clipped steps are shorter, as they are meant to be."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.full((2, 2), 8.0)
+    estimator = StepScaleEstimator(torch.optim.SGD([parameter], lr=1.0, momentum=momentum), nn.Identity())
+    estimator.after_backward(1.0)
+    parameter.grad.fill_(value)
+    estimator.begin_step()
+    assert measured(estimator).value == pytest.approx(1 - momentum)
+    assert math.isfinite(estimator.scale.curvature)
+
+
+def test_the_gradient_of_adam_is_that_before_clipping():
+    """The length of its update does not depend on that of the gradient."""
+    optimizer = adamw([[3.0, 0.0], [0.0, 4.0]])
+    parameter = optimizer.param_groups[0]["params"][0]
+    estimator = StepScaleEstimator(optimizer, nn.Identity())
+    estimator.after_backward(1.0)
+    parameter.grad /= 100
+    estimator.add_loss(torch.tensor(1.0), 1.0)
+    estimator.begin_step()
+    scale = measured(estimator)
+    assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-4)
+    assert scale.curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / 2, rel=1e-4)
