@@ -5,9 +5,9 @@
 Each run draws a loss, an optimizer, a network, the scales of inputs and targets (0.001 to 1,000), the noise of the
 targets, a batch size from 1 to all examples, a length, and whether the built-in schedule is on. Three things count as
 failures: a loss or a rate that is not finite; a loss at the end that has lost more than a tenth of what the run had
-gained at its best, and more than three times what it changes by from one look to the next; a rate that rises more than
-tenfold above its maximum in the first 16 steps while the loss has not fallen. The failures are printed with the command
-that repeats each of them.
+gained at its best, and more than noise, the standard deviation of a batch's loss when it was at its best; a rate that
+rises more than tenfold above its maximum in the first 16 steps while the loss has not fallen. The failures are printed
+with the command that repeats each of them.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import itertools
 import logging
 import math
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -162,6 +161,7 @@ class Module(L.LightningModule):
         self.net = NETWORKS[run.network](CLASSES)
         self.marks = sorted({round(run.steps * i / 40) for i in range(41)} | {1, 2, 4, 8, 16})
         self.losses: dict[int, float] = {}
+        self.noise: dict[int, float] = {}  # standard deviation of the loss of a batch
         self.rates: dict[int, float] = {}
 
     def train_dataloader(self) -> DeviceLoader:
@@ -185,7 +185,11 @@ class Module(L.LightningModule):
         optimizer: Any = self.trainer.optimizers[0]
         if hasattr(optimizer, "eval"):
             optimizer.eval()
-        self.losses[step] = float(LOSSES[self.run.loss](self.net(self.inputs), self.targets))
+        outputs = self.net(self.inputs)
+        self.losses[step] = float(LOSSES[self.run.loss](outputs, self.targets))
+        batches = zip(outputs.split(self.run.batch_size), self.targets.split(self.run.batch_size), strict=True)
+        each = torch.stack([LOSSES[self.run.loss](*batch) for batch in itertools.islice(batches, 32)])
+        self.noise[step] = float(each.std()) if len(each) > 1 else 0.0
         if hasattr(optimizer, "train"):
             optimizer.train()
         if rate is not None:
@@ -202,17 +206,17 @@ class _Marks(L.Callback):
             pl_module.mark(trainer.global_step, callback.rate)
 
 
-def failures(losses: dict[int, float], rates: dict[int, float]) -> list[str]:
-    """What is wrong with a run, from its losses and rates by step; empty for a good one."""
+def failures(losses: dict[int, float], rates: dict[int, float], noise: dict[int, float]) -> list[str]:
+    """What is wrong with a run, from its losses, rates and noise by step; empty for a good one."""
     found = []
-    values = [losses[step] for step in sorted(losses)]
+    steps = sorted(losses)
+    values = [losses[step] for step in steps]
     if not all(map(math.isfinite, [*values, *rates.values()])):
         return ["not finite"]
-    first, best, last = values[0], min(values), sum(values[-3:]) / 3
-    late = values[len(values) // 2 :]
-    noise = statistics.median(abs(after - before) for before, after in itertools.pairwise(late))
-    if last - best > max(GAINED * (first - best), 3 * noise) + 0.01 * abs(first):
-        found.append(f"loss {first:.3g}, at best {best:.3g}, at the end {last:.3g}")
+    best = min(steps, key=lambda step: losses[step])
+    first, least, last = values[0], losses[best], sum(values[-3:]) / 3
+    if last - least > max(GAINED * (first - least), noise[best]) + 0.01 * abs(first):
+        found.append(f"loss {first:.3g}, at best {least:.3g}, at the end {last:.3g}")
     early = [step for step in rates if step <= 16]
     start = max(early, key=lambda step: rates[step])
     risen = [step for step in rates if rates[step] > GROWTH * rates[start] and losses[step] > 0.9 * losses[start]]
@@ -236,7 +240,7 @@ def train(run: Run, seed: int) -> list[str]:
         enable_model_summary=False,
     )
     trainer.fit(module)
-    return failures(module.losses, module.rates)
+    return failures(module.losses, module.rates, module.noise)
 
 
 def main() -> None:
