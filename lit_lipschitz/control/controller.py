@@ -189,6 +189,7 @@ class Controller:
             if self._finder.compare(graph, self._meter.measure(graph, loop)):
                 self._measure_from_now(loop)
                 self._meter.measure(graph, loop)
+        if self.updater.steps.due or self._is_unknown:
             self._finder.check(graph, loop)
         # A backward may run forwards again (activation checkpointing); in manual optimization more may follow.
         if loop.automatic:

@@ -48,10 +48,8 @@ class RateUpdater:
             self.restore(state)
 
     def restart(self) -> None:
-        """Decides in the next step, on new estimates: the constant is another one from now on."""
+        """Decides in the next step, with a new state of the rule: the constant is another one from now on."""
         self._restarted = self.steps.requested = True
-        if self.estimator is not None:
-            self.estimator.restart()
 
     def needs_pass(self, epoch: int) -> bool:
         """Whether a pass over the training set is due; a checkpoint may have interrupted the epoch after it."""

@@ -64,10 +64,6 @@ class StepScaleEstimator:
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def restart(self) -> None:
-        """Begins a new estimate with the next step."""
-        self.scale = StepScale()
-
     def add_loss(self, loss: Tensor, loss_scale: float | Tensor) -> None:
         """Adds a loss of the coming step, divided by a factor; shape ()."""
         value = whole(loss.detach()).float().sum() / loss_scale
