@@ -83,7 +83,7 @@ def test_an_optimizer_without_a_state_has_a_rate_from_its_first_step_on():
     callback = LipschitzLR(schedule="none")
     _, (rate, *_) = fit(callback, Lion, max_steps=1)
     terms = {term.symbol: term.value for term in callback.controllers[0].decision.terms}
-    assert rate == pytest.approx(1 / max(terms["C"] / (terms["c"] * terms["s"]), terms["mean"], terms["H"]))
+    assert rate == pytest.approx(1 / max(terms["C"] / (terms["c"] * terms["s"]), terms["past"], terms["P"]))
     assert rate != 1e-3  # the configured one
 
 
