@@ -72,7 +72,7 @@ class LipschitzLR(Callback):
             ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
-            ``"bounded"``, for every optimizer, makes steps as long as noise, gradient and curvature allow
+            ``"bounded"``, for every optimizer, makes steps as long as noise, gradient and descent allow
             (:mod:`lit_lipschitz.rules.bounded`); ``"inverse"`` is 1/L; others are the papers'.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.

@@ -183,7 +183,7 @@ def test_the_terms_of_the_rule_come_after_the_constant_and_the_limit_is_last():
     decision, _ = decide(optimizer, Policy(max_growth=1.5), last=last)
     assert (decision.cap, decision.lr) == ("max_growth", pytest.approx(1.5e-3))
     symbols = [term.symbol for term in decision.terms]
-    assert symbols[symbols.index("L") :] == ["L", "b", "s", "C", "n", "c", "H", "K", "mean", "max_growth"]
+    assert symbols[symbols.index("L") :] == ["L", "b", "s", "C", "n", "c", "K", "past", "P", "max_growth"]
     assert decision.terms[-1].value == decision.lr
     free, _ = decide(optimizer, last=last)
     assert re.search(rf"rate of {free.lr:.6g}$", decision.terms[-1].meaning)

@@ -33,7 +33,8 @@ def test_the_length_is_that_of_the_step_which_follows(name, dtype):
         optimizer.step()
         moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
         expected = [torch.cat([part.flatten() for part in parts]).norm().real for parts in (gradient, moved)]
-        expected.append(sum(one.norm() * two.norm() for one, two in zip(gradient, moved, strict=True)).real)
+        descent = -sum((one.conj() * two).sum() for one, two in zip(gradient, moved, strict=True)).real
+        expected.append(-descent if optimizer.param_groups[0].get("maximize") else descent)
         torch.testing.assert_close(found.double(), torch.stack(expected).double(), rtol=2e-5, atol=0)
 
 
@@ -45,7 +46,7 @@ def test_gradients_that_are_scaled_count_unscaled_and_without_any_the_lengths_ar
     gradient, step, product = step_lengths(optimizer, torch.tensor(1024.0)).tolist()
     assert gradient == pytest.approx(5.0)
     assert step == pytest.approx(2**0.5, rel=1e-6)
-    assert product == pytest.approx(5 * 2**0.5, rel=1e-6)
+    assert product == pytest.approx(3 + 4, rel=1e-6)
 
 
 WEIGHTS = {"matrix": (3, 4), "kernel": (2, 1, 3, 3), "positions": (1, 4, 6)}
@@ -80,10 +81,11 @@ def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
         ratios, products = [], []
         for title, parameter in parameters.items():
             if parameter.grad is not None:
-                gradient = (parameter.grad + decay * before[title]).norm()
-                moved = (parameter.detach() - before[title]).norm()
-                ratios += [gradient / moved] if title in WEIGHTS else []
-                products.append((7 if title == "matrix" else 1) * gradient * moved)
+                gradient = parameter.grad + decay * before[title]
+                moved = before[title] - parameter.detach()
+                ratios += [gradient.norm() / moved.norm()] if title in WEIGHTS else []
+                sign = -1 if optimizer.param_groups[0].get("maximize") else 1
+                products.append(sign * (7 if title == "matrix" else 1) * (gradient * moved).sum())
         assert found == pytest.approx(float(sum(ratios)) / len(ratios), rel=2e-5)
         assert float(product) == pytest.approx(float(sum(products)), rel=2e-5)
 
@@ -173,19 +175,20 @@ def test_an_update_that_is_not_known_is_measured(kind):
         grad_norm, update_norm, product = step_lengths(optimizer, is_weight=is_weight).tolist()
         before = parameter.detach().clone()
         optimizer.step()
-        moved = float((before - parameter.detach()).norm()) / 0.1
-        assert grad_norm / update_norm == pytest.approx(13.0 / moved, rel=1e-3)
-        assert product == pytest.approx(13.0 * moved, rel=1e-3)
+        moved = (before - parameter.detach()) / 0.1
+        assert grad_norm / update_norm == pytest.approx(13.0 / float(moved.norm()), rel=1e-3)
+        assert product == pytest.approx(float((parameter.grad * moved).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, ZeroStartSGD, OtherSGD])
 def test_the_update_of_a_linear_optimizer_counts_as_the_gradient(kind):
-    """Whatever it has summed up: what counts is the displacement by one gradient."""
+    """What counts is the displacement by one gradient; the loss falls by what is known to be summed up."""
     parameter = parameter_with([3.0, 4.0], [0.0, 12.0])
     optimizer = kind([parameter], lr=0.1, **({} if kind is OtherSGD else {"momentum": 0.9}))
     info = optimizer_info(optimizer)
-    for _ in range(3):
-        assert step_lengths(optimizer, info=info).tolist() == pytest.approx([1.0, 1.0, 169.0])
+    for velocity in (1.0, 1.9, 2.71):
+        known = 1.0 if kind is OtherSGD else velocity
+        assert step_lengths(optimizer, info=info).tolist() == pytest.approx([1.0, 1.0, known * 169.0])
         optimizer.step()
 
 

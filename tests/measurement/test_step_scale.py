@@ -1,4 +1,4 @@
-"""What is measured of a step: its loss, the curvature by it, and what clipping and unusable gradients leave."""
+"""What is measured of a step: its decrease of the loss, and what clipping and unusable gradients leave."""
 
 import math
 
@@ -32,7 +32,9 @@ def adamw(gradient):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 8), st.floats(1e-2, 1e2))
-def test_the_curvature_of_least_squares_is_at_most_the_largest_eigenvalue(seed, width, examples, size):
+def test_the_decrease_over_the_loss_of_least_squares_is_at_most_twice_the_largest_eigenvalue(
+    seed, width, examples, size
+):
     """Of the mean squared error of a linear map, whose Hessian is 2 A'A / m, wherever its weights are."""
     generator = torch.Generator().manual_seed(seed)
     inputs = size * torch.randn(examples, width, generator=generator, dtype=torch.float64)
@@ -44,7 +46,7 @@ def test_the_curvature_of_least_squares_is_at_most_the_largest_eigenvalue(seed, 
     estimator.add_loss(loss, 1.0)
     estimator.begin_step()
     largest = float(torch.linalg.eigvalsh(2 * inputs.T @ inputs / examples)[-1])
-    assert 0 < measured(estimator).curvature <= largest * (1 + 1e-5)
+    assert 0 < measured(estimator).descent <= 2 * largest * (1 + 1e-5)
 
 
 def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
@@ -52,18 +54,18 @@ def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
     estimator = estimator_of(optimizer)
     for value, factor in ((6.0, 4.0), (2.0, 4.0)):  # a mean of 1 each, of 2 accumulated batches
         estimator.add_loss(torch.tensor(value), factor)
-    # The gradient's norm is 5, the update's sqrt(2) and the loss 2.
+    # The gradient's norm is 5, the update's sqrt(2), their product 3 + 4 and the loss 2.
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-5)
-    assert scale.curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / (2 * 2), rel=1e-5)
-    assert measured(estimator).curvature == 0  # the next one has no loss yet
+    assert scale.descent == pytest.approx(7 / 2, rel=1e-5)
+    assert measured(estimator).descent == 0  # the next one has no loss yet
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, -1e-30])
-def test_a_loss_that_is_not_positive_has_no_curvature(value):
+def test_a_loss_that_is_not_positive_has_no_decrease(value):
     estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
     estimator.add_loss(torch.tensor(value), 1.0)
-    assert measured(estimator).curvature == 0
+    assert measured(estimator).descent == 0
     assert estimator.scale.value > 0
 
 
@@ -72,7 +74,7 @@ def test_the_losses_before_a_batch_that_is_discarded_are_forgotten():
     estimator.add_loss(torch.tensor(100.0), 1.0)
     estimator.discard()
     estimator.add_loss(torch.tensor(1.0), 1.0)
-    assert measured(estimator).curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / 2, rel=1e-5)
+    assert measured(estimator).descent == pytest.approx(7, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
@@ -97,7 +99,7 @@ def test_the_scale_of_sgd_is_known_whatever_the_gradient_is_and_was_before_clipp
     parameter.grad.fill_(value)
     estimator.begin_step()
     assert measured(estimator).value == pytest.approx(1 - momentum)
-    assert math.isfinite(estimator.scale.curvature)
+    assert math.isfinite(estimator.scale.descent)
 
 
 def test_the_gradient_of_adam_is_that_before_clipping():
@@ -111,4 +113,4 @@ def test_the_gradient_of_adam_is_that_before_clipping():
     estimator.begin_step()
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-4)
-    assert scale.curvature == pytest.approx(5 * math.sqrt(2) * ROOT_19 / 2, rel=1e-4)
+    assert scale.descent == pytest.approx(7, rel=1e-4)

@@ -64,9 +64,9 @@ def terms_of(out, *names):
 
 def largest(out, constant, gain):
     """The largest of the constants of the rule `bounded`, with C and c as given and the others as printed."""
-    scale, mean, curvature, printed, c = terms_of(out, "s", "mean", "H", "C", "c")
+    scale, past, descent, printed, c = terms_of(out, "s", "past", "P", "C", "c")
     assert (printed, c) == pytest.approx((constant, gain), rel=1e-4)
-    return max(constant / (gain * scale), mean, curvature)
+    return max(constant / (gain * scale), past, descent)
 
 
 def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
@@ -83,7 +83,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "Lipschitz constant of the loss in the head's weights, the strict family",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest gradient norm",
-        "bounded, for SGD: Steps bounded by noise, gradient and curvature: rate = 1 / max(K, mean of K), K = max(C /",
+        "bounded, for SGD: Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K =",
         "b         0.9, the optimizer's momentum",
         "from LinearWarmupDecay",
     ):
@@ -179,13 +179,13 @@ def test_the_steps_of_adamw_are_explained_and_multiply_out_later_on_too(lit):
         assert code == 0, err
         assert re.search(r"^rule +bounded, for AdamW: ", out, re.M)
         assert max(map(len, out.splitlines())) <= 120
-        seen, count, scale, mean, rate = terms_of(out, "C", "n", "s", "mean", "rate")
+        seen, count, scale, past, rate = terms_of(out, "C", "n", "s", "past", "rate")
         constant = float(re.findall(r"^ += ([\d.]+)$", out, re.M)[-1])
         assert 0.01 * constant <= seen < constant
         assert 1 <= count <= 32
         assert rate == pytest.approx(1 / largest(out, seen, math.sqrt(count / 2)), rel=1e-4)
     assert count < 32
-    assert math.sqrt(2 / count) * seen / scale != pytest.approx(mean, rel=1e-3)
+    assert math.sqrt(2 / count) * seen / scale != pytest.approx(past, rel=1e-3)
 
 
 def test_scale_invariant_weights_are_counted(lit, monkeypatch):
