@@ -6,6 +6,7 @@ LIT_LIPSCHITZ_DATA names. Nothing is downloaded.
 """
 
 import os
+import pickle
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_lipschitz.data.sources import PlainUnpickler
 from lit_lipschitz.errors import DataError
 
 PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
@@ -58,15 +58,25 @@ class _SparseRows:
         return matrix
 
 
-_CLASSES = {"csr_matrix": _SparseRows, "defaultdict": defaultdict, "list": list}
-_MODULES = ("scipy.sparse.csr", "scipy.sparse._csr", "collections", "__builtin__", "builtins")
+_CLASSES = {
+    "csr_matrix": _SparseRows,
+    "defaultdict": defaultdict,
+    "list": list,
+    "_reconstruct": np.zeros(0).__reduce__()[0],  # type: ignore[index]
+    "ndarray": np.ndarray,
+    "dtype": np.dtype,
+}
+_MODULES = ("scipy.sparse.csr", "scipy.sparse._csr", "collections", "__builtin__", "builtins", "numpy")
+_MODULES += ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
-class _PlanetoidUnpickler(PlainUnpickler):
+class _PlanetoidUnpickler(pickle.Unpickler):
+    """Admits arrays and the containers of a graph; a file from elsewhere is not for it."""
+
     def find_class(self, module: str, name: str) -> Any:
         if module in _MODULES and name in _CLASSES:
             return _CLASSES[name]
-        return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not admitted in a data file")
 
 
 def _read(path: Path) -> Any:

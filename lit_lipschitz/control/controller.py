@@ -202,8 +202,8 @@ class Controller:
         updater = self.updater
         updater.statistics.nonfinite.update(loss, loop.step)
         if updater.statistics.residuals.width:
-            updater.statistics.residuals.add_loss(loss, measured=self.due)
-        if updater.estimator is not None and self.due:
+            updater.statistics.residuals.add_loss(loss, measured=updater.steps.due)
+        if updater.estimator is not None and updater.steps.due:
             updater.estimator.add_loss(loss, loop.loss_scale() * loop.accumulated)
 
     def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
@@ -223,7 +223,7 @@ class Controller:
     def after_backward(self, loop: LoopFacts) -> None:
         """A backward of the loop has ended; the gradients may be clipped before the step."""
         estimator = self.updater.estimator
-        if estimator is None or not self.due:
+        if estimator is None or not self.updater.steps.due:
             return
         if loop.automatic or self._with_loss == 1:
             estimator.after_backward(loop.loss_scale() * loop.accumulated)

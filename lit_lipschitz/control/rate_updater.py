@@ -41,7 +41,7 @@ class RateUpdater:
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
         self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
         self._restarted = False  # whether the next step decides on new estimates
-        self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr))
+        self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr), self.info.name)
         every = 1 if policy.bound == "paper" else MEASURE_EVERY
         self.steps = DueSteps(every if options.measure_every == "auto" else options.measure_every)
         if state is not None:
@@ -225,9 +225,10 @@ class RateUpdater:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`, which must be of the same rule."""
         state = ControllerState.from_dict(saved)
-        if state.rule != self.rule.name:
+        if (state.rule, state.optimizer) != (self.rule.name, self.info.name):
             raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint was saved with the rule {state.rule!r}, and this run's "
+                f"LipschitzLR's state in the checkpoint was saved with the rule {state.rule!r} of {state.optimizer}, "
+                f"and this run's "
                 f"{self.info.name} has the rule {self.rule.name!r}; resume with the optimizer that it was "
                 "saved with, or pass restore=False to measure again"
             )

@@ -94,6 +94,7 @@ class ControllerState:
 
     rule: str  # its name
     rule_state: Any  # a NamedTuple of plain numbers; in a checkpoint a dict
+    optimizer: str = ""  # the name of its class
     decision: Decision | None = None  # the last one
     measurement: Measurement | None = None  # behind the decision; None if it is not based on one
     steps: int = 0  # optimizer steps since the interval began

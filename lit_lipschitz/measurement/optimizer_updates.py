@@ -258,7 +258,7 @@ def step_lengths(
     info: OptimizerInfo | None = None,
     update_of: UpdateOf | None = None,
 ) -> Tensor:
-    r"""Measures the step that an optimizer is about to make: a norm, another one, and a product; shape (3,).
+    r"""Measures the step that an optimizer is about to make: two norms and two products of them; shape (4,).
 
     The first two are the mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1,
     and 1. Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and
@@ -267,7 +267,8 @@ def step_lengths(
     optimizer of biases or of a flat part of a sharded network, the two are the norms over all parameters.
 
     The third is the inner product of gradient and update over all parameters, each times its group's learning rate over
-    that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate.
+    that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate. The fourth
+    has the products of their norms, parameter by parameter.
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
     divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step. For a linear
@@ -283,42 +284,46 @@ def step_lengths(
     weights: list[Tensor] = []
     squares: list[Tensor] = []
     products: list[Tensor] = []
+    ratios_of_all: list[float] = []
     for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         if not step.ratio:
             continue
         growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
         pair = [_square(step.grad), _square(step.update)]
         squares += pair
+        ratios_of_all.append(step.ratio)
         products.append(step.ratio * whole((wide(step.grad) * wide(step.update)).sum()).float())
         if is_weight(step.parameter):
             weights += [growth**2 * pair[0], pair[1]]
-    together = _pairs(squares).sum(dim=0).sqrt()
+    of_all = _pairs(squares)
+    together = of_all.sum(dim=0).sqrt()
     descent = sum((product.to(together.device) for product in products), torch.zeros_like(together[0]))
     grad_norms, norms = _pairs(weights, together.device).sqrt().T
     counted = (grad_norms > 0) & (norms > 0)
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
     lengths = torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
-    return torch.cat([lengths, descent.reshape(1)])
+    most = (of_all.prod(dim=1).sqrt() * torch.tensor(ratios_of_all).to(together)).sum()
+    return torch.cat([lengths, torch.stack([descent, most])])
 
 
 def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
     """The result of :func:`step_lengths` for an optimizer with torch's momentum buffers, or without."""
-    descent, length = torch.zeros(()), torch.zeros(())
+    descent, most = torch.zeros(()), torch.zeros(())
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
         grads = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         if not grads:
             continue
         square = grad_norm(grads).square() / grad_scale**2
-        descent, length = descent.to(square.device), length.to(square.device) + square
+        descent, most = descent.to(square.device), most.to(square.device) + ratio * square
         if any(optimizer.state[one].get("momentum_buffer") is not None for one in group["params"]):
             square = (1 - float(group.get("dampening", 0.0))) * square + float(group["momentum"]) * sum(
                 (_product(one, optimizer.state[one].get("momentum_buffer")) for one in group["params"]),
                 torch.zeros_like(square),
             ) / grad_scale
         descent = descent + ratio * square
-    one = (length > 0).to(length.dtype)
-    return torch.stack([torch.where(torch.isfinite(length), one, length), one, descent])
+    one = (most > 0).to(most.dtype)
+    return torch.stack([torch.where(torch.isfinite(most), one, most), one, descent, most])
 
 
 def _product(parameter: Tensor, buffer: Tensor | None) -> Tensor:

@@ -11,19 +11,23 @@ from typing import NamedTuple
 
 from lit_lipschitz.rules.base import RuleInfo, RuleInput, RuleResult, Settings, Stateless, Term, decay_rate
 
+MAX_GROWTH = 1.25
+"""Largest factor by which a rate grows from one measured step to the next, so that what it does is measured in time."""
+
 
 class PastState(NamedTuple):
-    """Mean square and maximum of a constant over all updates."""
+    """Mean square and maximum of a constant over all updates, and the last rate."""
 
     mean_square: float = 0.0
     maximum: float = 0.0
     updates: int = 0
+    rate: float = math.inf
 
     def updated(self, value: float) -> "PastState":
         """The state after one more value."""
         updates = self.updates + 1
         mean_square = self.mean_square + (value**2 - self.mean_square) / updates
-        return PastState(mean_square, max(self.maximum, value), updates)
+        return PastState(mean_square, max(self.maximum, value), updates, self.rate)
 
 
 def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResult:
@@ -48,7 +52,9 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
 
     K is not let below its past, since a rate that followed a constant that vanishes would grow without bound: its root
     mean square over all updates where the rate decays later or the weights are averaged, and its maximum where not,
-    since the rate must suit the end of the run then.
+    since the rate must suit the end of the run then. From one measured step to the next the rate grows by a quarter at
+    most (:data:`MAX_GROWTH`): steps between them are not measured, and a rate that is too large is noticed before it
+    does harm.
 
     With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
 
@@ -78,7 +84,8 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         ),
         Term("P", inputs.descent, "decrease of the loss per unit of the learning rate, over the loss"),
     ]
-    return RuleResult(1 / max(now, past, inputs.descent), state, tuple(terms))
+    rate = min(1 / max(now, past, inputs.descent), MAX_GROWTH * state.rate)
+    return RuleResult(rate, state._replace(rate=rate), tuple(terms))
 
 
 def momentum_of_any(settings: Settings) -> float:
