@@ -57,8 +57,8 @@ class LipschitzLR(Callback):
     one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
     callbacks see the numbers of a step from its end on (``on_train_batch_end``), not before (as in
     ``on_before_optimizer_step``). During the first interval the constant is updated after 1, 2, 4, 8, ... steps; each
-    later interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over the
-    first group's. The value of a scheduler over its configured one is a factor.
+    later interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over
+    the first group's. The value of a scheduler over its configured one is a factor.
 
     Args:
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
@@ -93,7 +93,8 @@ class LipschitzLR(Callback):
             error the rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``:
             constant.
         measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first of an interval are
-            measured too. ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured batches.
+            measured too. ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured
+            batches.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
