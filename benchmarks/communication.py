@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import LipschitzLR
+from lit_lipschitz.control.due_steps import MEASURE_EVERY
 
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "barrier")
 HOOKS = ("on_fit_start", "on_train_batch_start", "on_before_backward", "before_step", "on_train_batch_end")
@@ -184,10 +185,11 @@ def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> l
                 for name, size in (("strict", bytes_of_update(count)), ("smooth", bytes_of_update(count, width + 1))):
                     row[f"{name}_bytes"] = size
                     row[f"{name}_ms"] = 1e3 * seconds(count, size, hop, bandwidth, ring)
+                step = 1e3 * seconds(count, BYTES_OF_STEP, hop, bandwidth, ring)
                 norms = 1e3 * seconds(count, bytes_of_norms(count), hop, bandwidth, ring)
                 row["first_epoch_ms"] = (math.floor(math.log2(steps)) + 2) * row["strict_ms"]
-                row["epoch_ms"] = row["strict_ms"]
-                row["epoch_adamw_ms"] = row["strict_ms"] + steps / 16 * norms
+                row["epoch_ms"] = row["strict_ms"] + steps / MEASURE_EVERY * step
+                row["epoch_adamw_ms"] = row["strict_ms"] + steps / MEASURE_EVERY * norms
                 rows.append(row)
     return rows
 

@@ -56,9 +56,9 @@ class LipschitzLR(Callback):
     The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
     one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
     callbacks see the numbers of a step from its end on (``on_train_batch_end``), not before (as in
-    ``on_before_optimizer_step``). During the first interval the rate is updated after 1, 2, 4, 8, ... steps; each later
-    interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over the
-    first group's. The value of a scheduler over its configured one is a factor.
+    ``on_before_optimizer_step``). During the first interval the constant is updated after 1, 2, 4, 8, ... steps; each
+    later interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over
+    the first group's. The value of a scheduler over its configured one is a factor.
 
     Args:
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
@@ -72,8 +72,9 @@ class LipschitzLR(Callback):
             ``"auto"`` is the default of the family.
         update: ``"epoch"``, or the number of optimizer steps between updates.
         rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
-            ``"bounded"``, for every optimizer, makes steps as long as noise, gradient and descent allow
-            (:mod:`lit_lipschitz.rules.bounded`); ``"inverse"`` is 1/L; others are the papers'.
+            ``"bounded"``, the default but for ``bound="paper"``, makes steps of any optimizer as long as noise,
+            gradient and descent allow (:mod:`lit_lipschitz.rules.bounded`); ``"inverse"`` is 1/L; others are the
+            papers'.
         weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.
         max_lr: Upper limit of the learning rate, before a schedule's factor.
@@ -85,12 +86,15 @@ class LipschitzLR(Callback):
         on_nonfinite: If the loss, the activations or L are not finite, or L is 0: ``"keep"`` the last rate and warn
             once, or ``"raise"``, for the optimizers whose heads the loss goes through. All ranks notice at the next
             update or the end of the epoch; one process on the CPU notices a loss before the parameters move.
-        schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run and linear decay to 0
-            (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"`` or in a run of unknown length.
-            Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared error the
-            rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``: constant.
-        measure_every: Optimizer steps between measurements, beside the first one of an interval and steps 1, 2, 4, 8,
-            ...; ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured batches.
+        schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run, at most 2,000 steps,
+            and linear decay to 0 (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"``. A run of
+            unknown length (``EarlyStopping``, ``max_time``, no ``max_epochs``) warms up over its first epoch and does
+            not decay. Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared
+            error the rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``:
+            constant.
+        measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first of an interval are
+            measured too. ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured
+            batches.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all

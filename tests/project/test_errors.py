@@ -255,6 +255,7 @@ MISTAKES = {
     "LipschitzAudit without LipschitzLR": lambda: fit(LipschitzAudit()),
     "A norm that the bound is not defined for": lambda: LipschitzLR(bound="strict", norm="spectral"),
     "measure='pass' with an update interval": lambda: LipschitzLR(measure="pass", update=10),
+    "A number of steps between measurements that is not positive": lambda: LipschitzLR(measure_every=0),
     "A checkpoint with other settings": lambda: checkpointed({"bound": "smooth"}, {}),
     "A checkpoint with another head": lambda: checkpointed({}, {}, lambda: Either("first"), lambda: Either("second")),
     "A checkpoint of a recognised loss": lambda: checkpointed({}, {"loss": "measured"}),

@@ -39,6 +39,7 @@ PAPERS = {
     "1902.07399": "A novel adaptive learning rate scheduler for deep neural networks",
     "2006.13307": "LALR: Theoretical and Experimental validation of Lipschitz Adaptive Learning Rate in Regression and "
     "Neural Networks",
+    "1910.04209": "On the adequacy of untuned warmup for adaptive optimization",
     "2002.11803": "Disentangling Adaptive Gradient Methods from Learning Rates",
     "2404.00498": "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
     "2405.15682": "The Road Less Scheduled",
