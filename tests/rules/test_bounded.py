@@ -1,6 +1,8 @@
 """The rule `bounded` beside computations that share no code with it, and plain gradient descent."""
 
+import itertools
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,7 @@ from lit_lipschitz.bounds.loss_spec import Loss
 from lit_lipschitz.control.policy import Measurement, Policy
 from lit_lipschitz.measurement.optimizer_updates import optimizer_info
 from lit_lipschitz.rules.base import RuleInput, Stateless
-from lit_lipschitz.rules.bounded import MeanState, bounded, inverse, momentum_of_any
+from lit_lipschitz.rules.bounded import PastState, bounded, inverse, momentum_of_any
 
 ADAM = {"betas": (0.9, 0.999)}
 
@@ -40,17 +42,23 @@ def test_gradient_descent_is_the_inverse():
 )
 def test_the_memory_is_the_momentum_or_the_first_beta(group, momentum):
     assert momentum_of_any(group) == momentum
-    _, _, terms = bounded(RuleInput(4.0, 16.0), MeanState(), group)
+    _, _, terms = bounded(RuleInput(4.0, 16.0), PastState(), group)
     assert {term.symbol: term.value for term in terms}["b"] == momentum
 
 
-def written_out(measured, b, smooth=False):
-    """The rates of updates (C, n, s, H), from the docstring of the rule."""
+def rms(values):
+    """Root mean square."""
+    return math.sqrt(statistics.fmean(value**2 for value in values))
+
+
+def written_out(measured, b, smooth=False, decays=True):
+    """The rates of updates (C, n, s, P), from the docstring of the rule."""
     rates, all_of_them = [], []
-    for constant, examples, scale, curvature in measured:
+    for constant, examples, scale, descent in measured:
         gain = 1 / (1 - b) if smooth else min(math.sqrt(examples / 2), 1 / (1 - b))
-        all_of_them.append(max(constant / (gain * scale), curvature))
-        rates.append(1 / max(all_of_them[-1], sum(all_of_them) / len(all_of_them)))
+        all_of_them.append(constant / (gain * scale))
+        past = rms(all_of_them) if decays else max(all_of_them)
+        rates.append(1 / max(all_of_them[-1], past, descent))
     return rates
 
 
@@ -58,56 +66,91 @@ MEASURED = st.tuples(*[st.floats(1e-3, 1e3)] * 4)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(MEASURED, min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.booleans())
-def test_the_rates_are_those_of_the_formula_written_out(measured, b, smooth):
+@given(
+    st.lists(MEASURED, min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.booleans(), st.booleans()
+)
+def test_the_rates_are_those_of_the_formula_written_out(measured, b, smooth, decays):
     """With L and m, with O and n in their place, and with a constant of the curvature."""
-    state, seen, rates = MeanState(), MeanState(), []
-    for constant, examples, scale, curvature in measured:
-        inputs = RuleInput(constant, 1.0, step_scale=scale, batch_size=examples, curvature=curvature)
+    state, seen, rates = PastState(), PastState(), []
+    for constant, examples, scale, descent in measured:
+        inputs = RuleInput(constant, 1.0, step_scale=scale, batch_size=examples, descent=descent, decays=decays)
         rate, state, _ = bounded(replace(inputs, is_curvature=smooth), state, {"momentum": b})
         rates.append(rate)
         if not smooth:
             instead = {"observed_constant": constant, "effective_sample_size": examples}
-            inputs = RuleInput(7.0, 1.0, step_scale=scale, batch_size=3.0, curvature=curvature, **instead)
-            found, seen, _ = bounded(inputs, seen, {"betas": (b, 0.99)})
+            inputs = RuleInput(7.0, 1.0, step_scale=scale, batch_size=3.0, descent=descent, **instead)
+            found, seen, _ = bounded(replace(inputs, decays=decays), seen, {"betas": (b, 0.99)})
             assert found == pytest.approx(rate, rel=1e-12)
-    assert rates == pytest.approx(written_out(measured, b, smooth), rel=1e-9)
+    assert rates == pytest.approx(written_out(measured, b, smooth, decays), rel=1e-9)
 
 
 def test_a_rate_falls_at_once_with_the_gradients_and_grows_slowly_with_them():
-    inputs, state = RuleInput(4.0, 16.0, observed_constant=2.0, effective_sample_size=2.0), MeanState()
+    inputs, state = RuleInput(4.0, 16.0, observed_constant=2.0, effective_sample_size=2.0), PastState()
     for _ in range(9):
         rate, state, _ = bounded(inputs, state, ADAM)
         assert rate == pytest.approx(0.5)
     assert bounded(replace(inputs, step_scale=0.1), state, ADAM).rate == pytest.approx(0.05)
-    # The mean of nine constants of 2 and one of 0.02.
-    assert bounded(replace(inputs, step_scale=100.0), state, ADAM).rate == pytest.approx(1 / 1.802)
-    assert bounded(replace(inputs, observed_constant=0.02), state, ADAM).rate == pytest.approx(1 / 1.802)
+    # The mean of nine squares of 2 and one of 0.02.
+    past = math.sqrt((9 * 2.0**2 + 0.02**2) / 10)
+    for smaller in (replace(inputs, step_scale=100.0), replace(inputs, observed_constant=0.02)):
+        assert bounded(smaller, state, ADAM).rate == pytest.approx(1 / past)
+        assert bounded(replace(smaller, decays=False), state, ADAM).rate == pytest.approx(1 / 2)
     assert bounded(replace(inputs, observed_constant=4.0), state, ADAM).rate == pytest.approx(0.25)
 
 
+def test_the_descent_bounds_its_own_update_and_is_no_part_of_the_past():
+    for decays in (True, False):
+        inputs, state = RuleInput(4.0, 16.0, batch_size=2.0, decays=decays), PastState()
+        rates = []
+        for descent in (0.0, 100.0, 3.0, 0.0):
+            rate, state, _ = bounded(replace(inputs, descent=descent), state, {})
+            rates.append(rate)
+        assert rates == pytest.approx([1 / 4, 1 / 100, 1 / 4, 1 / 4])
+
+
+GROUPS = st.sampled_from([{}, {"momentum": 0.9}, ADAM])
+VANISHING_CONSTANTS = st.lists(st.floats(1e-30, 1e3), min_size=2, max_size=60)
+
+
+def rates_of(constants, descents, group, decays):
+    """The rates of updates with these O and P."""
+    state, rates = PastState(), []
+    for constant, descent in zip(constants, descents, strict=False):
+        inputs = RuleInput(5.0, 25.0, observed_constant=constant, effective_sample_size=4.0, decays=decays)
+        rate, state, _ = bounded(replace(inputs, descent=descent), state, group)
+        rates.append(rate)
+    return rates
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.floats(1e-30, 1e3), min_size=2, max_size=60),
-    st.floats(1e-6, 1e3),
-    st.sampled_from([{}, {"momentum": 0.9}, ADAM]),
-)
-def test_no_rate_rises_without_bound_as_a_loss_vanishes(constants, curvature, group):
-    """The constant of the gradient may vanish; that of the curvature, or the mean, keeps the rate finite."""
-    flat, curved, first = MeanState(), MeanState(), None
-    for updates, constant in enumerate(constants, start=1):
-        inputs = RuleInput(5.0, 25.0, observed_constant=constant, effective_sample_size=4.0)
-        free, flat, _ = bounded(inputs, flat, group)
-        first = first or free
-        assert free <= first * updates * (1 + 1e-9)
-        rate, curved, _ = bounded(replace(inputs, curvature=curvature), curved, group)
-        assert rate <= min(free, 1 / curvature) * (1 + 1e-9)
+@given(VANISHING_CONSTANTS, GROUPS)
+def test_a_rate_that_decays_later_rises_at_most_with_the_root_of_the_updates(constants, group):
+    rates = rates_of(constants, itertools.repeat(0.0), group, decays=True)
+    for updates, rate in enumerate(rates, start=1):
+        assert rate <= min(rates[:updates]) * math.sqrt(updates) * (1 + 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(VANISHING_CONSTANTS, GROUPS)
+def test_a_rate_that_does_not_decay_later_never_rises(constants, group):
+    rates = rates_of(constants, itertools.repeat(0.0), group, decays=False)
+    assert rates == sorted(rates, reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(VANISHING_CONSTANTS, st.lists(st.floats(0.0, 1e6), min_size=60, max_size=60), GROUPS, st.booleans())
+def test_with_the_descent_no_rate_is_above_its_inverse_or_the_rate_without_it(constants, descents, group, decays):
+    free = rates_of(constants, itertools.repeat(0.0), group, decays)
+    bound = [1 / descent if descent else math.inf for descent in descents]
+    assert rates_of(constants, descents, group, decays) == pytest.approx(
+        [min(pair) for pair in zip(free, bound, strict=False)], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("group", [{}, {"momentum": 0.9}, ADAM])
 def test_the_rate_grows_with_the_root_of_the_examples_until_the_gradient_bounds_it(group):
     b = momentum_of_any(group)
-    rates = {n: bounded(RuleInput(3.0, 9.0, batch_size=n), MeanState(), group).rate for n in (0.5, 2, 8, 1e3, 1e6)}
+    rates = {n: bounded(RuleInput(3.0, 9.0, batch_size=n), PastState(), group).rate for n in (0.5, 2, 8, 1e3, 1e6)}
     assert rates[2] == pytest.approx(1 / 3)
     assert rates[0.5] == pytest.approx(1 / 6)
     assert rates[8] == pytest.approx(min(2, 1 / (1 - b)) / 3)
@@ -133,7 +176,7 @@ def test_the_gradients_of_two_batches_differ_by_what_the_rule_takes_for_the_cons
     size = math.sqrt(float(inputs.square().sum(dim=1).mean() + 1))
     strict = bounds.cross_entropy(size, num_classes=2, batch_size=1)
     measured = RuleInput(strict, 1.0, batch_size=batch_size, step_scale=0.1)  # of momentum 0.9
-    constant = 0.1 / bounded(measured, MeanState(), {"momentum": 0.9}).rate
+    constant = 0.1 / bounded(measured, PastState(), {"momentum": 0.9}).rate
     distance = math.sqrt(sum(apart) / len(apart))
     assert 0.6 * constant < distance < 1.03 * constant
 
@@ -147,7 +190,7 @@ def decide(grad_norm, optimizer="AdamW", batch_size=16, even=1.0, policy=None, s
         num_outputs=3,
         optimizer=optimizer_info(optimizer),
         groups=optimizer.param_groups,
-        state=state or MeanState(),
+        state=state or PastState(),
         last=None,
     )
 
@@ -171,13 +214,13 @@ def test_no_gradient_norm_counts_as_more_than_the_largest_possible():
     assert decide(9.0)[0].observed_constant == decide(9.0)[0].constant
 
 
-def test_a_loss_that_is_learned_raises_the_rate_by_the_mean():
-    state, norms, rates = MeanState(), (1.4, 0.7, 0.02, 1e-9, 1e-12), []
+def test_a_loss_that_is_learned_raises_the_rate_by_the_root_mean_square():
+    state, norms, rates = PastState(), (1.4, 0.7, 0.02, 1e-9, 1e-12), []
     for norm in norms:
         decision, state = decide(norm, state=state)
         rates.append(decision.lr)
         assert decision.observed_constant == pytest.approx(decision.constant * norm / math.sqrt(2))
-    assert rates == pytest.approx([i * rates[0] * 1.4 / sum(norms[:i]) for i in range(1, 6)])
+    assert rates == pytest.approx([rates[0] * 1.4 / rms(norms[:i]) for i in range(1, 6)])
 
 
 @pytest.mark.parametrize(
@@ -268,16 +311,21 @@ class Look(Callback):
         self.grads = [p.grad.clone() for p in pl_module.parameters()]
         self.before = self.positions(optimizer, pl_module.parameters())
 
+    def updates(self, optimizer, parameters, moves):
+        """Those at a learning rate of 1: of SGD the velocity, which Nesterov's step adds to the gradient once more."""
+        if self.linear and optimizer.param_groups[0]["momentum"]:
+            return [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
+        return [-move / optimizer.param_groups[0]["lr"] for move in moves]
+
     def on_train_batch_end(self, trainer, pl_module, outputs, *_):
         optimizer = trainer.optimizers[0]
         lr = optimizer.param_groups[0]["lr"]
         after = self.positions(optimizer, pl_module.parameters())
         moves = [now - then for now, then in zip(after, self.before, strict=True)]
-        updates = self.grads if self.linear else [move / lr for move in moves]
-        products = [length([g]) * length([u]) for g, u in zip(self.grads, updates, strict=True)]
-        curvature = self.gain * sum(products) / (2 * float(outputs["loss"]))
-        scale = mean_of_matrices(self.grads, updates) / self.gain
-        self.measured.append((scale, curvature, *self.norms, self.callback.constant))
+        updates = self.updates(optimizer, list(pl_module.parameters()), moves)
+        descent = sum(float((g * u).sum()) for g, u in zip(self.grads, updates, strict=True)) / float(outputs["loss"])
+        scale = mean_of_matrices(self.grads, self.grads if self.linear else updates) / self.gain
+        self.measured.append((scale, descent, *self.norms, self.callback.constant))
         self.rates.append(lr)
         self.moves.append(length(moves))
         self.gradients.append(length(self.grads))
@@ -300,11 +348,11 @@ def test_the_rates_of_a_run_are_those_of_a_loop_that_shares_no_code(name, bound)
     due = due_steps(48, 6)
     updates = []
     for step in due:
-        scale, curvature, norm, mean, constant = look.measured[step - 1]
+        scale, descent, norm, mean, constant = look.measured[step - 1]
         observed = bound == "strict" and not look.linear
         examples = 16 * (mean / norm) ** 2 if observed else 16
-        updates.append((constant * norm / math.sqrt(2) if observed else constant, examples, scale, curvature))
-    rates = written_out(updates, OPTIMIZERS[name][1], bound == "smooth")
+        updates.append((constant * norm / math.sqrt(2) if observed else constant, examples, scale, descent))
+    rates = written_out(updates, OPTIMIZERS[name][1], bound == "smooth", decays=name == "Schedule-Free")
     expected = [rates[sum(one <= step for one in due) - 1] for step in range(1, 49)]
     assert len(look.rates) == 48
     assert look.rates == pytest.approx(expected, rel=2e-3 if name == "sign of momentum" else 1e-4)
@@ -316,9 +364,9 @@ def test_the_first_step_with_the_smooth_constant_is_as_long_as_that_of_gradient_
     """1 - b of the displacement by a gradient; one matrix, whose scale is that of the whole step."""
     _, b, gain = OPTIMIZERS[name]
     callback, look = look_at(name, nn.Sequential(nn.Linear(6, CLASSES, bias=False)), bound="smooth", max_steps=1)
-    scale, curvature, *_ = look.measured[0]
-    # In units of the weights, the least curvature of a loss with this gradient.
-    constant = max(callback.constant, scale * curvature / (1 - b))
+    scale, descent, *_ = look.measured[0]
+    # With Polyak's step, in units of the weights, where it is shorter.
+    constant = max(callback.constant, scale * descent / (1 - b))
     expected = (1 - b) * gain * (look.rates[0] if not look.linear else 1.0)
     assert callback.constant > 0
     if look.linear:
@@ -361,30 +409,36 @@ def least_squares(optimizer, steps, offset=0.0, size=1.0):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_curvature_bounds_the_rate_of_least_squares_with_small_residuals_and_is_none_too_large(momentum):
-    """The constant of the gradient is as small as outputs and targets, and that of the curvature is not."""
-    record, largest = least_squares(lambda p: torch.optim.SGD(p, lr=1.0, momentum=momentum), 200, size=1e-3)
-    # In units of the weights; H is in those of the displacement, which is 1 / (1 - b) gradients.
-    curvatures = [(1 - momentum) * terms["H"] for terms in record.terms]
-    assert 0.3 * largest < max(curvatures) <= largest * (1 + 1e-4)
+def test_the_descent_bounds_the_rate_of_least_squares_with_small_residuals(momentum):
+    """The constant of the gradient is as small as outputs and targets, and the descent over the loss is not."""
+    record, _ = least_squares(lambda p: torch.optim.SGD(p, lr=1.0, momentum=momentum), 200, size=1e-3)
     for rate, terms in zip(record.rates, record.terms, strict=True):
-        assert terms["K"] == terms["H"] > 10 * terms["C"] / (terms["c"] * terms["s"])
-        assert rate <= (1 + 1e-9) / terms["H"]
-    assert record.rates[0] == pytest.approx(1 / record.terms[0]["H"])
+        assert rate == pytest.approx(1 / max(terms["past"], terms["P"]))
+        assert rate <= (1 + 1e-9) / terms["P"]
+    assert record.terms[0]["P"] > 10 * record.terms[0]["past"]
     assert record.losses[-1] < 1e-3 * record.losses[0]
 
 
-def test_a_loss_that_is_negative_has_no_bound_of_the_curvature():
-    """Minus a constant it has the same gradients; the inequality needs a loss that is at least 0."""
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_polyaks_step_of_least_squares_is_at_least_half_of_the_inverse_of_the_largest_eigenvalue(size):
+    """|g|^2 <= 2 B f: so P is at most 2 B, whatever the scale of the targets, and it comes near that."""
+    record, largest = least_squares(lambda p: torch.optim.SGD(p, lr=1.0), 60, size=size)
+    descents = [terms["P"] for terms in record.terms]
+    assert all(0 < descent <= 2 * largest * (1 + 1e-4) for descent in descents)
+    assert 0.3 * 2 * largest < max(descents)
+
+
+def test_a_loss_that_is_negative_has_no_bound_of_the_descent():
+    """Minus a constant it has the same gradients; Polyak's step needs a loss that is at least 0."""
     adamw = lambda p: torch.optim.AdamW(p, lr=1.0)  # noqa: E731
     torch.manual_seed(0)
     plain, _ = least_squares(adamw, 1)
     torch.manual_seed(0)
     negative, _ = least_squares(adamw, 1, offset=1e3)
     assert plain.losses[0] > 0 > negative.losses[0]
-    assert plain.terms[0]["H"] > 0 == negative.terms[0]["H"]
+    assert plain.terms[0]["P"] > 0 == negative.terms[0]["P"]
     assert plain.terms[0]["s"] == pytest.approx(negative.terms[0]["s"], rel=1e-6)
-    assert negative.rates[0] == pytest.approx(1 / negative.terms[0]["mean"])
+    assert negative.rates[0] == pytest.approx(1 / negative.terms[0]["past"])
 
 
 VANISHING = {

@@ -54,7 +54,7 @@ def test_a_rule_goes_on_from_its_state_as_plain_numbers(name):
     inputs = [
         RuleInput(4.0, 16.0, 3.0, 2.0, 8.0),
         RuleInput(2.0, 5.0, 3.0, 1.0, 8.0, observed_constant=1.0, effective_sample_size=6.0),
-        RuleInput(3.0, 9.0, 3.0, 4.0, 8.0, observed_constant=2.0, effective_sample_size=4.0, curvature=7.0),
+        RuleInput(3.0, 9.0, 3.0, 4.0, 8.0, observed_constant=2.0, effective_sample_size=4.0, descent=7.0),
     ]
     state = restored = info.initial_state()
     for one in inputs:
@@ -73,23 +73,23 @@ def test_the_terms_are_the_symbols_of_the_description(name):
     """Those of the constant and of the optimizer's settings aside."""
     info = RULES[name]
     formula = info.description.partition("rate = ")[2]
-    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "s", "C", "H", "K", "K1", "K2", "mean"}
+    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "s", "C", "K", "K1", "K2", "P", "past"}
     inputs = RuleInput(4.0, 16.0, observed_constant=1.0, effective_sample_size=1.0)
     _, _, terms = info.function(inputs, info.initial_state(), SETTINGS)
     assert symbols <= {term.symbol for term in terms}
 
 
 def test_the_values_of_the_terms_make_the_rate():
-    inputs = RuleInput(4.0, 16.0, 3.0, 2.0, 8.0, observed_constant=1.5, effective_sample_size=6.0, curvature=7.0)
+    inputs = RuleInput(4.0, 16.0, 3.0, 2.0, 8.0, observed_constant=1.5, effective_sample_size=6.0, descent=7.0)
 
     def terms(name):
         rate, _, terms = RULES[name].function(inputs, RULES[name].initial_state(), SETTINGS)
         return rate, {term.symbol: term.value for term in terms}
 
     rate, of = terms("bounded")
-    assert of["K"] == pytest.approx(max(of["C"] / (of["c"] * of["s"]), of["H"]), rel=1e-12)
-    assert rate == pytest.approx(1 / max(of["K"], of["mean"]), rel=1e-12)
-    assert (of["C"], of["n"], of["s"], of["H"]) == (1.5, 6.0, 2.0, 7.0)
+    assert of["K"] == of["past"] == pytest.approx(of["C"] / (of["c"] * of["s"]), rel=1e-12)
+    assert rate == pytest.approx(1 / max(of["K"], of["past"], of["P"]), rel=1e-12)
+    assert (of["C"], of["n"], of["s"], of["P"]) == (1.5, 6.0, 2.0, 7.0)
     rate, of = terms("adamo")
     assert rate == pytest.approx((1 - of["b"]) / of["K1"], rel=1e-12)
     rate, of = terms("adam")
