@@ -311,6 +311,7 @@ def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios:
             continue
         square = grad_norm(grads).square() / grad_scale**2
         descent, length = descent.to(square.device), length.to(square.device) + square
+        square = -square if group.get("maximize", False) else square
         if any(optimizer.state[one].get("momentum_buffer") is not None for one in group["params"]):
             square = (1 - float(group.get("dampening", 0.0))) * square + float(group["momentum"]) * sum(
                 (_product(one, optimizer.state[one].get("momentum_buffer")) for one in group["params"]),
@@ -335,7 +336,7 @@ class _Step:
 
     parameter: Tensor
     index: int  # among all parameters of the optimizer
-    ratio: float  # of its group's learning rate to the first one's
+    ratio: float  # of its group's learning rate to the first one's, negative where the loss is maximized
     raw_grad: Tensor  # as the backward has left it
     grad: Tensor  # as the optimizer takes it, with weight decay
     update: Tensor
@@ -370,7 +371,7 @@ def _steps(
                 for name, value in optimizer.state.get(parameter, {}).items()
             }
             update = info.update(grad, state, group)
-        yield _Step(parameter, index, ratio, raw_grad, grad, update)
+        yield _Step(parameter, index, -ratio if group.get("maximize", False) else ratio, raw_grad, grad, update)
 
 
 def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
