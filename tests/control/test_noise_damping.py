@@ -23,7 +23,7 @@ from lit_lipschitz.measurement.residuals import Residuals
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.optim.schedules import linear_warmup_decay
 from lit_lipschitz.rules.base import RuleInput
-from lit_lipschitz.rules.bounded import MeanState, bounded
+from lit_lipschitz.rules.bounded import PastState, bounded
 
 COUNT, BATCH = 96, 16
 
@@ -378,16 +378,16 @@ def terms_of(decision):
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
-def test_the_curvature_grows_with_a_factor_of_the_loss(factor):
-    """It is at most the largest eigenvalue of the Hessian, which does."""
-    curvatures = []
+def test_the_descent_grows_with_a_factor_of_the_loss(factor):
+    """The gradient's square with that of the factor, over the loss."""
+    descents = []
     for one in (1.0, factor):
         torch.manual_seed(0)
         module = Regression(sgd, loss=lambda outputs, targets, one=one: one * F.mse_loss(outputs, targets))
         callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_steps=1)
-        curvatures.append(terms_of(callback.controllers[0].decision)["H"])
-    assert curvatures[1] == pytest.approx(factor * curvatures[0], rel=1e-5)
-    assert curvatures[0] > 0
+        descents.append(terms_of(callback.controllers[0].decision)["P"])
+    assert descents[1] == pytest.approx(factor * descents[0], rel=1e-5)
+    assert descents[0] > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2, 4])
@@ -406,7 +406,7 @@ def test_in_the_first_interval_outputs_and_targets_stand_for_them():
     callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=1)
     terms = terms_of(callback.controllers[0].decision)
     assert (terms["C"], terms["n"], terms["s"]) == (callback.constant, BATCH, pytest.approx(0.1))
-    largest = max(callback.constant / (0.1 * math.sqrt(BATCH / 2)), terms["mean"], terms["H"])
+    largest = max(callback.constant / (0.1 * math.sqrt(BATCH / 2)), terms["past"], terms["P"])
     assert callback.rate == pytest.approx(1 / largest)
     assert "observed_constant" not in callback.controllers[0].metrics()
 
@@ -414,43 +414,45 @@ def test_in_the_first_interval_outputs_and_targets_stand_for_them():
 @pytest.mark.parametrize(
     ("residual", "share"), [(0.5, 0.75), (1.5, 2.25), (0.1, 0.15), (0.01, 0.015), (1e-30, 1.5e-30)]
 )
-def test_residuals_that_vanish_leave_the_rate_to_the_curvature(residual, share):
+def test_residuals_that_vanish_leave_the_rate_to_the_descent(residual, share):
     groups = sgd([torch.zeros(1, requires_grad=True)]).param_groups
     # Three outputs of 16 examples, of a norm that is two to an output with that of the targets.
     measured = Measurement(
-        4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), step_scale=0.1, curvature=7.0, residual_rms=residual
+        4.0, 1.0, 16, 0, output_norm=2 * math.sqrt(3 * 16), step_scale=0.1, descent=7.0, residual_rms=residual
     )
     arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "groups": groups}
     info = optimizer_info(sgd([torch.zeros(1, requires_grad=True)]))
-    decision, _ = Policy().decide(measured, optimizer=info, state=MeanState(), last=None, **arguments)
+    decision, _ = Policy().decide(measured, optimizer=info, state=PastState(), last=None, **arguments)
     assert decision.observed_constant == pytest.approx(share * decision.constant)
     assert decision.lr == pytest.approx(min(0.1 * math.sqrt(16 / 2) / decision.observed_constant, 1 / 7))
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_no_rate_of_momentum_is_above_the_inverse_of_the_curvature(dampening):
-    """Of which |g|^2 / (2 f) is measured, 5 by 2."""
+def test_no_rate_of_momentum_is_above_polyaks_step(dampening):
+    """The loss over the inner product of gradient and velocity, 2.5 over 5 times 5 at first, which is not dampened."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9, dampening=dampening)
     estimator = StepScaleEstimator(optimizer, nn.Identity())
-    parameter.grad = torch.tensor([5.0])
-    estimator.add_loss(torch.tensor(2.5), 1.0)
-    estimator.begin_step()
-    estimator.update(estimator.pack(1.0, [1.0], 0, 1).tolist())
-    for observed in (0.0, 1e-3, 100.0):
-        measured = RuleInput(
-            1e-3 if not observed else 10.0,
-            1.0,
-            step_scale=estimator.scale.value,
-            curvature=estimator.scale.curvature,
-            observed_constant=observed,
-            effective_sample_size=8.0,
-            batch_size=8.0,
-        )
-        rate, _, _ = bounded(measured, MeanState(), optimizer.param_groups[0])
-        limit = (1 - 0.9) / ((1 - dampening) * 5.0)  # the displacement is (1 - d) / (1 - b) gradients
-        # 100 / (c s) with c = 2 and s = 0.1 / (1 - d) is ten times the curvature of the displacement.
-        assert rate == pytest.approx(limit if observed < 1 else 0.1 * limit)
+    for gradient, velocity in ((5.0, 5.0), (3.0, 0.9 * 5.0 + (1 - dampening) * 3.0)):
+        parameter.grad = torch.tensor([gradient])
+        estimator.add_loss(torch.tensor(2.5), 1.0)
+        estimator.begin_step()
+        estimator.update(estimator.pack(1.0, [1.0], 0, 1).tolist())
+        optimizer.step()
+        limit = 2.5 / (gradient * velocity)
+        for observed in (0.0, 1e-3, 1e4):
+            measured = RuleInput(
+                1e-3 if not observed else 10.0,
+                1.0,
+                step_scale=estimator.scale.value,
+                descent=estimator.scale.descent,
+                observed_constant=observed,
+                effective_sample_size=8.0,
+                batch_size=8.0,
+            )
+            rate, _, _ = bounded(measured, PastState(), optimizer.param_groups[0])
+            # s = 0.1 / (1 - d) and c = 2, the root of half of the examples.
+            assert rate == pytest.approx(limit if observed < 1 else 2 * 0.1 / (1 - dampening) / 1e4)
 
 
 @pytest.mark.parametrize("settings", [{"norm": "sample"}, {"rule": "inverse"}, {"bound": "smooth"}, {"bound": "paper"}])
