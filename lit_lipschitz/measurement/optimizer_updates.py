@@ -340,7 +340,7 @@ class _Step:
 
     parameter: Tensor
     index: int  # among all parameters of the optimizer
-    ratio: float  # of its group's learning rate to the first one's
+    ratio: float  # of its group's learning rate to the first one's, negative where the loss is maximized
     raw_grad: Tensor  # as the backward has left it
     grad: Tensor  # as the optimizer takes it, with weight decay
     update: Tensor
@@ -375,7 +375,7 @@ def _steps(
                 for name, value in optimizer.state.get(parameter, {}).items()
             }
             update = info.update(grad, state, group)
-        yield _Step(parameter, index, ratio, raw_grad, grad, update)
+        yield _Step(parameter, index, -ratio if group.get("maximize", False) else ratio, raw_grad, grad, update)
 
 
 def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:

@@ -69,6 +69,8 @@ class StepScaleEstimator:
     def add_loss(self, loss: Tensor, loss_scale: float | Tensor) -> None:
         """Adds a loss of the coming step, divided by a factor; shape ()."""
         value = whole(loss.detach()).float().sum() / loss_scale
+        if any(group.get("maximize", False) for group in self._optimizer.param_groups):
+            value = -value
         self._loss = value if self._loss is None else self._loss + value.to(self._loss.device)
 
     def discard(self) -> None:

@@ -28,10 +28,8 @@ def test_a_run_that_learns_is_no_failure(stress):
 
 
 def test_a_noisy_plateau_is_no_failure(stress):
-    """The loss varies by less than that of a batch where it was best; by more than a tenth of the gain it is one."""
-    noisy = {step: max(loss, 0.2) + (0.15 if step > 300 else 0) for step, loss in FALLING.items()}
-    assert stress.failures(noisy, RATES, dict.fromkeys(STEPS, 0.2)) == []
-    assert len(stress.failures(noisy, RATES, QUIET)) == 1
+    noisy = {step: max(loss, 0.2) + 0.05 * math.sin(7 * step) for step, loss in FALLING.items()}
+    assert stress.failures(noisy, RATES, QUIET) == []
 
 
 def test_a_loss_that_collapses_after_it_was_learned_is_one(stress):
@@ -39,6 +37,14 @@ def test_a_loss_that_collapses_after_it_was_learned_is_one(stress):
     (found,) = stress.failures(collapsed, RATES, QUIET)
     assert found == f"loss 1, at best {1 / 291:.3g}, at the end 0.5"
     assert stress.failures({step: loss if step < 300 else 0.05 for step, loss in FALLING.items()}, RATES, QUIET) == []
+
+
+def test_what_a_batchs_loss_varies_by_is_no_collapse(stress):
+    """By its standard deviation where the loss was at its best; that of other steps does not count."""
+    collapsed = {step: loss if step < 300 else 0.5 for step, loss in FALLING.items()}
+    assert stress.failures(collapsed, RATES, {**QUIET, 290: 0.5}) == []
+    assert len(stress.failures(collapsed, RATES, {**QUIET, 290: 0.4})) == 1
+    assert len(stress.failures(collapsed, RATES, {**dict.fromkeys(STEPS, 9.0), 290: 0.0})) == 1
 
 
 def test_a_rate_that_rises_while_the_loss_does_not_fall_is_one(stress):

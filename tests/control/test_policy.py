@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -253,3 +253,25 @@ def test_the_estimate_of_the_second_moment_is_the_rules_own_or_the_given_one():
     assert Policy("paper", rule="adam_authors", second_moment="constant").second_moment_estimate == "constant"
     with pytest.raises(ConfigurationError, match="second_moment='text'"):
         Policy("paper", second_moment="text")
+
+
+def test_whether_the_rate_decays_later_reaches_the_rule_and_is_in_its_terms():
+    """After a constant ten times as large: its root mean square with this one, or itself."""
+    rates = []
+    for decays in (True, False):
+        optimizer = made(torch.optim.SGD)
+        first = Measurement(40.0, 3.0, 16, 0, step_scale=0.5, decays=decays)
+        before, state = decide(optimizer, measured=first)
+        decision, _ = decide(optimizer, measured=replace(first, activation_norm=4.0), state=state)
+        (past,) = (term for term in decision.terms if term.symbol == "past")
+        assert past.meaning.startswith("root mean square" if decays else "maximum")
+        rates.append((before.lr, decision.lr))
+    assert rates[0][1] == pytest.approx(rates[0][0] / math.sqrt((1 + 0.1**2) / 2))
+    assert rates[1][1] == rates[1][0] == rates[0][0]
+
+
+def test_the_descent_that_is_measured_bounds_the_rate():
+    free, _ = decide(made(torch.optim.SGD))
+    bound, _ = decide(made(torch.optim.SGD), measured=replace(MEASURED, descent=100 / free.lr))
+    assert bound.lr == pytest.approx(free.lr / 100)
+    assert {term.symbol: term.value for term in bound.terms}["P"] == 100 / free.lr

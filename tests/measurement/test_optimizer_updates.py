@@ -33,8 +33,7 @@ def test_the_length_is_that_of_the_step_which_follows(name, dtype):
         optimizer.step()
         moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
         expected = [torch.cat([part.flatten() for part in parts]).norm().real for parts in (gradient, moved)]
-        descent = -sum((one.conj() * two).sum() for one, two in zip(gradient, moved, strict=True)).real
-        expected.append(-descent if optimizer.param_groups[0].get("maximize") else descent)
+        expected.append(-sum((one.conj() * two).sum() for one, two in zip(gradient, moved, strict=True)).real)
         torch.testing.assert_close(found.double(), torch.stack(expected).double(), rtol=2e-5, atol=0)
 
 
@@ -46,7 +45,7 @@ def test_gradients_that_are_scaled_count_unscaled_and_without_any_the_lengths_ar
     gradient, step, product = step_lengths(optimizer, torch.tensor(1024.0)).tolist()
     assert gradient == pytest.approx(5.0)
     assert step == pytest.approx(2**0.5, rel=1e-6)
-    assert product == pytest.approx(3 + 4, rel=1e-6)
+    assert product == pytest.approx(3.0 + 4.0, rel=1e-6)  # with an update of 1, 0 and 1
 
 
 WEIGHTS = {"matrix": (3, 4), "kernel": (2, 1, 3, 3), "positions": (1, 4, 6)}
@@ -82,10 +81,9 @@ def test_every_weight_has_the_same_say_in_the_scale_and_biases_have_none(name):
         for title, parameter in parameters.items():
             if parameter.grad is not None:
                 gradient = parameter.grad + decay * before[title]
-                moved = before[title] - parameter.detach()
+                moved = parameter.detach() - before[title]
                 ratios += [gradient.norm() / moved.norm()] if title in WEIGHTS else []
-                sign = -1 if optimizer.param_groups[0].get("maximize") else 1
-                products.append(sign * (7 if title == "matrix" else 1) * (gradient * moved).sum())
+                products.append((7 if title == "matrix" else 1) * -(gradient * moved).sum())
         assert found == pytest.approx(float(sum(ratios)) / len(ratios), rel=2e-5)
         assert float(product) == pytest.approx(float(sum(products)), rel=2e-5)
 
@@ -180,15 +178,44 @@ def test_an_update_that_is_not_known_is_measured(kind):
         assert product == pytest.approx(float((parameter.grad * moved).sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, ZeroStartSGD, OtherSGD])
-def test_the_update_of_a_linear_optimizer_counts_as_the_gradient(kind):
-    """What counts is the displacement by one gradient; the loss falls by what is known to be summed up."""
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {"momentum": 0.8, "dampening": 0.3}),
+        (torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        (torch.optim.SGD, {"maximize": True}),
+        (torch.optim.SGD, {"momentum": 0.8, "maximize": True}),
+        (ZeroStartSGD, {"momentum": 0.9}),
+    ],
+)
+def test_a_linear_optimizers_ratio_is_1_and_its_product_that_with_the_velocity(kind, settings):
+    """The displacement by one gradient is known, and the velocity is in torch's own buffer after the step."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(2, 3, generator=generator)) for _ in range(2)]
+    optimizer = kind(parameters[:1], lr=0.1, **settings)
+    optimizer.add_param_group({"params": parameters[1:]})
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        found = step_lengths(optimizer, ratios=[1.0, 7.0], info=optimizer_info(optimizer)).tolist()
+        scaled = step_lengths(optimizer, 0.25, ratios=[1.0, 7.0], info=optimizer_info(optimizer)).tolist()
+        grads = [parameter.grad.clone() for parameter in parameters]
+        optimizer.step()
+        sign = -1 if settings.get("maximize") else 1
+        velocities = [optimizer.state[p].get("momentum_buffer", sign * p.grad) for p in parameters]
+        products = [float((g * v).sum()) for g, v in zip(grads, velocities, strict=True)]
+        assert found == pytest.approx([1.0, 1.0, products[0] + 7 * products[1]], rel=1e-4, abs=1e-5)
+        assert scaled[:2] == [1.0, 1.0]
+
+
+def test_a_linear_optimizer_without_torchs_buffers_has_the_product_of_the_gradient_with_itself():
     parameter = parameter_with([3.0, 4.0], [0.0, 12.0])
-    optimizer = kind([parameter], lr=0.1, **({} if kind is OtherSGD else {"momentum": 0.9}))
+    optimizer = OtherSGD([parameter], lr=0.1)
     info = optimizer_info(optimizer)
-    for velocity in (1.0, 1.9, 2.71):
-        known = 1.0 if kind is OtherSGD else velocity
-        assert step_lengths(optimizer, info=info).tolist() == pytest.approx([1.0, 1.0, known * 169.0])
+    for _ in range(3):
+        assert step_lengths(optimizer, info=info).tolist() == pytest.approx([1.0, 1.0, 169.0])
         optimizer.step()
 
 

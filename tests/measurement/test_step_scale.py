@@ -1,7 +1,8 @@
-"""What is measured of a step: its decrease of the loss, and what clipping and unusable gradients leave."""
+"""What is measured of a step: its loss, the descent over it, and what clipping and unusable gradients leave."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,10 +33,8 @@ def adamw(gradient):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 8), st.floats(1e-2, 1e2))
-def test_the_decrease_over_the_loss_of_least_squares_is_at_most_twice_the_largest_eigenvalue(
-    seed, width, examples, size
-):
-    """Of the mean squared error of a linear map, whose Hessian is 2 A'A / m, wherever its weights are."""
+def test_the_descent_of_least_squares_is_at_most_twice_the_largest_eigenvalue(seed, width, examples, size):
+    """|g|^2 / f, of the mean squared error of a linear map, whose Hessian is 2 A'A / m, wherever its weights are."""
     generator = torch.Generator().manual_seed(seed)
     inputs = size * torch.randn(examples, width, generator=generator, dtype=torch.float64)
     targets = torch.randn(examples, generator=generator, dtype=torch.float64)
@@ -54,15 +53,15 @@ def test_the_losses_of_a_step_are_added_and_divided_by_their_factors():
     estimator = estimator_of(optimizer)
     for value, factor in ((6.0, 4.0), (2.0, 4.0)):  # a mean of 1 each, of 2 accumulated batches
         estimator.add_loss(torch.tensor(value), factor)
-    # The gradient's norm is 5, the update's sqrt(2), their product 3 + 4 and the loss 2.
+    # The gradient's norm is 5, the update's sqrt(2), both of its numbers are 1, and the loss is 2.
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-5)
-    assert scale.descent == pytest.approx(7 / 2, rel=1e-5)
+    assert scale.descent == pytest.approx((3 + 4) / 2, rel=1e-5)
     assert measured(estimator).descent == 0  # the next one has no loss yet
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, -1e-30])
-def test_a_loss_that_is_not_positive_has_no_decrease(value):
+def test_a_loss_that_is_not_positive_has_no_descent(value):
     estimator = estimator_of(adamw([[3.0, 0.0], [0.0, 4.0]]))
     estimator.add_loss(torch.tensor(value), 1.0)
     assert measured(estimator).descent == 0
@@ -74,7 +73,7 @@ def test_the_losses_before_a_batch_that_is_discarded_are_forgotten():
     estimator.add_loss(torch.tensor(100.0), 1.0)
     estimator.discard()
     estimator.add_loss(torch.tensor(1.0), 1.0)
-    assert measured(estimator).descent == pytest.approx(7, rel=1e-5)
+    assert measured(estimator).descent == pytest.approx(3 + 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
@@ -91,15 +90,17 @@ def test_a_gradient_that_tells_nothing_leaves_the_last_measurement(value):
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e-3, math.inf])
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_the_scale_of_sgd_is_known_whatever_the_gradient_is_and_was_before_clipping(value, momentum):
-    """So its clipped steps are shorter, as they are meant to be."""
+    """So its clipped steps are shorter, as they are meant to be, and the descent is that of the gradient itself."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.full((2, 2), 8.0)
     estimator = StepScaleEstimator(torch.optim.SGD([parameter], lr=1.0, momentum=momentum), nn.Identity())
     estimator.after_backward(1.0)
     parameter.grad.fill_(value)
+    estimator.add_loss(torch.tensor(2.0), 1.0)
     estimator.begin_step()
     assert measured(estimator).value == pytest.approx(1 - momentum)
-    assert math.isfinite(estimator.scale.descent)
+    usable = 0 < value < math.inf
+    assert estimator.scale.descent == pytest.approx(4 * 8.0**2 / 2 if usable else 0.0, rel=1e-5)
 
 
 def test_the_gradient_of_adam_is_that_before_clipping():
@@ -113,4 +114,38 @@ def test_the_gradient_of_adam_is_that_before_clipping():
     estimator.begin_step()
     scale = measured(estimator)
     assert scale.value == pytest.approx(5 / (math.sqrt(2) * ROOT_19), rel=1e-4)
-    assert scale.descent == pytest.approx(7, rel=1e-4)
+    assert scale.descent == pytest.approx(3 + 4, rel=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.5, 0.9]),
+    st.sampled_from([0.0, 0.4]),
+    st.floats(1e-3, 1e3),
+    st.integers(1, 4),
+)
+def test_the_descent_is_how_fast_the_loss_falls_along_the_velocity_of_sgd(seed, momentum, dampening, factor, steps):
+    """Of a quadratic function in numpy, by the difference of its values along the velocity that is written out."""
+    random = np.random.default_rng(seed)
+    root = random.normal(size=(5, 5))
+    matrix, start = factor * (root @ root.T + np.eye(5)), random.normal(size=5)
+
+    def loss(weights):
+        return float(weights @ matrix @ weights) / 2
+
+    parameter = nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.SGD([parameter], lr=0.01 / factor, momentum=momentum, dampening=dampening)
+    estimator = estimator_of(optimizer)
+    velocity = None
+    for _ in range(steps):
+        gradient = matrix @ start
+        parameter.grad = torch.tensor(gradient)
+        started = velocity is not None and momentum  # torch dampens neither the first gradient nor without momentum
+        velocity = momentum * velocity + (1 - dampening) * gradient if started else gradient
+        estimator.add_loss(torch.tensor(loss(start)), 1.0)
+        step = 1e-4 / factor
+        fall = (loss(start + step * velocity) - loss(start - step * velocity)) / (2 * step)
+        assert measured(estimator).descent == pytest.approx(max(fall, 0.0) / loss(start), rel=1e-3)
+        optimizer.step()
+        start = parameter.detach().numpy().copy()

@@ -24,6 +24,17 @@ def test_a_rise_a_peak_and_a_fall_to_zero():
     assert after == 0
 
 
+@pytest.mark.parametrize(("total_steps", "warmup"), [(20_000, 0.1), (30_000, 0.1), (5_000, 0.8)])
+def test_a_warm_up_has_at_most_2000_steps(total_steps, warmup):
+    factor = LinearWarmupDecay(
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), total_steps, warmup
+    ).lr_lambdas[0]
+    rise = [factor(step) for step in range(2001)]
+    assert rise == pytest.approx([step / 2001 for step in range(1, 2002)])
+    fall = [factor(step) for step in (2001, total_steps // 2 + 1000, total_steps - 1)]
+    assert fall == pytest.approx([1 - 1 / (total_steps - 2000), 0.5, 1 / (total_steps - 2000)])
+
+
 def test_without_a_warm_up_it_starts_at_the_peak():
     seen, _ = rates(4, 0.0)
     assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])

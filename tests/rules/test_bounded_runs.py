@@ -54,7 +54,7 @@ def test_steps_that_a_scaler_skips_at_the_start_leave_no_step_at_the_configured_
 
 
 def test_parameters_that_thaw_restart_the_estimate():
-    """Their constant is another one, and the mean begins again."""
+    """Their constant is another one, and the past begins again."""
 
     class Thawing(Classifier):
         def configure_optimizers(self):
@@ -68,7 +68,7 @@ def test_parameters_that_thaw_restart_the_estimate():
     callback = LipschitzLR(bound="smooth", schedule="none")
     fit(callback, module, max_steps=49, max_epochs=20)
     terms = {term.symbol: term.value for term in callback.controllers[0].decision.terms}
-    assert terms["past"] == pytest.approx(terms["K"], rel=1e-12)  # of one update
+    assert terms["past"] == pytest.approx(terms["C"] / (terms["c"] * terms["s"]), rel=1e-12)  # of one update
     assert callback.rate == pytest.approx(1 / max(terms["past"], terms["P"]))
 
 

@@ -73,7 +73,7 @@ def test_the_terms_are_the_symbols_of_the_description(name):
     """Those of the constant and of the optimizer's settings aside."""
     info = RULES[name]
     formula = info.description.partition("rate = ")[2]
-    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "s", "C", "K", "P", "K1", "K2", "past"}
+    symbols = set(re.findall(r"[A-Za-z_]\w*", formula)) & {"b", "c", "s", "C", "K", "K1", "K2", "P", "past"}
     inputs = RuleInput(4.0, 16.0, observed_constant=1.0, effective_sample_size=1.0)
     _, _, terms = info.function(inputs, info.initial_state(), SETTINGS)
     assert symbols <= {term.symbol for term in terms}
@@ -87,7 +87,7 @@ def test_the_values_of_the_terms_make_the_rate():
         return rate, {term.symbol: term.value for term in terms}
 
     rate, of = terms("bounded")
-    assert of["K"] == pytest.approx(of["C"] / (of["c"] * of["s"]), rel=1e-12)
+    assert of["K"] == of["past"] == pytest.approx(of["C"] / (of["c"] * of["s"]), rel=1e-12)
     assert rate == pytest.approx(1 / max(of["K"], of["past"], of["P"]), rel=1e-12)
     assert (of["C"], of["n"], of["s"], of["P"]) == (1.5, 6.0, 2.0, 7.0)
     rate, of = terms("adamo")
