@@ -258,7 +258,7 @@ def step_lengths(
     info: OptimizerInfo | None = None,
     update_of: UpdateOf | None = None,
 ) -> Tensor:
-    r"""Measures the step that an optimizer is about to make: two norms and two products of them; shape (4,).
+    r"""Measures the step that an optimizer is about to make: two norms and their product; shape (3,).
 
     The first two are the mean over the weights of :math:`\|g\| / \|u\|`, gradient norm over update norm at lr = 1,
     and 1. Only weights count that have a gradient and are about to move, whatever the learning rate of their group, and
@@ -267,8 +267,8 @@ def step_lengths(
     optimizer of biases or of a flat part of a sharded network, the two are the norms over all parameters.
 
     The third is the inner product of gradient and update over all parameters, each times its group's learning rate over
-    that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate. The fourth
-    has the products of their norms, parameter by parameter.
+    that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate. Momentum that
+    turns back hides what the gradient adds, 1 - b of the displacement by it: half of that, by the norms, is the least.
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
     divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step. For a linear
@@ -280,18 +280,18 @@ def step_lengths(
     """
     info = info or optimizer_info(optimizer)
     if info.is_linear:
-        return _lengths_of_linear(optimizer, grad_scale, ratios)
+        return _lengths_of_linear(optimizer, grad_scale, ratios, _least_share(optimizer, info))
     weights: list[Tensor] = []
     squares: list[Tensor] = []
     products: list[Tensor] = []
-    ratios_of_all: list[float] = []
+    rates: list[float] = []
     for step in _steps(optimizer, grad_scale, ratios, info, update_of):
         if not step.ratio:
             continue
         growth = invariance.norm_growth(step.parameter, step.raw_grad, step.index) if invariance else 1.0
         pair = [_square(step.grad), _square(step.update)]
         squares += pair
-        ratios_of_all.append(step.ratio)
+        rates.append(step.ratio)
         products.append(step.ratio * whole((wide(step.grad) * wide(step.update)).sum()).float())
         if is_weight(step.parameter):
             weights += [growth**2 * pair[0], pair[1]]
@@ -303,11 +303,19 @@ def step_lengths(
     mean = torch.where(counted, grad_norms / norms, 0.0).sum() / counted.sum()
     usable = torch.isfinite(together).all() & counted.any()
     lengths = torch.where(usable, torch.stack([mean, torch.ones_like(mean)]), together)
-    most = (of_all.prod(dim=1).sqrt() * torch.tensor(ratios_of_all).to(together)).sum()
-    return torch.cat([lengths, torch.stack([descent, most])])
+    least = _least_share(optimizer, info) * (of_all.prod(dim=1).sqrt() * torch.tensor(rates).to(together)).sum()
+    return torch.cat([lengths, torch.maximum(descent, least).reshape(1)])
 
 
-def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float]) -> Tensor:
+def _least_share(optimizer: Optimizer, info: OptimizerInfo) -> float:
+    """Half of the part 1 - b of the displacement by a gradient, over the norm of the update."""
+    group = optimizer.param_groups[0]
+    return info.displacement_gain(group) * (1 - momentum_of_any(info.settings(group))) / 2
+
+
+def _lengths_of_linear(
+    optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float], least: float
+) -> Tensor:
     """The result of :func:`step_lengths` for an optimizer with torch's momentum buffers, or without."""
     descent, most = torch.zeros(()), torch.zeros(())
     for group, ratio in zip(optimizer.param_groups, chain(ratios, repeat(1.0)), strict=False):
@@ -323,7 +331,7 @@ def _lengths_of_linear(optimizer: Optimizer, grad_scale: float | Tensor, ratios:
             ) / grad_scale
         descent = descent + ratio * square
     one = (most > 0).to(most.dtype)
-    return torch.stack([torch.where(torch.isfinite(most), one, most), one, descent, most])
+    return torch.stack([torch.where(torch.isfinite(most), one, most), one, torch.maximum(descent, least * most)])
 
 
 def _product(parameter: Tensor, buffer: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, optimizer
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
 from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
-from lit_lipschitz.rules.bounded import momentum_of_any
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class StepScaleEstimator:
         self.pack_logit_grads = self.logit_grads.pack  # another way to measure them may replace it
         self._optimizer, self._info, self._notify = optimizer, info or optimizer_info(optimizer), notify
         self._gain = self._info.displacement_gain(optimizer.param_groups[0])
-        self._momentum = momentum_of_any(self._info.settings(optimizer.param_groups[0]))
         self.copies_fail = False  # whether an update was to be measured, and no copy of the optimizer could step
         self._applied: AppliedStep | None = None
         if self._info.update is None and not self._info.is_linear:
@@ -105,7 +103,7 @@ class StepScaleEstimator:
     def pack(self, grad_scale: float | Tensor, ratios: Sequence[float], rank: int, world_size: int) -> Tensor:
         """This rank's numbers of the step that has begun, for a MAX all-reduce; the gradient norm before clipping.
 
-        Shape (5,), or with gradient norms in the logits (5 + 2 * world_size,), on the gradients' device.
+        Shape (4,), or with gradient norms in the logits (4 + 2 * world_size,), on the gradients' device.
         """
         packed = self._pack_norms(grad_scale, ratios)
         if self._grad_norm is not None:
@@ -113,7 +111,7 @@ class StepScaleEstimator:
             clipping = torch.where(torch.isfinite(clipping), clipping, 1.0)
             # The update of a linear optimizer is as much longer without clipping as the gradient is.
             descent = clipping**2 if self._info.is_linear else clipping
-            packed = packed * torch.stack([clipping, torch.ones_like(clipping), descent, descent])
+            packed = packed * torch.stack([clipping, torch.ones_like(clipping), descent])
             self._grad_norm = None
         loss = packed.new_zeros(1) if self._loss is None else self._loss.to(packed).reshape(1)
         packed, self._loss = torch.cat([packed, loss]), None
@@ -123,7 +121,7 @@ class StepScaleEstimator:
         return torch.where(torch.isfinite(packed), packed, math.inf)
 
     def _norms(self, grad_scale: float | Tensor, ratios: Sequence[float], update_of: UpdateOf | None = None) -> Tensor:
-        """The :func:`step_lengths` of the step that has begun; shape (4,)."""
+        """The :func:`step_lengths` of the step that has begun; shape (3,)."""
         invariance = None if self._info.is_linear else self.invariance
         return step_lengths(self._optimizer, grad_scale, ratios, invariance, self._is_weight, self._info, update_of)
 
@@ -142,7 +140,7 @@ class StepScaleEstimator:
         measured, self._applied.measured = self._applied.measured, None
         self._applied.watch(partial(self._norms, grad_scale, ratios))
         device = self._parameters[0].device
-        return torch.zeros(4, device=device) if measured is None else measured
+        return torch.zeros(3, device=device) if measured is None else measured
 
     def close(self) -> None:
         """Removes the hook."""
@@ -151,13 +149,11 @@ class StepScaleEstimator:
 
     def update(self, reduced: Sequence[float]) -> None:
         """Takes over the MAX over all ranks of :meth:`pack`, read to the host; without a usable gradient nothing."""
-        grad_norm, update_norm, descent, most, loss, *logit_grads = reduced
+        grad_norm, update_norm, descent, loss, *logit_grads = reduced
         # The update of a linear optimizer is the gradient, clipped or not, and 0 with it.
         ratio = 1.0 if self._info.is_linear else grad_norm / update_norm if update_norm > 0 else 0.0
         if not _is_positive(ratio):
             return
-        # A momentum that turns back hides what the gradient adds, 1 - b of its displacement; half of that is the least.
-        descent = max(descent, most * self._gain * (1 - self._momentum) / 2)
         relative = descent / loss if loss > 0 else 0.0
         norms = grad_norms_of_ranks(logit_grads)
         if not all(map(_is_positive, norms)):

@@ -350,7 +350,6 @@ def test_a_checkpoint_that_is_saved_after_a_fit_has_the_state_of_its_end():
     assert [rate for (rate,) in steps.rates + more.rates] == whole
 
 
-@pytest.mark.xfail(strict=True, reason="both have the same rule, and the state of one is taken over for the other")
 def test_the_state_of_another_optimizer_is_refused():
     run = trainer(LipschitzLR(schedule="none"), max_epochs=2)
     run.fit(Classifier(Lion), loader())

@@ -44,6 +44,7 @@ def filled():
         written=[0.3, 0.03],
         step_scale={"ratios": torch.tensor([2.0])},
         due={"steps": 3},
+        optimizer="SGD",
         nonfinite={"steps": [3]},
         residuals={"count": torch.tensor(16.0)},
         head={"head": "net.2", "statistic": {"values": torch.tensor(3.0)}},

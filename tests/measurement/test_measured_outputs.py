@@ -186,7 +186,6 @@ def test_its_state_is_restored():
     restored = MeasuredOutputs(CPU)
     restored.load_state_dict(outputs.state_dict())
     assert packed(restored) == packed(outputs)
-    assert restored.state_dict()["steps"] == 1
 
 
 class Operations(TorchDispatchMode):
