@@ -186,6 +186,8 @@ def test_its_state_is_restored():
     restored = MeasuredOutputs(CPU)
     restored.load_state_dict(outputs.state_dict())
     assert packed(restored) == packed(outputs)
+    assert restored.state_dict()["new_interval"] == outputs.state_dict()["new_interval"]
+    assert restored.state_dict()["new_interval"] != MeasuredOutputs(CPU).state_dict()["new_interval"]
 
 
 class Operations(TorchDispatchMode):

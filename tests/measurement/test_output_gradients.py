@@ -321,26 +321,29 @@ def test_the_losses_of_other_heads_do_not_enter(toggle):
     assert measured[1].mean_logit_grad_norm == pytest.approx(measured[0].mean_logit_grad_norm, rel=1e-5)
 
 
-def test_after_parameters_thaw_the_next_step_is_measured():
-    """What is read of the step with which they thaw has none: nothing had said so before its backward."""
+@pytest.mark.parametrize(("thaw", "measured"), [(18, 18), (20, 24)])
+def test_after_parameters_thaw_the_next_due_step_is_measured(thaw, measured):
+    """They thaw right before a step, which is the first of an epoch, or between two of those that are due."""
 
     class Thawing(Classifier):
         def on_before_optimizer_step(self, optimizer):
-            self.net[0].requires_grad_(self.global_step >= 20)
+            self.net[0].requires_grad_(self.global_step >= thaw)
 
     class Look(L.Callback):
         def __init__(self):
-            self.seen = []
+            self.seen, self.trained = [], []
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             self.seen.append(callback.controllers[0].decision.observed_constant)
+            self.trained.append(callback.controllers[0].state_dict()["step_scale"]["num_trained"])
 
     callback = LipschitzLR(schedule="none")
     module = Thawing(adamw)
     module.net[0].requires_grad_(False)
-    trainer(callback, look := Look(), max_epochs=4).fit(module, loader())
-    assert [step for step, seen in enumerate(look.seen) if not seen] == [20]
-    assert len(look.seen) == 24
+    trainer(callback, look := Look(), max_epochs=5).fit(module, loader())
+    assert look.trained == [2] * measured + [4] * (30 - measured)
+    assert look.seen[measured] != look.seen[measured - 1]
+    assert all(seen > 0 for seen in look.seen)
 
 
 MOVED = {

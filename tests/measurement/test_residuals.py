@@ -56,7 +56,7 @@ def test_one_rank_changes_nothing_by_sharing():
 
 def test_where_there_is_no_squared_error_nothing_is_sent():
     assert len(RunningResiduals().pack(1, 4)) == 0
-    assert RunningResiduals().unpack(torch.zeros(0)).tolist() == [0] * 6
+    assert RunningResiduals().unpack(torch.zeros(0)).tolist() == [0] * 11
 
 
 def test_outputs_of_another_width_are_left_out():
@@ -100,7 +100,7 @@ def test_sums_that_overflow_are_no_residual():
     for _ in range(3):
         residuals.add(torch.full((1, 1), 1.2e19), torch.zeros(1, 1))
     assert torch.isfinite(residuals.values).all()
-    over = Residuals(3.0, 1.0, math.inf, 3.0, math.inf, 3.0)
+    over = Residuals(3.0, 1.0, 3.0, math.inf, 3.0, math.inf, 3.0)
     assert (over.root_mean_square, over.fraction_unexplained) == (0.0, None)
 
 
@@ -116,4 +116,6 @@ def test_an_interval_ends_before_its_epoch_does():
     residuals.add(torch.full((24, 1), 3.0), torch.zeros(24, 1), factor=0.5)
     assert Residuals(*residuals.values.tolist()).root_mean_square == pytest.approx(3)
     residuals.end_epoch()
-    assert residuals.values.tolist() == pytest.approx([0, 0, 0, 32, 288, 16])
+    everything = torch.cat([targets, torch.zeros(32, 1)])
+    total = float((everything - everything.mean()).square().sum())
+    assert residuals.values.tolist() == pytest.approx([COUNT + 32, total, 0, 0, 32, 288, 16, 0, 0, 0, 0], rel=1e-4)

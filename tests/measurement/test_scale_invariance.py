@@ -242,9 +242,14 @@ def test_weights_that_have_grown_do_not_change_the_scale():
     assert float(step_lengths(optimizer)[0]) < 0.95 * float(plain[0])
 
 
+def terms_of(callback):
+    return {term.symbol: term.value for term in callback.controllers[0].decision.terms}
+
+
 @pytest.mark.parametrize("optimizer", [adamw, lambda p: AdamWScheduleFree(p, lr=1.0)])
-def test_how_long_a_normalised_weight_starts_makes_no_difference_to_the_rate(optimizer):
-    rates = []
+def test_how_long_a_normalised_weight_starts_makes_no_difference_to_the_constant(optimizer):
+    """The descent is that of the gradient as it is, which is the shorter the longer the weight."""
+    found = []
     for factor in (1.0, 4.0):
         torch.manual_seed(0)
         module = Classifier(optimizer, normalised())
@@ -252,9 +257,11 @@ def test_how_long_a_normalised_weight_starts_makes_no_difference_to_the_rate(opt
             module.net[2].weight.mul_(factor)
         if optimizer is not adamw:
             module.on_train_epoch_start = lambda module=module: module.trainer.optimizers[0].train()
-        trainer(LipschitzLR(schedule="none"), steps := Steps(), max_steps=1).fit(module, loader())
-        rates.append(steps.rates[0][0])
-    assert rates[1] == pytest.approx(rates[0], rel=1e-3)
+        trainer(callback := LipschitzLR(schedule="none"), max_steps=1).fit(module, loader())
+        found.append(terms_of(callback))
+        assert callback.rate == pytest.approx(1 / max(found[-1]["K"], found[-1]["P"]))
+    assert found[1]["K"] == pytest.approx(found[0]["K"], rel=1e-3)
+    assert 0 < found[1]["P"] < found[0]["P"]
 
 
 class Grow(L.Callback):
@@ -266,34 +273,36 @@ class Grow(L.Callback):
 
 
 def fit(*callbacks, path=None, **settings):
+    """The rates, and the terms of the last one."""
     torch.manual_seed(0)
-    run = trainer(LipschitzLR(schedule="none"), steps := Steps(), *callbacks, max_epochs=8, **settings)
+    ours = LipschitzLR(schedule="none")
+    run = trainer(ours, steps := Steps(), *callbacks, max_epochs=8, **settings)
     net = normalised()
     with torch.no_grad():
         net[2].weight.mul_(0.1)  # short, so that most of the gradient is in it
     run.fit(Classifier(adamw, net), loader(), ckpt_path=path)
-    return [rate for (rate,) in steps.rates]
+    return [rate for (rate,) in steps.rates], terms_of(ours)
 
 
-def test_the_rate_does_not_fall_because_they_grow(monkeypatch):
-    rates = []
+def test_the_constant_does_not_rise_because_they_grow(monkeypatch):
+    inverses = []
     for measured in (True, False):
         if not measured:
             monkeypatch.setattr(ScaleInvariance, "norm_growth", lambda *_: 1.0)
-        rates.append([fit(), fit(Grow())])
-    (still, grown), (_, before) = rates
-    assert grown[-1] > 0.7 * still[-1]
-    assert before[-1] < 0.6 * still[-1]
+        inverses.append([1 / terms["K"] for _, terms in (fit(), fit(Grow()))])
+    (still, grown), (_, before) = inverses
+    assert grown > 0.7 * still
+    assert before < 0.6 * still
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_rates(tmp_path):
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=18, save_top_k=-1)
-    whole = fit(Grow(), saved, enable_checkpointing=True)
+    whole, _ = fit(Grow(), saved, enable_checkpointing=True)
     path = tmp_path / "step=18.ckpt"
-    assert fit(Grow(), path=path) == whole[18:]
+    assert fit(Grow(), path=path)[0] == whole[18:]
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["callbacks"]["LipschitzLR"]["optimizers"][0]["step_scale"]
     assert sum(0 <= cosine < 0.3 and norm > 0 for cosine, norm in state["scale_invariance"]) == 1
     state["scale_invariance"] = []
     torch.save(checkpoint, path)
-    assert fit(Grow(), path=path) != whole[18:]
+    assert fit(Grow(), path=path)[0] != whole[18:]
