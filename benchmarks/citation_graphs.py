@@ -65,9 +65,14 @@ _CLASSES = {
     "_reconstruct": np.zeros(0).__reduce__()[0],  # type: ignore[index]
     "ndarray": np.ndarray,
     "dtype": np.dtype,
+    "encode": lambda text, encoding: text.encode(encoding),  # of _codecs, for bytes of Python 2
+    "_frombuffer": lambda data, dtype, shape, order: np.frombuffer(data, dtype).reshape(shape, order=order),
 }
 _MODULES = ("scipy.sparse.csr", "scipy.sparse._csr", "collections", "__builtin__", "builtins", "numpy")
-_MODULES += ("numpy.core.multiarray", "numpy._core.multiarray")
+_MODULES += tuple(
+    f"{package}.{part}" for package in ("numpy.core", "numpy._core") for part in ("multiarray", "numeric")
+)
+_MODULES += ("_codecs",)
 
 
 class _PlanetoidUnpickler(pickle.Unpickler):
