@@ -268,7 +268,8 @@ def step_lengths(
 
     The third is the inner product of gradient and update over all parameters, each times its group's learning rate over
     that of the first one (``ratios``): how fast the loss of the batch falls per unit of the learning rate. A momentum
-    that turns back hides what the gradient adds, 1 - b of the displacement by it: half of that, by the norms, is the least.
+    that turns back hides what the gradient adds, 1 - b of the displacement by it: half of that, by the norms, is the
+    least.
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
     divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step. For a linear

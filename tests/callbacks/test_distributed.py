@@ -307,9 +307,9 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
         reductions = Counter(eval(Path(f"reductions{rank}").read_text()))
         assert (reductions[9 + 2 + 4], reductions[9 + 2], reductions[4]) == (3, 3, 4 + 1)
     two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
-    for rank in range(2):  # and six more a rank, and the mean of each output
+    for rank in range(2):  # and eleven more a rank, and the mean of each output
         reductions = Counter(eval(Path(f"reductions{rank}").read_text()))
-        update = 9 + 2 + 6 * 2 + CLASSES
+        update = 9 + 2 + 11 * 2 + CLASSES
         assert (reductions[update + 4], reductions[update], reductions[4]) == (3, 3, 4 + 1)
 
 
