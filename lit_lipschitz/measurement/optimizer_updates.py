@@ -326,7 +326,8 @@ def _lengths_of_linear(
         square = grad_norm(grads).square() / grad_scale**2
         descent, most = descent.to(square.device), most.to(square.device) + ratio * square
         if any(optimizer.state[one].get("momentum_buffer") is not None for one in group["params"]):
-            square = (1 - float(group.get("dampening", 0.0))) * square + float(group["momentum"]) * sum(
+            momentum = float(group["momentum"]) * (-1 if group.get("maximize", False) else 1)
+            square = (1 - float(group.get("dampening", 0.0))) * square + momentum * sum(
                 (_product(one, optimizer.state[one].get("momentum_buffer")) for one in group["params"]),
                 torch.zeros_like(square),
             ) / grad_scale
@@ -349,7 +350,7 @@ class _Step:
 
     parameter: Tensor
     index: int  # among all parameters of the optimizer
-    ratio: float  # of its group's learning rate to the first one's, negative where the loss is maximized
+    ratio: float  # of its group's learning rate to the first one's
     raw_grad: Tensor  # as the backward has left it
     grad: Tensor  # as the optimizer takes it, with weight decay
     update: Tensor
@@ -384,7 +385,7 @@ def _steps(
                 for name, value in optimizer.state.get(parameter, {}).items()
             }
             update = info.update(grad, state, group)
-        yield _Step(parameter, index, -ratio if group.get("maximize", False) else ratio, raw_grad, grad, update)
+        yield _Step(parameter, index, ratio, raw_grad, grad, update)
 
 
 def _pairs(squares: Sequence[Tensor], device: torch.device | None = None) -> Tensor:

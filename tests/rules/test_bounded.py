@@ -413,16 +413,12 @@ def least_squares(optimizer, steps, offset=0.0, size=1.0):
     return record, largest
 
 
-DIVERGES = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="P is 0 where the velocity points uphill, and nothing bounds the rate"
-)
-
-
-@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=DIVERGES)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_descent_bounds_the_rate_of_least_squares_with_small_residuals(momentum):
     """The constant of the gradient is as small as outputs and targets, and the descent over the loss is not."""
     record, _ = least_squares(lambda p: torch.optim.SGD(p, lr=1.0, momentum=momentum), 200, size=1e-3)
-    assert record.rates == pytest.approx(grown([1 / max(terms["past"], terms["P"]) for terms in record.terms]))
+    for rate, terms in zip(record.rates, record.terms, strict=True):
+        assert rate <= (1 + 1e-6) / max(terms["past"], terms["P"])
     assert record.terms[0]["P"] > 10 * record.terms[0]["past"]
     assert record.losses[-1] < 1e-3 * record.losses[0]
 
