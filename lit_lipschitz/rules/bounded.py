@@ -84,7 +84,10 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         ),
         Term("P", inputs.descent, "decrease of the loss per unit of the learning rate, over the loss"),
     ]
-    rate = min(1 / max(now, past, inputs.descent), MAX_GROWTH * state.rate)
+    rate, most = 1 / max(now, past, inputs.descent), MAX_GROWTH * state.rate
+    if rate > most:
+        rate = most
+        terms.append(Term("most", most, "a quarter above the last rate, which limits this one"))
     return RuleResult(rate, state._replace(rate=rate), tuple(terms))
 
 
