@@ -149,3 +149,28 @@ def test_the_descent_is_how_fast_the_loss_falls_along_the_velocity_of_sgd(seed, 
         assert measured(estimator).descent == pytest.approx(max(fall, 0.0) / loss(start), rel=1e-3)
         optimizer.step()
         start = parameter.detach().numpy().copy()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, **settings: torch.optim.SGD(p, lr=0.01, **settings),
+        lambda p, **settings: torch.optim.SGD(p, lr=0.01, momentum=0.9, **settings),
+        lambda p, **settings: torch.optim.Adam(p, lr=0.01, **settings),
+    ],
+)
+def test_to_maximize_the_negative_of_a_loss_has_the_descent_of_the_loss(make):
+    found = []
+    for sign in (1, -1):
+        weights = nn.Parameter(torch.arange(1.0, 7.0).reshape(2, 3))
+        optimizer = make([weights], maximize=sign < 0)
+        estimator = estimator_of(optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = sign * weights.square().sum()
+            loss.backward()
+            estimator.add_loss(loss, 1.0)
+            found.append(measured(estimator).descent)
+            optimizer.step()
+    assert found[4:] == pytest.approx(found[:4], rel=1e-6)
+    assert min(found) > 0
