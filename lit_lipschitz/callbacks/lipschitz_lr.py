@@ -155,7 +155,7 @@ class LipschitzLR(Callback):
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
         self._logging_interval = 1
-        self._unlogged: list[int] = []  # positions of optimizers with new metrics
+        self._unlogged: dict[int, bool] = {}  # optimizers with new metrics, and whether an interval has begun
         self._controllers: dict[int, Controller] = {}  # by the optimizer's position
         self._finished: dict[int, FinishedController] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
@@ -294,14 +294,15 @@ class LipschitzLR(Callback):
         loop = self._loop_now()
         changed = self._controllers[position].on_step(loop)
         if changed or (loop.step + 1) % self._logging_interval == 0:
-            self._unlogged.append(position)
+            self._unlogged[position] = changed or self._unlogged.get(position, False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs, and ends the interval with its last step, so that an epoch's checkpoint has what all ranks share."""
-        for position in dict.fromkeys(self._unlogged):
-            self._log(pl_module, position)
+        for position, changed in self._unlogged.items():
+            # Without a logger the progress bar alone shows a step.
+            self._log(pl_module, position, only_bar=not (changed or trainer.loggers))
         self._unlogged.clear()
         before = self._loop
         if before.world_size == 1 and not (trainer.is_last_batch or self._measures_batch(before)):
@@ -322,11 +323,13 @@ class LipschitzLR(Callback):
         for controller in self._controllers.values():
             controller.share()
 
-    def _log(self, pl_module: LightningModule, position: int) -> None:
+    def _log(self, pl_module: LightningModule, position: int, only_bar: bool) -> None:
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
         for name, value in self._metrics(position).items():
-            tensor = torch.tensor(value, dtype=torch.float64)
-            pl_module.log(name, tensor, prog_bar=name.endswith("/lr"), batch_size=1)
+            in_bar = name.endswith("/lr")
+            if in_bar or not only_bar:
+                tensor = torch.tensor(value, dtype=torch.float64)
+                pl_module.log(name, tensor, prog_bar=in_bar, batch_size=1)
 
     def _metrics(self, position: int) -> dict[str, float]:
         """Metrics of a controller for loggers; with several optimizers their names contain its position."""
