@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights, warn_of_batch_norm
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.optim.schedules import LinearWarmupDecay
 
 Batch = tuple[Tensor, Tensor]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -205,6 +206,22 @@ class ImageClassifier(L.LightningModule):
                 "trainer.max_steps, and trainer.limit_train_batches above 0"
             )
         return int(steps)
+
+    def on_train_start(self) -> None:
+        """Continues a schedule over the run's length by the length that this run has, where it is resumed with more.
+
+        The learning rate in a checkpoint is that of the old length: 0 where that run was complete.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            if not isinstance(scheduler, LinearWarmupDecay):
+                continue
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors, strict=False):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * factor)
+                else:
+                    group["lr"] = lr * factor
 
     def on_fit_start(self) -> None:
         """Sets the seed of the run, unless it was loaded from a checkpoint."""

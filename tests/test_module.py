@@ -183,9 +183,9 @@ def test_no_step_between_updates_waits_for_the_device(monkeypatch):
         trainer(LipschitzLR(), Count(), max_epochs=3).fit(module, datamodule=data)
     assert len(per_step) == 3 * 14
     assert per_step[0] > 0
-    assert per_step[14:27] == [0] * 13
-    assert per_step[27] > 0
-    assert per_step[28:41] == [0] * 13
+    # Steps 15 and 29 are the first of an epoch, 16, 31 and 32 are due, and 28 and 42 end an epoch.
+    waiting = [step for step, count in enumerate(per_step, start=1) if count]
+    assert [step for step in waiting if step > 14] == [15, 16, 28, 29, 31, 32, 42]
 
 
 @pytest.mark.parametrize(
@@ -350,3 +350,21 @@ def test_clipped_probabilities_are_keras_loss():
 def test_clipping_out_of_its_range_is_named(settings, named):
     with pytest.raises(ConfigurationError, match=named):
         ImageClassifier(MLP(), **settings)
+
+
+def test_a_complete_run_that_is_resumed_with_more_epochs_goes_on_by_the_new_length():
+    factors = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_):
+            factors.append(callback.controllers[0].factor)
+
+    data = DigitsDataModule(batch_size=100, val_split=0.0, augment=False)
+    for epochs, path in ((2, None), (6, "complete.ckpt")):
+        factors.clear()
+        callback = LipschitzLR()
+        run = trainer(callback, Watch(), max_epochs=epochs)
+        run.fit(ImageClassifier(MLP(), scheduler=LinearWarmupDecay), datamodule=data, ckpt_path=path)
+        run.save_checkpoint("complete.ckpt")
+    # 28 of 84 steps are made, and 8.4 are the warm-up.
+    assert factors == pytest.approx([(84 - step) / (84 - 8.4) for step in range(28, 84)])

@@ -96,7 +96,8 @@ class StepScaleEstimator:
         """A step is about to be made and measured; the estimate begins again if other parameters train than before."""
         # For other optimizers' losses some may be frozen for a while.
         num_trained = sum(parameter.requires_grad for parameter in self._parameters)
-        self.restarted = num_trained != self._num_trained
+        # What is known of a linear optimizer does not depend on which parameters train.
+        self.restarted = num_trained != self._num_trained and not self._info.is_linear
         if self.restarted:
             self._num_trained, self.scale = num_trained, StepScale()
 

@@ -65,7 +65,7 @@ def test_hyperparameters_come_with_the_curves_that_are_their_outcome(events):
     (run,) = find_runs(["lightning_logs"])
     assert set(run.curves) == {
         *metrics,
-        *(f"lipschitz/{n}" for n in ("lr", "constant", "measured", "activation_norm", "weight_norm")),
+        *(f"lipschitz/{n}" for n in ("lr", "constant", "measured", "activation_norm", "weight_norm", "step_scale")),
     }
 
 
