@@ -104,7 +104,8 @@ def test_what_an_index_shows(metadata):
     # Where the sources are is not known to themselves.
     urls = dict(one.split(", ", 1) for one in metadata.get_all("Project-URL"))
     assert urls == {"Paper": "https://arxiv.org/abs/1902.07399"}
-    assert {"digits", "plots", "docs", "dev"} == set(metadata.get_all("Provides-Extra"))
+    extras = {"digits", "plots", "docs", "dev", "joblib", "ray", "submitit"}
+    assert extras == set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_changelog_has_the_version():
