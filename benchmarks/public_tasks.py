@@ -58,7 +58,7 @@ class PublicTask:
     Attributes:
         settings: Where the settings stand.
         network: Makes the network.
-        data: Makes the data; its validation part is the test part where the source has none.
+        data: Makes the data. If the source has no validation part, the test part validates too.
         loss: The training loss.
         metric: ``"accuracy"`` in per cent, ``"loss"``, or ``"steps"`` until the validation accuracy is above 97 %.
         epochs: Length of the run.

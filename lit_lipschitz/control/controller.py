@@ -247,7 +247,8 @@ class Controller:
         if self._finder.differs:
             self._measure_from_now(loop)
         due, batches = self.due, max(1, self._with_loss or (0 if loop.automatic else self._begun))
-        if due or self._finder.watching:
+        # In the first step, that of a resumed run too, the ranks compare what they found: all of them, due or not.
+        if due or self._finder.watching or self.decision is None:
             self._end_measurement(self.found, loop, batches)
         before = self.updater.state.decision
         if before is None or self.decision is None:

@@ -119,8 +119,8 @@ class OutputLayerSearch:
 
         Returns:
             Linear layers, convolutions, bilinear layers, embeddings and matrix products with a parameter, or with a
-            weight that is computed from parameters alone; code that may hide some. If the graph has none of these, the
-            parameters that it meets, each as the output of itself.
+            weight that is computed from parameters alone, and compiled or checkpointed code, which may contain some.
+            If the graph has none of these, the parameters that it meets, each as its own output.
         """
         owner = None if owned is None else frozenset(owned)
         if owner not in self._layers:

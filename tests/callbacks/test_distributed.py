@@ -185,6 +185,24 @@ class Regular(ModelCheckpoint):
         super().__init__("all", filename="{step}", every_n_train_steps=every, save_top_k=-1)
 
 
+class OtherOnOneRank(Classifier):
+    """The second rank has a loss that is not recognised from step 5 on, which is not measured as such."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss.exp() if self.global_rank == 1 and self.global_step >= 4 else loss
+
+
+def test_ranks_that_are_resumed_where_one_has_another_loss_than_any_before_go_on_together():
+    settings = {"max_epochs": 3, "enable_checkpointing": True}
+    torch.manual_seed(1)
+    assert_alike(*two_ranks(LipschitzLR(), OtherOnOneRank(), 8, Regular(4), **settings))
+    torch.manual_seed(1)
+    found = two_ranks(LipschitzLR(), OtherOnOneRank(), 8, ckpt_path="all/step=4.ckpt", **settings)
+    assert_alike(*found)
+    assert len(found[0]["rates"]) == 3 * 6 - 4
+
+
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_run_resumed_in_mid_epoch_has_the_same_rates_and_weights_on_both_ranks(settings, scheduled):
