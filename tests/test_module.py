@@ -21,6 +21,7 @@ from lit_lipschitz import (
     LipschitzLR,
     ResNetV1,
 )
+from lit_lipschitz.control.results import Results
 from lit_lipschitz.data import DeviceLoader
 
 
@@ -357,7 +358,7 @@ def test_a_complete_run_that_is_resumed_with_more_epochs_goes_on_by_the_new_leng
 
     class Watch(L.Callback):
         def on_train_batch_end(self, *_):
-            factors.append(callback.controllers[0].factor)
+            factors.append(Results.of(callback.controllers[0]).factor)
 
     data = DigitsDataModule(batch_size=100, val_split=0.0, augment=False)
     for epochs, path in ((2, None), (6, "complete.ckpt")):

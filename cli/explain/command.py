@@ -17,6 +17,7 @@ from lit_lipschitz.cli.fit.command import run
 from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.cli.output import fail, to_json
 from lit_lipschitz.control.controller import Controller
+from lit_lipschitz.control.results import Results
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.head_hooks import HeadHook
 from lit_lipschitz.recognition.heads import head_size
@@ -135,8 +136,8 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
     """
     policy, options, decision = controller.policy, controller.options, controller.decision
     assert decision is not None
-    optimizer, rates = controller.optimizer, controller.rates
-    own = [f"LipschitzLR's own {controller.schedule}"] if controller.schedule is not None else []
+    optimizer, rates, results = controller.optimizer, controller.rates, Results.of(controller)
+    own = [f"LipschitzLR's own {results.schedule}"] if results.schedule is not None else []
     return {
         "optimizer": type(optimizer).__name__,
         "position": position,
@@ -146,7 +147,7 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "norm": policy.norm,
         "measure": options.measure,
         "weights": options.weights,
-        "accumulation": controller.batches,
+        "accumulation": results.batches,
         "ranks": trainer.world_size,
         "rule": decision.rule or None,
         "rule_description": RULES[decision.rule].description if decision.rule else None,
@@ -156,10 +157,10 @@ def explanation(trainer: L.Trainer, position: int, controller: Controller) -> di
         "rate": decision.lr,
         "limit": decision.cap or None,
         "initial_lr": options.initial_lr if not decision.rule else None,
-        "num_scale_invariant": controller.num_scale_invariant,
-        "fraction_unexplained": controller.fraction_unexplained,
-        "damping": controller.damping,
-        "factor": controller.factor,
+        "num_scale_invariant": results.num_scale_invariant,
+        "fraction_unexplained": results.fraction_unexplained,
+        "damping": results.damping,
+        "factor": results.factor,
         "schedulers": [type(scheduler).__name__ for scheduler in controller.schedulers] + own,
         "lr": rates[0],
         "lr_of_groups": rates,

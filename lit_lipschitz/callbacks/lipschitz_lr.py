@@ -23,16 +23,15 @@ from lit_lipschitz.callbacks.trainer_facts import (
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
-from lit_lipschitz.control.finished import FinishedController
+from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.results import Results
 from lit_lipschitz.control.state import OTHER_VERSION, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.norms import Weights
-from lit_lipschitz.recognition.autograd_nodes import beginning_of
-from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
 
@@ -156,8 +155,8 @@ class LipschitzLR(Callback):
         self._loop: LoopFacts  # at the start of the batch
         self._logging_interval = 1
         self._unlogged: dict[int, bool] = {}  # optimizers with new metrics, and whether an interval has begun
-        self._controllers: dict[int, Controller] = {}  # by the optimizer's position
-        self._finished: dict[int, FinishedController] = {}  # likewise, after the fit
+        self._controllers = Controllers()  # by the optimizer's position
+        self._finished: dict[int, Results] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
 
@@ -169,7 +168,7 @@ class LipschitzLR(Callback):
         return name if self._attached else f"{name}{id(self)}"
 
     @property
-    def _first(self) -> Controller | FinishedController | None:
+    def _first(self) -> Controller | Results | None:
         return next(iter(self.controllers.values()), None)
 
     @property
@@ -188,7 +187,7 @@ class LipschitzLR(Callback):
         return (self._first.decision.constant or None) if self._first and self._first.decision else None
 
     @property
-    def controllers(self) -> dict[int, Controller | FinishedController]:
+    def controllers(self) -> dict[int, Controller | Results]:
         """The controllers by the position of their optimizer, or their results after the fit; empty before it."""
         return {**self._controllers, **self._finished}
 
@@ -208,8 +207,8 @@ class LipschitzLR(Callback):
         if stage != "fit":
             return
         _check_callbacks(callbacks_of(trainer))
-        self._detach()
-        self._controllers, self._finished, self._stored = {}, {}, {}
+        self._controllers.close()
+        self._controllers, self._finished, self._stored = Controllers(), {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
@@ -225,26 +224,21 @@ class LipschitzLR(Callback):
             before_step, stored = partial(self.before_step, i), self._stored.get(i)
             self._controllers[i] = Controller(self.policy, self.options, target, self._loop, stored, before_step)
 
-    def _detach(self) -> None:
-        for controller in self._controllers.values():
-            controller.close()
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the hooks, and keeps the results and nothing of the run."""
-        self._detach()
-        self._finished.update({i: FinishedController.of(one) for i, one in self._controllers.items()})
-        self._controllers = {}
+        self._controllers.close()
+        self._finished.update({i: Results.of(one) for i, one in self._controllers.items()})
+        self._controllers = Controllers()
         for name in ("_facts", "_loop", "log", "log_dict"):  # the last two are methods of the module, set by Lightning
             vars(self).pop(name, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes the hooks after an interruption, which Lightning does not tear down."""
-        self._detach()
+        self._controllers.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets batches of the last epoch that made no step."""
-        for controller in self._controllers.values():
-            controller.begin_epoch()
+        self._controllers.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the measurement of a batch."""
@@ -252,8 +246,7 @@ class LipschitzLR(Callback):
             # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
             _measure_by_pass(trainer, pl_module, list(self._controllers.values()))
         self._loop = self._facts.now()
-        for controller in self._controllers.values():
-            controller.begin_batch(self._loop)
+        self._controllers.begin_batch(self._loop)
 
     def _loop_now(self) -> LoopFacts:
         """The state of the loop up to the optimizer step; in manual optimization, steps may have been made before."""
@@ -261,30 +254,15 @@ class LipschitzLR(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Ends the measurement of a batch by its loss; the first loss shows the head."""
-        loop, controllers = self._loop_now(), list(self._controllers.values())
-        kind = beginning_of(loss.grad_fn)
-        new = [controller for controller in controllers if controller.is_new(kind)]
-        for controller in controllers:
-            controller.begin_backward()
-        if not new and len(controllers) == 1:
-            controllers[0].pass_over_loss(loss, loop)
-            return
-        graph = LossGraph(loss, self.options.loss_name)
-        for controller in _owners(controllers, graph):
-            controller.observe_loss(loss, loop)
-        for controller in new:
-            controller.on_loss(graph, loop)
+        self._controllers.before_backward(loss, self._loop_now())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes how long the gradients are, which may be clipped."""
-        for controller in self._controllers.values():
-            controller.after_backward(self._loop)
+        self._controllers.after_backward(self._loop)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tells the other controllers; the rate is decided later, when the gradients are clipped."""
-        for controller in self._controllers.values():
-            if controller.optimizer is not optimizer:
-                controller.on_other_optimizer_step()
+        self._controllers.before_step_of(optimizer)
 
     def before_step(self, position: int) -> None:
         """Updates the rate of an optimizer if an update is due, and writes it; its step calls this.
@@ -305,23 +283,15 @@ class LipschitzLR(Callback):
             self._log(pl_module, position, only_bar=not (changed or trainer.loggers))
         self._unlogged.clear()
         before = self._loop
-        if before.world_size == 1 and not (trainer.is_last_batch or self._measures_batch(before)):
+        if before.world_size == 1 and not (trainer.is_last_batch or self._controllers.measures_batch(before)):
             return
         loop = self._facts.now()
         may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
-        for controller in self._controllers.values():
-            controller.end_batch(loop, may_be_saved)
-
-    def _measures_batch(self, loop: LoopFacts) -> bool:
-        """Whether a controller has more to do at the end of a batch than to count it."""
-        if not loop.automatic or self.options.update != "epoch":
-            return True
-        return any(one.measuring or loop.epoch > one.updater.state.epoch for one in self._controllers.values())
+        self._controllers.end_batch(loop, may_be_saved)
 
     def share(self) -> None:
         """Gives all ranks the same values, for a checkpoint after a step; all ranks must call it."""
-        for controller in self._controllers.values():
-            controller.share()
+        self._controllers.share()
 
     def _log(self, pl_module: LightningModule, position: int, only_bar: bool) -> None:
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
@@ -370,14 +340,6 @@ class LipschitzLR(Callback):
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
-
-
-def _owners(controllers: list[Controller], graph: LossGraph) -> list[Controller]:
-    """The controllers whose heads a loss goes through; all of them if its graph does not show any."""
-    if len(controllers) == 1:
-        return controllers
-    heads = graph.first_affine_maps
-    return [one for one in controllers if any(one.hooks.owns(head) for head in heads)] or controllers
 
 
 def _settings(policy: Policy, options: Options) -> dict[str, Any]:

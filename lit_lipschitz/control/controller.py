@@ -13,12 +13,11 @@ from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
+from lit_lipschitz.control.results import metrics_of
+from lit_lipschitz.control.step_batches import StepBatches
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.optim.lr_writer import LRWriter
 from lit_lipschitz.recognition.loss_graph import LossGraph
-
-MAX_KINDS = 64
-"""Most kinds of losses that are told apart; a loss of another kind is measured in each step."""
 
 
 class Controller:
@@ -48,7 +47,7 @@ class Controller:
         self._finder = Finder(policy, options, target, loop, saved.head)
         wanted = options.schedule == "auto" and policy.bound != "paper"
         scheduled, averages_weights = self._writer.scheduled, self.updater.info.averages_weights
-        self._schedule = BuiltinSchedule.of(
+        self.schedule = BuiltinSchedule.of(
             target, loop, wanted=wanted, scheduled=scheduled, averages_weights=averages_weights
         )
         self.found: FoundHeads | None = None  # the head and the loss; None before the first loss
@@ -58,10 +57,7 @@ class Controller:
         # Whether all ranks measure the constant, and so decide by it; else one of them may.
         self._measured_by_all = self.measurement is not None and self.measurement.largest_grad_norm > 0
         self._batch_open = False  # whether a batch has begun that has made no loss yet
-        self._begun = 0  # batches since the last optimizer step
-        self._with_loss = 0  # of these, batches whose gradients are in the next one
-        self._has_loss = False  # whether this batch is one of them
-        self._pending = False  # whether a loss has come since the last step
+        self._batches = StepBatches()
         self._versions = 0  # changes to the weights before this batch
         self.measuring = False  # whether the forwards of this batch are measured
         self._is_unknown = False  # whether the last loss was of a kind that was not measured before
@@ -87,35 +83,9 @@ class Controller:
         return self.found.hook.name if self.found else None
 
     @property
-    def batches(self) -> int:
-        """Batches in an optimizer step, on each rank."""
-        return self.updater.state.accumulated
-
-    @property
-    def num_scale_invariant(self) -> int | None:
-        """Number of scale-invariant weights; None if the rule does not look for them."""
-        estimator = self.updater.estimator
-        return estimator.invariance.num_scale_invariant if estimator else None
-
-    @property
-    def schedule(self) -> str | None:
-        """Description of the built-in schedule, if it is used; known from the first step on."""
-        return self._schedule.description
-
-    @property
-    def fraction_unexplained(self) -> float | None:
-        """Fraction of variance that a squared error left unexplained in the last epoch; None for other losses."""
-        return self.updater.state.damping.fraction_unexplained
-
-    @property
     def damping(self) -> float:
         """Factor of the noise damping, which is part of the built-in schedule; 1 without one."""
-        return self.updater.state.damping.factor if self.schedule else 1.0
-
-    @property
-    def factor(self) -> float:
-        """Factor of schedulers, built-in schedule and damping between the last decision and the first group's lr."""
-        return self.rates[0] / self.decision.lr if self.decision and self.decision.lr else 1.0
+        return self.updater.state.damping.factor if self.schedule.description else 1.0
 
     def close(self) -> None:
         """Removes all hooks."""
@@ -126,18 +96,19 @@ class Controller:
 
     def begin_epoch(self) -> None:
         """Forgets batches of the last epoch that made no step."""
-        self._begun = self._with_loss = 0
+        self._batches.clear()
 
     def on_short_epoch(self, loop: LoopFacts) -> None:
         """Reports that an epoch has skipped batches that the schedule counts on."""
-        self._schedule.on_short_epoch(loop)
+        self.schedule.on_short_epoch(loop)
 
     def begin_backward(self) -> None:
         """Forgets the batches and losses since the last step if their gradients are not in the next one."""
         groups = self.optimizer.param_groups
-        if not self._pending or any(p.grad is not None for group in groups for p in group["params"]):
+        if not self._batches.pending or any(p.grad is not None for group in groups for p in group["params"]):
             return
-        self._begun, self._with_loss, self._has_loss, self._pending = 0, 0, False, False
+        self._batches.clear()
+        self._batches.pending = False
         self._finder.discard_gradients()
         if self.updater.estimator is not None:
             self.updater.estimator.discard()
@@ -145,7 +116,7 @@ class Controller:
     def begin_batch(self, loop: LoopFacts) -> None:
         """Starts the measurement of a batch; discards a batch that made no loss."""
         self._writer.end_step()
-        self._begun, self._has_loss = self._begun + 1, False
+        self._batches.begin()
         if not self.due:
             return
         if self._batch_open or not loop.automatic:
@@ -166,10 +137,7 @@ class Controller:
 
     def is_new(self, kind: tuple[str, ...]) -> bool:
         """Whether a loss whose graph begins with these nodes is to be measured, in a step that need not be due."""
-        kinds, name = self.updater.state.losses, " ".join(kind)
-        self._is_unknown = name not in kinds
-        if self._is_unknown and len(kinds) < MAX_KINDS:
-            kinds.append(name)
+        self._is_unknown = self.updater.state.is_new_loss(kind)
         return self.due or self._is_unknown
 
     def pass_over_loss(self, loss: Tensor, loop: LoopFacts) -> None:
@@ -197,8 +165,7 @@ class Controller:
 
     def observe_loss(self, loss: Tensor, loop: LoopFacts) -> None:
         """Counts the batch of a loss of the head, and records whether the loss is finite; shape ()."""
-        self._pending = True
-        self._with_loss, self._has_loss = self._with_loss + (not self._has_loss), True
+        self._batches.add_loss()
         updater = self.updater
         updater.statistics.nonfinite.update(loss, loop.step)
         if updater.statistics.residuals.width:
@@ -225,7 +192,7 @@ class Controller:
         estimator = self.updater.estimator
         if estimator is None or not self.updater.steps.due:
             return
-        if loop.automatic or self._with_loss == 1:
+        if loop.automatic or self._batches.with_loss == 1:
             estimator.after_backward(loop.loss_scale() * loop.accumulated)
         else:
             estimator.forget_grad_norm()
@@ -246,19 +213,20 @@ class Controller:
         assert self.found is not None
         if self._finder.differs:
             self._measure_from_now(loop)
-        due, batches = self.due, max(1, self._with_loss or (0 if loop.automatic else self._begun))
+        due, batches = self.due, max(1, self._batches.with_loss or (0 if loop.automatic else self._batches.begun))
         # In the first step, that of a resumed run too, the ranks compare what they found: all of them, due or not.
         if due or self._finder.watching or self.decision is None:
             self._end_measurement(self.found, loop, batches)
         before = self.updater.state.decision
         if before is None or self.decision is None:
             averages = self.updater.info.averages_weights
-            self.updater.statistics.decays = averages or self._writer.scheduled or self._schedule.decays(loop)
-        self._begun, self._with_loss, self._pending = 0, 0, False
+            self.updater.statistics.decays = averages or self._writer.scheduled or self.schedule.decays(loop)
+        self._batches.clear()
+        self._batches.pending = False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         if due:
             self._follow_ranks(loop)
-        factor = self._schedule.factor(loop) * self.damping
+        factor = self.schedule.factor(loop) * self.damping
         rate = decision.lr * factor if decision else 0.0
         self.rates = self._writer.write(None if self.options.dry_run else rate)
         if self.options.dry_run:
@@ -283,6 +251,11 @@ class Controller:
         if not loop.automatic and self._batch_open:
             now.hook.statistic.finish()  # of a batch that made a step without a loss
             self._batch_open = False
+
+    def measures_batch(self, loop: LoopFacts) -> bool:
+        """Whether there is more to do at the end of a batch than to count it; ``loop`` is at the batch's beginning."""
+        by_epoch = loop.automatic and self.options.update == "epoch"
+        return not by_epoch or self.measuring or loop.epoch > self.updater.state.epoch
 
     def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
         """Ends the interval with its last step; ``may_be_saved``: in a checkpoint, which all ranks know alike."""
@@ -337,23 +310,7 @@ class Controller:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last step, for loggers; empty before the first one."""
-        decision, estimator = self.decision, self.updater.estimator
-        if decision is None:
-            return {}
-        observes = decision.observed_constant or (estimator and estimator.needs_logit_grads)
-        computed = bool(decision.rule)  # not a fixed rate
-        metrics = {
-            "lr": self.rates[0],
-            "constant": decision.constant if computed else None,
-            "measured": float(decision.is_measured) if computed else None,
-            "activation_norm": decision.activation_norm if computed else None,
-            "weight_norm": decision.weight_norm if computed else None,
-            "step_scale": estimator.scale.value if estimator else None,
-            "observed_constant": decision.observed_constant if observes else None,
-            "damping": self.damping if self.updater.statistics.residuals.width else None,
-            "capped": float(bool(decision.cap)) if self.policy.has_limits else None,
-        }
-        return {name: value for name, value in metrics.items() if value is not None}
+        return metrics_of(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values; see :class:`~lit_lipschitz.control.state.ControllerState`."""

@@ -22,6 +22,8 @@ OTHER_VERSION = (
 _AT_LEAST = {"last_pass_epoch": -1, "accumulated": 1, "batches": 1, "ranks": 1}
 """Smallest values of the fields that may not be, or not only be, 0 or more."""
 _FINITE = ("lr", "references", "written")
+MAX_KINDS = 64
+"""Most kinds of losses that are told apart; a loss of another kind is measured in each step."""
 
 
 @contextmanager
@@ -113,6 +115,14 @@ class ControllerState:
     nonfinite: dict[str, Any] = field(default_factory=dict)
     residuals: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] | None = None  # its name and statistic; None before the first step
+
+    def is_new_loss(self, kind: tuple[str, ...]) -> bool:
+        """Whether no loss was measured yet whose graph begins with these nodes; from now on one is."""
+        name = " ".join(kind)
+        is_new = name not in self.losses
+        if is_new and len(self.losses) < MAX_KINDS:
+            self.losses.append(name)
+        return is_new
 
     def to_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values, which ``torch.load(weights_only=True)`` admits."""

@@ -124,26 +124,42 @@ def weight_norm(optimizer: torch.optim.Optimizer, module: nn.Module, which: Weig
     tensors = [as_real(p.detach()) for group in groups for p in group["params"]]
     if which == "all":
         tensors = [t.detach() for t in module.state_dict().values() if t.is_floating_point()]
-    # The norm of a sharded tensor is combined over all ranks.
-    norms = [whole(torch.linalg.vector_norm(tensor)) for tensor in tensors if hasattr(tensor, "full_tensor")]
-    local = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
-    if local:
-        # torch computes no norm in a narrower type than the tensor's.
-        double = any(tensor.dtype == torch.float64 for tensor in local)
-        norms += torch._foreach_norm(local, dtype=torch.float64 if double else torch.float32)
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).max()
+    return norms(tensors).max()
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of gradients together, dense, sparse, complex or sharded; a scalar of dtype float32."""
     if not grads:
         return torch.zeros(())
-    plain = [as_real(grad.detach().to_dense() if grad.layout != torch.strided else grad.detach()) for grad in grads]
-    if any(hasattr(grad, "full_tensor") or grad.dtype == torch.float64 for grad in plain):
-        norms = [norm(grad).float() for grad in plain]
-    else:
-        norms = list(torch._foreach_norm(plain, dtype=torch.float32))
-    return torch.stack([one.to(norms[0].device) for one in norms]).norm()
+    return norms(
+        [as_real(grad.detach().to_dense() if grad.layout != torch.strided else grad.detach()) for grad in grads]
+    ).norm()
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norms of real tensors, whole or sharded; shape (n,), dtype float32, on the device of the first one."""
+    found = {i: norm(one) for i, one in enumerate(tensors) if hasattr(one, "full_tensor")}
+    local = [i for i in range(len(tensors)) if i not in found]
+    if local:
+        # torch computes no norm in a narrower type than the tensor's.
+        double = any(tensors[i].dtype == torch.float64 for i in local)
+        values = torch._foreach_norm([tensors[i] for i in local], dtype=torch.float64 if double else torch.float32)
+        found.update(zip(local, values, strict=True))
+    device = found[0].device if found else None
+    return torch.stack([found[i].to(device, torch.float32) for i in range(len(tensors))]) if found else torch.zeros(0)
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor of dtype float32, without waiting for the device."""
+    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+
+
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Inner product of two real tensors of one shape, whole or sharded; a scalar of dtype float32 or float64."""
+    first, second = wide(first), wide(second)
+    if hasattr(first, "full_tensor") or not (first.is_contiguous() and second.is_contiguous()):
+        return whole((first * second).sum())
+    return torch.dot(first.view(-1), second.view(-1))
 
 
 def norm(values: Tensor) -> Tensor:

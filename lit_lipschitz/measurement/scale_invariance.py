@@ -9,13 +9,13 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lit_lipschitz.measurement.norms import as_real, norm, whole, wide
+from lit_lipschitz.measurement.norms import as_real, inner_product, norms, on_device
 
 MAX_COSINE = 0.3
 """Largest cosine of weight and gradient that counts as 0, over that of two random vectors, 1 / sqrt(size).
@@ -35,62 +35,84 @@ class ScaleInvariance:
 
     def __init__(self, init_norms: Mapping[Tensor, float] | None = None) -> None:
         self._init_norms = init_norms or {}  # at a usual initialisation, where known
-        # Parameters that were never measured are in neither; all values stay on the parameters' devices.
-        self._max_cosine: dict[Tensor, Tensor] = {}  # over that of random vectors; -1 before the first measurement
-        self._first_norm: dict[Tensor, Tensor] = {}
-        self._restored: Sequence[Sequence[float]] = ()  # both, by the parameter's index in its optimizer
+        # Largest cosine, over that of two random vectors, and first norm of each parameter of the optimizer; -1 for
+        # what was never measured. Shape (parameters, 2), on the device of the first weight.
+        self._measured = torch.zeros(0, 2)
+        self._places: _Places | None = None  # of the weights that were measured last
 
     @property
     def num_scale_invariant(self) -> int:
         """Number of weights within a tenth of the limit, seldom met by chance; this waits for the device."""
-        return sum(0 <= float(cosine) <= MAX_COSINE / 10 for cosine in self._max_cosine.values())
+        cosine = self._measured[:, 0]
+        return int(((cosine >= 0) & (cosine <= MAX_COSINE / 10)).sum())
 
     @torch.no_grad()
-    def norm_growth(self, weight: Tensor, grad: Tensor, index: int) -> Tensor | float:
-        """Adds a measurement of a weight's gradient without weight decay, up to a factor; its index is the optimizer's.
+    def norm_growth(self, weights: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+        """Adds a measurement of the gradients of weights with two dimensions or more; shape (len(weights),).
 
+        The gradients are those without weight decay, up to a factor; an index is that among the optimizer's parameters.
         The result is 1, or for a scale-invariant weight its norm over that at a usual initialisation, or over that in
         the first measurement, if the former is not known or the cosine is above a tenth of the limit (in a first
         measurement a hundredth), as may happen by chance.
         """
-        if weight.dim() < 2:
-            return 1.0
-        values, grads = (wide(as_real(part.detach())) for part in (weight, grad))
-        weight_norm = norm(values)
-        if weight not in self._max_cosine:
-            cosine, first = self._last(weight, index)
-            self._max_cosine[weight] = torch.full_like(weight_norm, cosine)
-            self._first_norm[weight] = weight_norm if first < 0 else torch.full_like(weight_norm, first)
+        values, slopes = ([as_real(one.detach()) for one in tensors] for tensors in (weights, grads))
+        weight_norm, grad_norm = norms(values), norms(slopes)
+        pairs = list(zip(values, slopes, strict=True))
         # Rows without a gradient, as an embedding's, are not orthogonal to it.
-        touched, grad_norm = norm(values * (grads != 0)), norm(grads)
-        cosine_now = whole((values * grads).sum()).abs() / touched / grad_norm * values.numel() ** 0.5
+        touched = norms([value * (slope != 0) for value, slope in pairs])
+        product = torch.stack([inner_product(*pair).to(weight_norm) for pair in pairs])
+        if self._places is None or self._places.indices != list(indices):
+            self._places = _Places.of(weights, indices, self._init_norms, weight_norm.device)
+        at, start = self._places, self._places.init_norms
+        cosine = product.abs() / touched / grad_norm * at.sqrt_sizes
         usable = (touched > 0) & (grad_norm > 0) & torch.isfinite(grad_norm)  # no underflow and no overflow
-        cosine_now = torch.where(usable, cosine_now, math.nan)
-        is_first = self._max_cosine[weight] < 0
-        max_cosine = self._max_cosine[weight] = torch.fmax(self._max_cosine[weight], cosine_now)
-        start = self._first_norm[weight]
-        if weight in self._init_norms:
-            # One of 400 weights passes by chance in the first measurement, and one of 1,700 in two.
-            certain = max_cosine <= torch.where(is_first, MAX_COSINE / 100, MAX_COSINE / 10)
-            start = torch.where(certain, self._init_norms[weight], start)
-        invariant = (max_cosine >= 0) & (max_cosine <= MAX_COSINE) & (weight_norm > 0) & (start > 0)
+        before, first = self._rows(max(indices) + 1, weight_norm.device)[at.rows].T
+        largest = torch.fmax(before, torch.where(usable, cosine, math.nan))
+        first = torch.where(first < 0, weight_norm, first)
+        self._measured[at.rows] = torch.stack([largest, first], dim=1)
+        # One of 400 weights passes by chance in the first measurement, and one of 1,700 in two.
+        certain = largest <= torch.where(before < 0, MAX_COSINE / 100, MAX_COSINE / 10)
+        start = torch.where(certain & (start > 0), start, first)
+        invariant = (largest >= 0) & (largest <= MAX_COSINE) & (weight_norm > 0) & (start > 0)
         return torch.where(invariant, weight_norm / start, 1.0)
 
-    def state_dict(self, parameters: Iterable[Tensor]) -> list[list[float]]:
-        """Largest cosine and first norm of each of an optimizer's parameters; waits for the device."""
-        return [[float(value) for value in self._last(weight, index)] for index, weight in enumerate(parameters)]
+    def _rows(self, number: int, device: torch.device) -> Tensor:
+        """What was measured of at least so many parameters."""
+        self._measured = self._measured.to(device)
+        if number > len(self._measured):
+            more = torch.full((number - len(self._measured), 2), -1.0, device=device)
+            self._measured = torch.cat([self._measured, more])
+        return self._measured
 
-    def _last(self, weight: Tensor, index: int) -> Sequence[Any]:
-        """Largest cosine and first norm so far, -1 if not measured."""
-        if weight in self._max_cosine:
-            return self._max_cosine[weight], self._first_norm[weight]
-        return self._restored[index] if index < len(self._restored) else (-1.0, -1.0)
+    def state_dict(self, num_parameters: int) -> list[list[float]]:
+        """Largest cosine and first norm of each of an optimizer's parameters; waits for the device."""
+        measured: list[list[float]] = self._measured.tolist()
+        return [*measured, *([-1.0, -1.0] for _ in range(num_parameters - len(measured)))]
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """Restores the state of :meth:`state_dict`; one that is not of pairs of numbers is a ValueError."""
         if not all(len(pair) == 2 and all(type(value) is float and value >= -1 for value in pair) for pair in state):
             raise ValueError(f"expected a largest cosine and a norm of each parameter, found {state!r:.80}")
-        self._max_cosine, self._first_norm, self._restored = {}, {}, state
+        self._measured = torch.tensor(state).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the weights of a measurement stand among all, and what is known of them; shapes (weights,)."""
+
+    indices: list[int]
+    rows: Tensor  # the same on the device
+    sqrt_sizes: Tensor
+    init_norms: Tensor  # 0 where unknown
+
+    @classmethod
+    def of(
+        cls, weights: Sequence[Tensor], indices: Sequence[int], init_norms: Mapping[Tensor, float], device: torch.device
+    ) -> "_Places":
+        """Those of some weights."""
+        sqrt_sizes = on_device([as_real(one).numel() ** 0.5 for one in weights], device)
+        known = on_device([init_norms.get(one, 0.0) for one in weights], device)
+        return cls(list(indices), on_device(indices, device).long(), sqrt_sizes, known)
 
 
 def he_init_norms(module: nn.Module) -> dict[Tensor, float]:

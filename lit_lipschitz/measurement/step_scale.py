@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_lipschitz.measurement.norms import grad_norm, whole
-from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, optimizer_info, step_lengths, weight_filter
+from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo, optimizer_info
 from lit_lipschitz.measurement.output_gradients import LogitGradientNorms, grad_norms_of_ranks
 from lit_lipschitz.measurement.scale_invariance import ScaleInvariance, he_init_norms
+from lit_lipschitz.measurement.step_lengths import step_lengths, weight_filter
 from lit_lipschitz.measurement.trial_step import AppliedStep, TrialError, UpdateOf
 
 
@@ -166,7 +167,7 @@ class StepScaleEstimator:
         return {
             "scale": asdict(self.scale),
             "num_trained": self._num_trained,
-            "scale_invariance": [] if self._info.is_linear else self.invariance.state_dict(self._parameters),
+            "scale_invariance": [] if self._info.is_linear else self.invariance.state_dict(len(self._parameters)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -4,6 +4,39 @@ An optimizer enters by two numbers. b is its momentum, or the first of its ``bet
 gradients. D is what one of many independent gradients g moves the weights by in the long run, at a learning rate of 1:
 (1 - d) / (1 - b) g for SGD with dampening d, and :math:`\sqrt{(1 + b) / (1 - b)}` times the update for other optimizers
 (:meth:`lit_lipschitz.measurement.optimizer_updates.OptimizerInfo.displacement_gain`).
+
+The rate is 1 / max(K, its past, P), with K = C / (c s) and c = min(sqrt(n / 2), 1 / (1 - b)).
+
+s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
+as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
+
+1. **Noise.** C bounds the root mean square over a batch of the examples' gradient norms. If n examples are
+   independent, the gradients of two batches differ by at most sqrt(2 / n) C in the root mean square: the square is
+   2 / n times the trace of the covariance of one example's gradient. D may be as long as with a rate of the inverse
+   of that, the Lipschitz constant of the noise.
+2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
+3. **Descent.** No step lowers a loss f that is not negative below 0. With the update u at lr = 1, a step lowers its
+   linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. It contains the curvature
+   of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of the gradient. K vanishes with the
+   residuals of a regression, and P does not. Without a positive loss P is 0.
+
+Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
+gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
+that were measured in the same step as s, and n is Kish's effective number of examples.
+
+K is not let below its past, since a rate that followed a constant that vanishes would grow without bound: its root
+mean square over all updates where the rate decays later or the weights are averaged, and its maximum where not,
+since the rate must suit the end of the run then. From one measured step to the next the rate grows by a quarter at
+most (:data:`MAX_GROWTH`): steps between them are not measured, and a rate that is too large is noticed before it
+does harm.
+
+With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
+
+References:
+    B. Polyak: Minimization of unsmooth functionals, USSR Computational Mathematics 9, 1969, for the third bound; N.
+    Srebro, K. Sridharan, A. Tewari: Smoothness, Low Noise and Fast Rates, NIPS 2010, lemma 2.1, for its curvature.
+    L. Kish: Survey Sampling, 1965, for n. N. Agarwal et al., arXiv 2002.11803, 2020, for steps with the length of
+    one optimizer and the direction of another. The rate is not in them.
 """
 
 import math
@@ -31,39 +64,7 @@ class PastState(NamedTuple):
 
 
 def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResult:
-    r"""Rate = 1 / max(K, its past, P), with K = C / (c s) and c = min(sqrt(n / 2), 1 / (1 - b)).
-
-    s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
-    as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
-
-    1. **Noise.** C bounds the root mean square over a batch of the examples' gradient norms. If n examples are
-       independent, the gradients of two batches differ by at most sqrt(2 / n) C in the root mean square: the square is
-       2 / n times the trace of the covariance of one example's gradient. D may be as long as with a rate of the inverse
-       of that, the Lipschitz constant of the noise.
-    2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
-    3. **Descent.** No step lowers a loss f that is not negative below 0. With the update u at lr = 1, a step lowers its
-       linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. It contains the curvature
-       of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of the gradient. K vanishes with the
-       residuals of a regression, and P does not. Without a positive loss P is 0.
-
-    Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
-    gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
-    that were measured in the same step as s, and n is Kish's effective number of examples.
-
-    K is not let below its past, since a rate that followed a constant that vanishes would grow without bound: its root
-    mean square over all updates where the rate decays later or the weights are averaged, and its maximum where not,
-    since the rate must suit the end of the run then. From one measured step to the next the rate grows by a quarter at
-    most (:data:`MAX_GROWTH`): steps between them are not measured, and a rate that is too large is noticed before it
-    does harm.
-
-    With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
-
-    References:
-        B. Polyak: Minimization of unsmooth functionals, USSR Computational Mathematics 9, 1969, for the third bound; N.
-        Srebro, K. Sridharan, A. Tewari: Smoothness, Low Noise and Fast Rates, NIPS 2010, lemma 2.1, for its curvature.
-        L. Kish: Survey Sampling, 1965, for n. N. Agarwal et al., arXiv 2002.11803, 2020, for steps with the length of
-        one optimizer and the direction of another. The rate is not in them.
-    """
+    r"""Rate = 1 / max(K, its past, P), with K = C / (c s) and c = min(sqrt(n / 2), 1 / (1 - b)); see this module."""
     momentum = momentum_of_any(settings)
     constant, examples = _constant_and_examples(inputs)
     gain = 1 / (1 - momentum)
@@ -72,6 +73,7 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
     now = constant.value / (gain * inputs.step_scale)
     state = state.updated(now)
     past = math.sqrt(state.mean_square) if inputs.decays else state.maximum
+    mean = "root mean square" if inputs.decays else "maximum"
     terms = [
         Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
         Term("s", inputs.step_scale, "norm of a gradient over that of the displacement by it at lr = 1"),
@@ -79,13 +81,11 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         *([examples] if examples else ()),
         Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), for noise and gradient"),
         Term("K", now, "C / (c s)"),
-        Term(
-            "past", past, f"{'root mean square' if inputs.decays else 'maximum'} of K over all updates, its least value"
-        ),
+        Term("past", past, f"{mean} of K over all updates, its least value"),
         Term("P", inputs.descent, "decrease of the loss per unit of the learning rate, over the loss"),
     ]
-    rate, most = 1 / max(now, past, inputs.descent), MAX_GROWTH * state.rate
-    if rate > most:
+    rate = 1 / max(now, past, inputs.descent)
+    if rate > (most := MAX_GROWTH * state.rate):
         rate = most
         terms.append(Term("most", most, "a quarter above the last rate, which limits this one"))
     return RuleResult(rate, state._replace(rate=rate), tuple(terms))

@@ -11,7 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lit_lipschitz import ZeroStartSGD
 from lit_lipschitz.measurement import optimizer_updates
-from lit_lipschitz.measurement.optimizer_updates import optimizer_info, step_lengths, weight_filter
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
+from lit_lipschitz.measurement.step_lengths import step_lengths, weight_filter
 from lit_lipschitz.measurement.step_scale import StepScaleEstimator
 from lit_lipschitz.measurement.trial_step import Behaviour
 

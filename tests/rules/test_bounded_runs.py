@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
 from lit_lipschitz.control.policy import Policy
-from lit_lipschitz.measurement.optimizer_updates import optimizer_info, step_lengths
+from lit_lipschitz.measurement.optimizer_updates import optimizer_info
+from lit_lipschitz.measurement.step_lengths import step_lengths
 
 
 def adamw(parameters):
