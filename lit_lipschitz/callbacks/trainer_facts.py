@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.loss_scale import grad_scale, loss_scale
 from lit_lipschitz.errors import ConfigurationError
 
 _DEFAULT_EPOCHS = 1000
@@ -45,7 +45,7 @@ class TrainerFacts:
             scaler is not None,
             "StochasticWeightAveraging" if writes_lr else "",
             partial(_loss_scale, trainer, scaler),
-            partial(_grad_scale, scaler),
+            partial(grad_scale, scaler),
             partial(_total_steps, trainer, module),
             partial(_epoch_steps, trainer, module),
             partial(trainer.strategy.reduce, reduce_op="max"),
@@ -121,16 +121,7 @@ def shortens_run(trainer: Trainer) -> bool:
 
 def _loss_scale(trainer: Trainer, scaler: Any) -> float | Tensor:
     """Lightning divides by the number of accumulated batches, then a GradScaler multiplies, on the device."""
-    if scaler is None:
-        return 1.0 / trainer.accumulate_grad_batches
-    scale = getattr(scaler, "_scale", None)
-    return (scaler.get_scale() if scale is None else scale) / trainer.accumulate_grad_batches
-
-
-def _grad_scale(scaler: Any, optimizer: Optimizer) -> float | Tensor:
-    """A fused optimizer divides by the GradScaler's scale within its step; other gradients are unscaled before."""
-    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-    return scaler.get_scale() if fused else 1.0
+    return loss_scale(scaler, trainer.accumulate_grad_batches)
 
 
 def _total_steps(trainer: Trainer, module: LightningModule) -> float:

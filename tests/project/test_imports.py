@@ -19,6 +19,7 @@ ORDER = {
     "measurement": {"torch"},
     "optim": {"torch"},
     "control": {"torch"},
+    "attachment": {"torch"},
     "training_pass": {"torch", "lightning"},
     "audit": {"torch", "rich"},
     "callbacks": {"torch", "lightning"},
@@ -94,7 +95,7 @@ def test_what_needs_no_torch_does_not_import_it(arguments):
 
 def test_the_core_does_not_import_lightning():
     result = run(
-        "import sys\nfrom lit_lipschitz import audit, bounds, control, measurement, models, optim, recognition, rules\n"
+        "import sys\nfrom lit_lipschitz import attachment, audit, bounds, control, measurement, models, optim, recognition, rules\n"
         "assert 'lightning' not in sys.modules and 'torchvision' not in sys.modules\n"
     )
     assert result.returncode == 0, result.stderr
