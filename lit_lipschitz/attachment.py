@@ -160,6 +160,7 @@ class Attachment:
             return
         # An optimizer step may have been skipped, as by a GradScaler, and the gradients set to None or to 0.
         if self._losses and self._has_no_gradients():
+            self._loop.step += self._losses >= self._loop.accumulated  # as Lightning counts skipped steps
             controller.discard_losses()
             self._losses = 0
         if self._losses >= self._loop.accumulated:

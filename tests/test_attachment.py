@@ -1,17 +1,21 @@
 """``attach``: a plain loop has the rates, the metrics and the weights of the Lightning callback, bit for bit."""
 
 import gc
+import inspect
+import os
 import weakref
 from functools import partial
 
 import pytest
 import torch
-from helpers import CLASSES, EXAMPLES, WIDTH, Classifier, Steps, loader, trainer
+from helpers import CLASSES, EXAMPLES, WIDTH, Classifier, Steps, examples, loader, trainer, two_ranks
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_lipschitz import ConfigurationError, LipschitzLR, attach
+from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, attach
+from lit_lipschitz.data import DeviceLoader
 
 BACKWARD = torch.autograd.backward
 BATCH, EPOCHS = 8, 3
@@ -102,7 +106,8 @@ class Loop:
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
 
     def backward(self, batch):
-        loss = self.loss(self.net(batch[0]), batch[1]) / self.k
+        with torch.autocast("cpu", torch.half, enabled=self.scaler is not None and self.scaler.is_enabled()):
+            loss = self.loss(self.net(batch[0]), batch[1]) / self.k
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def step(self):
@@ -195,3 +200,472 @@ def test_a_plain_loop_has_the_numbers_of_the_callback(optimizer, own, lightnings
     assert loop.control.lr == found[1][-1]["lipschitz/lr"]
     assert loop.control.constant == found[1][-1].get("lipschitz/constant")
     loop.control.detach()
+
+
+def scaler(init_scale=2.0**10):
+    return torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=5)
+
+
+@pytest.mark.parametrize("init_scale", [2.0**10, 2.0**127])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_scaled_loss_has_the_numbers_of_the_callback(init_scale, clip):
+    """At the larger scale the first steps overflow and are skipped."""
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler(init_scale))
+    expected = by_lightning(OPTIMIZERS["AdamW"], plugins=plugin, gradient_clip_val=clip)
+    loop = Loop(OPTIMIZERS["AdamW"], scaler=scaler(init_scale), clip=clip)
+    rates, _, weights = loop.run()
+    assert (len(rates) == EPOCHS * BATCHES) == (init_scale == 2.0**10)
+    assert rates == expected[0]
+    assert all(torch.equal(one, other) for one, other in zip(weights, expected[2], strict=True))
+
+
+def test_a_scaler_that_was_not_given_is_an_error_before_the_weights_move():
+    loop = Loop(OPTIMIZERS["AdamW"])
+    before = [p.detach().clone() for p in loop.net.parameters()]
+    loop.scaler = scaler()
+    with pytest.raises(ConfigurationError, match=r"found a GradScaler; pass attach\(\.\.\., grad_scaler=scaler\)"):
+        loop.run()
+    assert all(torch.equal(one, other) for one, other in zip(loop.net.parameters(), before, strict=True))
+
+
+def test_a_disabled_scaler_is_none():
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    expected = Loop(OPTIMIZERS["SGD"]).run()
+    for given in (None, off):
+        loop = Loop(OPTIMIZERS["SGD"], scaler=given)
+        loop.scaler = off
+        assert_same(loop.run(), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("own", [{}, {"scheduler": halving}, {"k": 2, "loss": squared}, {"loss": masked}], ids=str)
+@pytest.mark.parametrize("stop", [1, 6, BATCHES, 2 * BATCHES + 2])
+def test_a_resumed_loop_continues_bit_for_bit(optimizer, own, stop):
+    stop *= own.get("k", 1) if stop == 1 else 1
+    expected = Loop(OPTIMIZERS[optimizer], **own).run()
+    first = Loop(OPTIMIZERS[optimizer], **own)
+    first.run(last=stop)
+    torch.save(first.state(), "state.pt")
+    second = Loop(OPTIMIZERS[optimizer], **own)
+    second.load(torch.load("state.pt", weights_only=True))
+    rates, metrics, weights = second.run(first=stop)
+    assert_same((first.rates + rates, first.metrics + metrics, weights), expected)
+
+
+def test_a_state_of_other_settings_is_refused():
+    state = Loop(OPTIMIZERS["SGD"]).control.state_dict()
+    other = Loop(OPTIMIZERS["SGD"], settings={"bound": "smooth"}).control
+    with pytest.raises(LitLipschitzError, match=r"was saved with bound='strict', and this run has bound='smooth'"):
+        other.load_state_dict(state)
+    with pytest.raises(LitLipschitzError, match="another version of lit-lipschitz"):
+        other.load_state_dict({})
+
+
+def hooks(loop):
+    modules = [hook for module in loop.net.modules() for hook in module._forward_pre_hooks]
+    return [*modules, *loop.optimizer._optimizer_step_pre_hooks, *loop.optimizer._optimizer_step_post_hooks]
+
+
+def test_detaching_leaves_no_hook_and_keeps_the_results():
+    loop = Loop(OPTIMIZERS["AdamW"])
+    assert torch.autograd.backward is not BACKWARD
+    with loop.control as control:
+        loop.run(last=20)
+        before = control.rate, control.lr, control.constant, control.metrics()
+        state = control.state_dict()
+    assert torch.autograd.backward is BACKWARD
+    assert len(hooks(loop)) == 1  # the test's own
+    assert (control.rate, control.lr, control.constant, control.metrics()) == before
+    assert control.state_dict().keys() == state.keys()
+    assert loop.optimizer.param_groups[0]["lr"] == control.lr
+    control.detach()
+    loop.run(last=1)
+    assert loop.rates[-1] == [control.lr]
+    with pytest.raises(ConfigurationError, match="was detached"):
+        control.load_state_dict(state)
+    held = weakref.ref(loop.net)
+    del loop
+    gc.collect()
+    assert held() is None
+
+
+def test_what_nobody_holds_is_freed_without_detaching():
+    loop = Loop(OPTIMIZERS["SGD"])
+    loop.run(last=3)
+    network, control = weakref.ref(loop.net), weakref.ref(loop.control)
+    del loop
+    gc.collect()
+    assert network() is None
+    assert control() is None
+    assert torch.autograd.backward is BACKWARD
+
+
+def test_the_optimizer_keeps_an_attachment_that_nobody_holds():
+    loop = Loop(OPTIMIZERS["SGD"])
+    expected = Loop(OPTIMIZERS["SGD"]).run(last=5)[0]
+    loop.metrics = None
+    loop.control, loop.step = None, lambda: (loop.optimizer.step(), loop.optimizer.zero_grad())
+    gc.collect()
+    assert loop.run(last=5)[0] == expected
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_closure_gives_the_same_numbers(optimizer):
+    class Closures(Loop):
+        def backward(self, batch):
+            self.batch = batch
+
+        def step(self):
+            def closure():
+                self.optimizer.zero_grad()
+                loss = self.loss(self.net(self.batch[0]), self.batch[1])
+                loss.backward()
+                return loss
+
+            self.optimizer.step(closure)
+            self.metrics.append(self.control.metrics())
+
+    assert_same(Closures(OPTIMIZERS[optimizer]).run(), Loop(OPTIMIZERS[optimizer]).run())
+
+
+def test_lbfgs_evaluates_its_closure_several_times_in_a_step():
+    net = network()
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1)
+    control = attach(net, optimizer, schedule="none", notify=lambda message: None)
+    inputs, targets = next(iter(loader()))
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(net(inputs), targets))
+        losses[-1].backward()
+        return losses[-1]
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.param_groups[0]["lr"] == control.lr > 0
+    assert len(losses) > 30
+    assert losses[-1] < losses[0]
+
+
+# What is not as described
+
+
+def test_more_backwards_than_described_are_an_error_in_the_first_step():
+    loop = Loop(OPTIMIZERS["SGD"])
+    for batch in loader(BATCH):
+        loop.backward(batch)
+        break
+    with pytest.raises(ConfigurationError, match=r"found one more; pass accumulate_grad_batches=2 if"):
+        loop.backward(batch)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_were_set_to_zero_do_not_count(set_to_none):
+    """As where a loop skips a batch."""
+    loop, batches = Loop(OPTIMIZERS["AdamW"]), list(loader(BATCH))
+    other = Loop(OPTIMIZERS["AdamW"])
+    loop.backward(batches[0])
+    loop.optimizer.zero_grad(set_to_none=set_to_none)
+    for one in (loop, other):
+        one.backward(batches[1])
+        one.step()
+    assert loop.control.constant == other.control.constant
+    assert loop.control.rate == pytest.approx(other.control.rate, rel=1e-6)
+
+
+def test_a_scheduler_after_attach_is_an_error():
+    loop = Loop(OPTIMIZERS["SGD"])
+    halving(loop.optimizer)
+    with pytest.raises(ConfigurationError, match="create the scheduler of an optimizer before attach"):
+        loop.run()
+
+
+def test_a_backward_that_was_not_seen_is_an_error():
+    net = network()
+    inputs, targets = next(iter(loader()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    F.cross_entropy(net(inputs), targets).backward()
+    with attach(net, optimizer, notify=lambda message: None):
+        with pytest.raises(ConfigurationError, match=r"call attach before the first loss\.backward\(\)"):
+            optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()  # without a gradient nothing moves
+
+
+@pytest.mark.parametrize("name", ["total_steps", "epoch_steps", "accumulate_grad_batches"])
+@pytest.mark.parametrize("value", [0, 1.5, "3"])
+def test_numbers_of_steps_are_checked(name, value):
+    net = network()
+    with pytest.raises(ConfigurationError, match=rf"attach\({name}=.*expected a number of at least 1"):
+        attach(net, torch.optim.SGD(net.parameters()), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bound": "strict", "norm": "spectral"}, "spectral"),
+        ({"loss": "measured", "bound": "smooth"}, r"loss='measured', bound='smooth'"),
+        ({"initial_lr": 1.0, "max_lr": 0.1}, r"initial_lr=1\.0"),
+        ({"update": 0}, r"update=0"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_as_those_of_the_callback(settings, message):
+    net = network()
+    with pytest.raises(ConfigurationError, match=message) as ours:
+        attach(net, torch.optim.SGD(net.parameters()), **settings)
+    with pytest.raises(ConfigurationError) as theirs:
+        LipschitzLR(**settings)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_arguments_and_their_defaults_are_those_of_the_callback():
+    callback, own = (inspect.signature(one).parameters for one in (LipschitzLR, attach))
+    missing = set(callback) - set(own)
+    assert missing == {"optimizers", "restore", "measure"}  # which belong to a Trainer, its checkpoints and its loader
+    for name in set(callback) & set(own):
+        assert callback[name].default == own[name].default
+
+
+# Several optimizers
+
+
+class Split(Classifier):
+    """One loss, and an optimizer each for the hidden layer and for the head."""
+
+    def __init__(self):
+        super().__init__(net=network())
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return split_optimizers(self.net)
+
+
+def split_optimizers(net):
+    return [OPTIMIZERS["AdamW"](net[0].parameters()), OPTIMIZERS["SGD"](net[2].parameters())]
+
+
+def test_two_optimizers_of_one_loss_have_the_numbers_of_the_callback():
+    callback = LipschitzLR(optimizers=[0, 1], schedule="none")
+    module = Split()
+    trainer(callback, max_epochs=EPOCHS).fit(module, loader(BATCH))
+    net = network()
+    optimizers = split_optimizers(net)
+    controls = [
+        attach(
+            net,
+            optimizer,
+            others=[other for other in optimizers if other is not optimizer],
+            schedule="none",
+            epoch_steps=BATCHES,
+            name=str(i),
+            notify=lambda message: None,
+        )
+        for i, optimizer in enumerate(optimizers)
+    ]
+    for _ in range(EPOCHS):
+        for inputs, targets in loader(BATCH):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            F.cross_entropy(net(inputs), targets).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for i, control in enumerate(controls):
+        assert control.metrics() == {
+            f"lipschitz/{i}/{name}": value for name, value in callback.controllers[i].metrics().items()
+        }
+    for one, other in zip(net.parameters(), module.net.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Adversary(Classifier):
+    """A generator whose loss goes through a discriminator."""
+
+    def __init__(self):
+        super().__init__(net=networks())
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        adversarial_step(*self.net, *self.optimizers(), batch[0], self.manual_backward)
+
+    def configure_optimizers(self):
+        return [OPTIMIZERS["AdamW"](part.parameters()) for part in self.net]
+
+
+def networks():
+    torch.manual_seed(2)
+    generator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
+    return nn.ModuleList([generator, nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))])
+
+
+def adversarial_step(generator, discriminator, by_generator, by_discriminator, inputs, backward):
+    by_discriminator.zero_grad()
+    fakes = generator(inputs.flip(0))
+    judged = [discriminator(inputs), discriminator(fakes.detach())]
+    real, fake = torch.ones_like(judged[0]), torch.zeros_like(judged[0])
+    backward(F.binary_cross_entropy_with_logits(judged[0], real))
+    backward(F.binary_cross_entropy_with_logits(judged[1], fake))
+    by_discriminator.step()
+    by_generator.zero_grad()
+    backward(F.binary_cross_entropy_with_logits(discriminator(fakes), real))
+    by_generator.step()
+
+
+def test_a_generator_and_a_discriminator_have_the_numbers_of_the_callback():
+    callback = LipschitzLR(optimizers=[0, 1], schedule="none")
+    module = Adversary()
+    trainer(callback, max_epochs=EPOCHS).fit(module, loader(BATCH))
+    nets = networks()
+    optimizers = [OPTIMIZERS["AdamW"](net.parameters()) for net in nets]
+    controls = [
+        attach(net, own, others=[other], schedule="none", epoch_steps=BATCHES, notify=lambda message: None)
+        for net, own, other in zip(nets, optimizers, reversed(optimizers), strict=True)
+    ]
+    for _ in range(EPOCHS):
+        for inputs, _ in loader(BATCH):
+            adversarial_step(*nets, *optimizers, inputs, torch.Tensor.backward)
+    for i, control in enumerate(controls):
+        assert control.rate > 0
+        assert control.controller.metrics() == callback.controllers[i].metrics()
+
+
+def test_a_loss_of_two_networks_needs_the_other_optimizer():
+    generator, discriminator = networks()
+    control = attach(generator, OPTIMIZERS["AdamW"](generator.parameters()), notify=lambda message: None)
+    loss = discriminator(generator(torch.ones(4, WIDTH))).square().mean()
+    with pytest.raises(ConfigurationError, match="pass others= with the other optimizers of the loop"):
+        loss.backward()
+    control.detach()
+
+
+def test_losses_of_other_networks_are_passed_over():
+    alone = Loop(OPTIMIZERS["AdamW"]).run()
+    loop, other = Loop(OPTIMIZERS["AdamW"]), network()
+    backward = loop.backward
+
+    def both(batch):
+        F.cross_entropy(other(batch[0]), batch[1]).backward()
+        backward(batch)
+        inputs = batch[0].clone().requires_grad_()
+        loss = F.cross_entropy(loop.net(inputs), batch[1])
+        torch.autograd.grad(loss, list(loop.net.parameters()), retain_graph=True)
+        torch.autograd.backward([loss], inputs=[inputs])
+
+    loop.backward = both
+    assert loop.run()[0] == alone[0]
+
+
+def test_several_attachments_share_the_observed_backward():
+    loops = [Loop(OPTIMIZERS["AdamW"]) for _ in range(3)]
+    expected = Loop(OPTIMIZERS["AdamW"]).run()
+    for loop in loops:
+        assert loop.run()[0] == expected[0]
+    for loop in loops[:2]:
+        loop.control.detach()
+    assert torch.autograd.backward is not BACKWARD
+    loops[2].control.detach()
+
+
+def test_a_compiled_network_has_the_numbers_of_the_compiled_one_in_lightning():
+    class Compiled(Scheduled):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.compiled = torch.compile(self.net, backend="aot_eager")
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.compiled(batch[0]), batch[1])
+
+    steps = Logged()
+    trainer(LipschitzLR(), steps, max_epochs=EPOCHS).fit(
+        Compiled(OPTIMIZERS["AdamW"], None, F.cross_entropy), loader(BATCH)
+    )
+    torch.compiler.reset()
+    loop = Loop(OPTIMIZERS["AdamW"])
+    compiled = torch.compile(loop.net, backend="aot_eager")
+    loop.control.detach()
+    loop.control = attach(
+        compiled, loop.optimizer, total_steps=EPOCHS * BATCHES, epoch_steps=BATCHES, notify=lambda message: None
+    )
+    loop.net = compiled
+    rates, metrics, _ = loop.run()
+    assert loop.control.controller.head_name == "2"
+    assert rates == steps.rates
+    assert metrics == steps.metrics
+
+
+# Several ranks
+
+
+def train_a_rank(rank, world_size, optimizer, settings):
+    """Leaves the rates and the weights in a file, as the recorder of Lightning's ranks does."""
+    torch.distributed.init_process_group(
+        "gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=world_size
+    )
+    net = network()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    by = OPTIMIZERS[optimizer](net.parameters())
+    epoch = 0
+    batches = DeviceLoader(
+        *examples().tensors,
+        16 // world_size,
+        lambda batch, _: batch,
+        shuffle=True,
+        epoch=lambda: epoch,
+        rank=rank,
+        world_size=world_size,
+    )
+    control = attach(
+        wrapped,
+        by,
+        total_steps=EPOCHS * len(batches),
+        epoch_steps=len(batches),
+        notify=print if rank == 0 else lose,
+        **settings,
+    )
+    rates = []
+    for epoch in range(EPOCHS):  # noqa: B007
+        for inputs, targets in batches:
+            by.zero_grad()
+            F.cross_entropy(wrapped(inputs), targets).backward()
+            by.step()
+            rates.append([control.lr])
+    control.share()
+    torch.save({"rates": rates, "weights": [p.detach() for p in net.parameters()]}, f"rank{rank}.pt")
+    torch.save(control.state_dict(), f"state{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def lose(message):
+    raise AssertionError(f"the second rank has said {message}")
+
+
+def train_ranks(count, *arguments):
+    torch.multiprocessing.start_processes(train_a_rank, (count, *arguments), count, start_method="fork")
+    return [torch.load(f"rank{rank}.pt") for rank in range(count)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ranks_have_the_numbers_of_the_callback_and_share_their_state(optimizer):
+    torch.manual_seed(1)
+    expected = two_ranks(LipschitzLR(), Classifier(OPTIMIZERS[optimizer], network()), 8, max_epochs=EPOCHS)
+    found = train_ranks(2, optimizer, {})
+    for own, other in zip(found, expected, strict=True):
+        assert own["rates"] == other["rates"]
+        assert all(torch.equal(a, b) for a, b in zip(own["weights"], other["weights"], strict=True))
+    first, second = (torch.load(f"state{rank}.pt")["optimizers"][0] for rank in range(2))
+    assert first["decision"] == second["decision"]
+    assert str(first["head"]) == str(second["head"])
+
+
+def test_the_same_global_batch_gives_the_same_rates_on_one_and_two_ranks():
+    whole, (parts, _) = train_ranks(1, "SGD", {"norm": "sample"})[0], train_ranks(2, "SGD", {"norm": "sample"})
+    assert [rate for (rate,) in parts["rates"]] == pytest.approx([rate for (rate,) in whole["rates"]], rel=1e-4)

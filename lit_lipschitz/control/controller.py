@@ -62,7 +62,7 @@ class Controller:
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
         self.rates: list[float] = []  # learning rates of the parameter groups in it
         # Whether all ranks measure the constant, and so decide by it; else one of them may.
-        self._measured_by_all = self.measurement is not None and self.measurement.largest_grad_norm > 0
+        self._measured_by_all = self._decides_by_measured
         self._batch_open = False  # whether a batch has begun that has made no loss yet
         self._batches = StepBatches()
         self._versions = 0  # changes to the weights before this batch
@@ -93,6 +93,10 @@ class Controller:
     def measurement(self) -> Measurement | None:
         """The measurement behind the last decision; None if it is not based on one."""
         return self.updater.state.measurement
+
+    @property
+    def _decides_by_measured(self) -> bool:
+        return self.measurement is not None and self.measurement.largest_grad_norm > 0
 
     @property
     def head_name(self) -> str | None:
@@ -340,5 +344,6 @@ class Controller:
         """Loads the state of :meth:`state_dict`, which some loops restore after training has begun."""
         self.updater.restore(state)
         self._writer.restore(self.updater.state.references, self.updater.state.written)
+        self._measured_by_all = self._decides_by_measured
         if self.updater.state.head is not None:
             self._finder.load_state_dict(self.updater.state.head)

@@ -95,7 +95,8 @@ def test_what_needs_no_torch_does_not_import_it(arguments):
 
 def test_the_core_does_not_import_lightning():
     result = run(
-        "import sys\nfrom lit_lipschitz import attachment, audit, bounds, control, measurement, models, optim, recognition, rules\n"
+        "import sys\n"
+        "from lit_lipschitz import attachment, audit, bounds, control, measurement, models, optim, recognition, rules\n"
         "assert 'lightning' not in sys.modules and 'torchvision' not in sys.modules\n"
     )
     assert result.returncode == 0, result.stderr
