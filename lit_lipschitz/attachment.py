@@ -14,7 +14,7 @@ from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import Target
 from lit_lipschitz.control.options import Options
-from lit_lipschitz.control.plain_loop import PlainLoop, unwrapped_model, unwrapped_optimizer
+from lit_lipschitz.control.plain_loop import PlainLoop, scaler_of, unwrapped_model, unwrapped_optimizer
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.results import Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
@@ -270,7 +270,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
             rate; None makes the whole run one epoch, with updates after 1, 2, 4, 8, ... steps.
         accumulate_grad_batches: Backward passes that make one optimizer step.
         schedulers: The optimizer's schedulers; only cyclic ones (OneCycleLR, CyclicLR) have to be given.
-        grad_scaler: The GradScaler that multiplies the loss.
+        grad_scaler: The GradScaler that multiplies the loss; those of Fabric and Accelerate are found.
         others: The other optimizers of the loop, if losses depend on the parameters of several.
         name: Part of the names of the metrics, if several optimizers are attached.
         notify: Prints a message, on the first rank.
@@ -301,7 +301,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         total_steps=total_steps,
         epoch_steps=epoch_steps,
         accumulate_grad_batches=accumulate_grad_batches,
-        grad_scaler=grad_scaler,
+        grad_scaler=grad_scaler or scaler_of(optimizer),
         notify=notify,
     )
     label = f" of {name}" if name else ""

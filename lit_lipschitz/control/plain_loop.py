@@ -86,6 +86,14 @@ def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def scaler_of(optimizer: Optimizer) -> Any:
+    """The GradScaler of the wrapper of Fabric or Accelerate around an optimizer; None without one."""
+    if type(optimizer).__module__.partition(".")[0] not in _WRAPPERS:
+        return None
+    precision = getattr(getattr(optimizer, "_strategy", None), "precision", optimizer)
+    return getattr(precision, "scaler", None)
+
+
 def _steps(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ConfigurationError(f"attach({name}={value!r}): expected a number of at least 1")

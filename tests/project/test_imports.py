@@ -20,6 +20,7 @@ ORDER = {
     "optim": {"torch"},
     "control": {"torch"},
     "attachment": {"torch"},
+    "integrations": {"torch", "transformers"},
     "training_pass": {"torch", "lightning"},
     "audit": {"torch", "rich"},
     "callbacks": {"torch", "lightning"},
