@@ -5,8 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +26,7 @@ from lit_lipschitz.control.results import Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
 from lit_lipschitz.control.state import refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, is_overridden
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
@@ -193,7 +192,7 @@ class LipschitzLR(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
-        if not self.options.running and not is_overridden("forward", pl_module):
+        if not self.options.running and not is_overridden("forward", pl_module, class_in(pl_module, "LightningModule")):
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass') calls the module, and {type(pl_module).__name__} has no forward; define "
                 "one, or use measure='running'"

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.loss_scale import grad_scale, loss_scale
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, rank_zero_info
 
 _DEFAULT_EPOCHS = 1000
 """The ``max_epochs`` that Lightning sets where the user gives no limit."""
@@ -25,10 +24,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def is_lightnings(callback: Any, name: str) -> bool:
     """Whether a callback is of a class of Lightning, as ``lightning`` or ``pytorch_lightning`` has it."""
-    packages = ("lightning", "pytorch_lightning")
-    return any(
-        kind.__name__ == name and kind.__module__.partition(".")[0] in packages for kind in type(callback).__mro__
-    )
+    return class_in(callback, name) is not None
 
 
 class TrainerFacts:
