@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from helpers import ROOT
 
-pytest.importorskip("pytorch_lightning")
+if find_spec("pytorch_lightning") is None:  # importing it here would change the other tests
+    pytest.skip("pytorch_lightning is not installed", allow_module_level=True)
 
 # Hides a package as if it were not installed; {hidden} is its name, {package} the one that is used.
 RUN = """
