@@ -1,6 +1,7 @@
 """``attach``: the learning rate of an optimizer in any training loop, which stays as it is."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.recognition.autograd_nodes import parameters_below
 
+_controlled = weakref.WeakSet[Optimizer]()  # optimizers that something is attached to
+
 
 class Attachment:
     """The controlled learning rate of an optimizer, as :func:`attach` returns it.
@@ -44,9 +47,11 @@ class Attachment:
         self._losses = 0  # backwards whose gradients are in the coming step
         self._has_decided = False  # on the rate of the step that is being made
         self._parameters: set[Tensor] = set()
+        self._controller: Controller | None = None  # which has hooks on the optimizer by the time it fails
         controller = Controller(policy, options, target, loop.now(), None, self._before_step, self._after_step)
-        self._controller: Controller | None = controller
+        self._controller = controller
         self._results: Controller | Results = controller
+        _controlled.add(target.optimizer)
         self._handles = [other.register_step_pre_hook(self._before_other_step) for other in others]
         controller.begin_batch(loop.now())
         add_observer(self)
@@ -108,6 +113,7 @@ class Attachment:
             handle.remove()
         if self._controller is not None:
             self._controller.close()
+            _controlled.discard(self._controller.optimizer)
             self._results = Results.of(self._controller)
         self._controller, self._handles, self._parameters = None, [], set()
 
@@ -166,8 +172,8 @@ class Attachment:
         if self._losses >= self._loop.accumulated:
             raise ConfigurationError(
                 f"attach(accumulate_grad_batches={self._loop.accumulated}) expected as many backward passes before "
-                f"each optimizer.step(), and found one more; pass accumulate_grad_batches={self._losses + 1} if the "
-                "loop accumulates so many batches, or call backward once on the sum of the losses"
+                "each optimizer.step(), and found one more; pass accumulate_grad_batches= with the number of batches "
+                "that the loop accumulates, or call backward once on the sum of the losses"
             )
         if controller.decision is None and any(
             parameter is not None and parameter not in self._parameters
@@ -187,7 +193,9 @@ class Attachment:
 
     def _before_step(self) -> None:
         """Updates the rate if an update is due, and writes it; the optimizer's step calls this."""
-        controller = self._attached()
+        controller = self._controller
+        if controller is None:
+            return
         if controller.decision is None:
             self._check_first_step(controller)
         self._has_decided = True
@@ -212,7 +220,9 @@ class Attachment:
 
     def _after_step(self) -> None:
         """Ends an epoch with its last step, and begins the next batch."""
-        controller, loop = self._attached(), self._loop
+        controller, loop = self._controller, self._loop
+        if controller is None:
+            return
         loop.step += 1
         self._losses, self._has_decided = 0, False
         ended = loop.now(ended=True)
@@ -292,7 +302,17 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         >>> control.detach()
     """
     policy, options = make_settings({**locals(), "measure": "running"})
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, Optimizer)):
+        raise ConfigurationError(
+            "attach(model, optimizer) expected a torch.nn.Module and a torch.optim.Optimizer, and found "
+            f"{type(model).__name__} and {type(optimizer).__name__}"
+        )
     network, stepped = unwrapped_model(model), unwrapped_optimizer(optimizer)
+    if stepped in _controlled:
+        raise ConfigurationError(
+            f"attach(model, optimizer) expected an optimizer that nothing is attached to, and found an attached "
+            f"{type(stepped).__name__}; call detach() of that attachment first"
+        )
     own = {parameter for group in stepped.param_groups for parameter in group["params"]}
     is_only = not others and all(p in own for p in network.parameters() if p.requires_grad)
     loop = PlainLoop(

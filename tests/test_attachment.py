@@ -276,7 +276,7 @@ def test_more_backwards_than_described_are_an_error_in_the_first_step():
     for batch in loader(BATCH):
         loop.backward(batch)
         break
-    with pytest.raises(ConfigurationError, match=r"found one more; pass accumulate_grad_batches=2 if"):
+    with pytest.raises(ConfigurationError, match="found one more; pass accumulate_grad_batches= with"):
         loop.backward(batch)
 
 
@@ -292,6 +292,22 @@ def test_gradients_that_were_set_to_zero_do_not_count(set_to_none):
         one.step()
     assert loop.control.constant == other.control.constant
     assert loop.control.rate == pytest.approx(other.control.rate, rel=1e-6)
+
+
+def test_what_could_not_attach_leaves_the_optimizer_as_it_was():
+    net = nn.Sequential(nn.Unflatten(1, (WIDTH, 1)), nn.Conv1d(WIDTH, CLASSES, 3, padding=1), nn.Flatten())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    with pytest.raises(ConfigurationError, match="looked for a head"):
+        attach(net, optimizer, bound="smooth")
+    inputs, targets = next(iter(loader()))
+    F.cross_entropy(net(inputs), targets).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with attach(net, optimizer, notify=lambda message: None) as control:
+        optimizer.zero_grad()
+        F.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+        assert control.metrics()["lipschitz/measured"] == 1
 
 
 def test_a_scheduler_after_attach_is_an_error():
