@@ -47,6 +47,7 @@ class Attachment:
         self._losses = 0  # backwards whose gradients are in the coming step
         self._has_decided = False  # on the rate of the step that is being made
         self._parameters: set[Tensor] = set()
+        self._is_sharded = False  # the graph of a sharded network has other tensors than its optimizer
         self._controller: Controller | None = None  # which has hooks on the optimizer by the time it fails
         controller = Controller(policy, options, target, loop.now(), None, self._before_step, self._after_step)
         self._controller = controller
@@ -137,7 +138,7 @@ class Attachment:
         own = self._own_parameters(controller)
         if inputs is not None and own.isdisjoint(inputs):
             return False
-        losses = [loss for loss in losses if loss.grad_fn is not None and _reaches(loss, own)]
+        losses = [loss for loss in losses if loss.grad_fn is not None and (self._is_sharded or _reaches(loss, own))]
         if not losses:
             return False
         self._check_losses(controller, losses)
@@ -158,6 +159,7 @@ class Attachment:
         groups = controller.optimizer.param_groups
         if len(self._parameters) != sum(len(group["params"]) for group in groups):
             self._parameters = {parameter for group in groups for parameter in group["params"]}
+            self._is_sharded = any(hasattr(parameter, "full_tensor") for parameter in self._parameters)
         return self._parameters
 
     def _check_losses(self, controller: Controller, losses: Sequence[Tensor]) -> None:
@@ -175,7 +177,7 @@ class Attachment:
                 "each optimizer.step(), and found one more; pass accumulate_grad_batches= with the number of batches "
                 "that the loop accumulates, or call backward once on the sum of the losses"
             )
-        if controller.decision is None and any(
+        if (controller.decision is None and not self._is_sharded) and any(
             parameter is not None and parameter not in self._parameters
             for loss in losses
             for parameter in parameters_below(loss.grad_fn)
@@ -331,10 +333,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
 
 def _reaches(loss: Tensor, parameters: set[Tensor]) -> bool:
     """Whether the graph of a loss computes gradients of some of the parameters, or hides which ones."""
-    # The graph of a sharded network has other tensors than its optimizer.
-    return any(p is None or p in parameters for p in parameters_below(loss.grad_fn)) or any(
-        hasattr(parameter, "full_tensor") for parameter in parameters
-    )
+    return any(p is None or p in parameters for p in parameters_below(loss.grad_fn))
 
 
 def _called_by_scaler() -> bool:

@@ -7,19 +7,24 @@ import torch
 from helpers import Classifier, examples, two_ranks
 from helpers.loops import EPOCHS, OPTIMIZERS, network
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR, attach
 from lit_lipschitz.data import DeviceLoader
 
 
-def train_a_rank(rank, world_size, optimizer, settings):
+def train_a_rank(rank, world_size, optimizer, settings, shards=False):
     """Leaves the rates and the weights in a file, as the recorder of Lightning's ranks does."""
     torch.distributed.init_process_group(
         "gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=world_size
     )
     net = network()
-    wrapped = nn.parallel.DistributedDataParallel(net)
+    if shards:
+        wrapped = fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(net)
     by = OPTIMIZERS[optimizer](net.parameters())
     epoch = 0
     batches = DeviceLoader(
@@ -47,7 +52,8 @@ def train_a_rank(rank, world_size, optimizer, settings):
             by.step()
             rates.append([control.lr])
     control.share()
-    torch.save({"rates": rates, "weights": [p.detach() for p in net.parameters()]}, f"rank{rank}.pt")
+    weights = [] if shards else [p.detach() for p in net.parameters()]
+    torch.save({"rates": rates, "weights": weights}, f"rank{rank}.pt")
     torch.save(control.state_dict(), f"state{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -77,3 +83,11 @@ def test_ranks_have_the_numbers_of_the_callback_and_share_their_state(optimizer)
 def test_the_same_global_batch_gives_the_same_rates_on_one_and_two_ranks():
     whole, (parts, _) = train_ranks(1, "SGD", {"norm": "sample"})[0], train_ranks(2, "SGD", {"norm": "sample"})
     assert [rate for (rate,) in parts["rates"]] == pytest.approx([rate for (rate,) in whole["rates"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_sharded_network_has_the_rates_of_a_replicated_one(optimizer):
+    replicated, sharded = (train_ranks(2, optimizer, {}, shards) for shards in (False, True))
+    assert sharded[0]["rates"] == sharded[1]["rates"]
+    expected = [rate for (rate,) in replicated[0]["rates"]]
+    assert [rate for (rate,) in sharded[0]["rates"]] == pytest.approx(expected, rel=1e-5)

@@ -1,11 +1,17 @@
 """``LipschitzCallback`` in a real Trainer: rates, logs, accumulation, checkpoints."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from helpers import ROOT  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import TrainerCallback  # noqa: E402
 
@@ -179,3 +185,28 @@ def test_another_checkpoint_can_be_resumed_from():
 def test_arguments_are_checked_at_once(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         LipschitzCallback(**settings)
+
+
+RANKS = """
+import json, os
+from test_transformers import LipschitzCallback, train
+callback = LipschitzCallback(norm="sample", notify=lambda message: None)
+settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+rates = train(callback, **settings)[2]
+with open(f"rates{os.environ['RANK']}.json", "w") as file:
+    json.dump(rates, file)
+"""
+
+
+def test_two_ranks_that_accumulate_have_the_rates_of_one(tmp_path):
+    """The Trainer multiplies the loss by the number of ranks, over whose tokens the mean is."""
+    whole = train(LipschitzCallback(norm="sample", notify=lambda message: None), per_device_train_batch_size=8)[2]
+    (tmp_path / "ranks.py").write_text(RANKS)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "integrations")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py"]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    first, second = (json.loads((tmp_path / f"rates{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first == pytest.approx(whole, rel=1e-3)
