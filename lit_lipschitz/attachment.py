@@ -166,19 +166,14 @@ class Attachment:
         """Checks that losses are as the loop was described."""
         if not self._loop.automatic:
             return
-        # An optimizer step may have been skipped, as by a GradScaler, and the gradients set to None or to 0.
+        # A step may have been skipped, or inputs have been optimized, and the gradients set to None or to 0.
         if self._losses and self._has_no_gradients():
-            self._loop.step += self._losses >= self._loop.accumulated  # as Lightning counts skipped steps
+            # Lightning counts the steps that a GradScaler skips, and so does the loop that epoch_steps is about.
+            self._loop.step += self._loop.scales_loss and self._losses >= self._loop.accumulated
             controller.discard_losses()
             self._losses = 0
-        if self._losses >= self._loop.accumulated:
-            raise ConfigurationError(
-                f"attach(accumulate_grad_batches={self._loop.accumulated}) expected as many backward passes before "
-                "each optimizer.step(), and found one more; pass accumulate_grad_batches= with the number of batches "
-                "that the loop accumulates, or call backward once on the sum of the losses"
-            )
         if (controller.decision is None and not self._is_sharded) and any(
-            parameter is not None and parameter not in self._parameters
+            isinstance(parameter, nn.Parameter) and parameter not in self._parameters  # an input may train as well
             for loss in losses
             for parameter in parameters_below(loss.grad_fn)
         ):
@@ -200,6 +195,13 @@ class Attachment:
             return
         if controller.decision is None:
             self._check_first_step(controller)
+        if self._loop.automatic and self._losses > self._loop.accumulated:
+            raise ConfigurationError(
+                f"attach(accumulate_grad_batches={self._loop.accumulated}) expected as many backward passes before "
+                "each optimizer.step(), and found "
+                f"{self._losses}; pass accumulate_grad_batches= with the number of batches "
+                "that the loop accumulates, or call backward once on the sum of the losses"
+            )
         self._has_decided = True
         controller.on_step(self._loop.now())
 

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, attach
 
@@ -276,21 +277,27 @@ def test_more_backwards_than_described_are_an_error_in_the_first_step():
     for batch in loader(BATCH):
         loop.backward(batch)
         break
-    with pytest.raises(ConfigurationError, match="found one more; pass accumulate_grad_batches= with"):
-        loop.backward(batch)
+    loop.backward(batch)
+    before = [p.detach().clone() for p in loop.net.parameters()]
+    with pytest.raises(ConfigurationError, match="and found 2; pass accumulate_grad_batches= with"):
+        loop.step()
+    assert all(torch.equal(one, other) for one, other in zip(loop.net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradients_that_were_set_to_zero_do_not_count(set_to_none):
-    """As where a loop skips a batch."""
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_gradients_that_were_set_to_zero_do_not_count(set_to_none, backwards):
+    """As where a loop skips a batch, or looks for adversarial inputs."""
     loop, batches = Loop(OPTIMIZERS["AdamW"]), list(loader(BATCH))
     other = Loop(OPTIMIZERS["AdamW"])
-    loop.backward(batches[0])
+    for _ in range(backwards):
+        loop.backward(batches[0])
     loop.optimizer.zero_grad(set_to_none=set_to_none)
     for one in (loop, other):
         one.backward(batches[1])
         one.step()
     assert loop.control.constant == other.control.constant
+    assert loop.control.state_dict()["step"] == 1
     assert loop.control.rate == pytest.approx(other.control.rate, rel=1e-6)
 
 
@@ -536,3 +543,26 @@ def test_a_compiled_network_has_the_numbers_of_the_compiled_one_in_lightning():
     assert loop.control.controller.head_name == "2"
     assert rates == steps.rates
     assert metrics == steps.metrics
+
+
+def test_reentrant_checkpointing_makes_backwards_within_the_backward_of_the_loss():
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.parts, self.reentrant = network(), reentrant
+
+        def forward(self, inputs):
+            hidden = checkpoint(self.parts[:2], inputs.requires_grad_(), use_reentrant=self.reentrant)
+            return self.parts[2](hidden)
+
+    rates = []
+    for reentrant in (False, True):
+        net = Checkpointed(reentrant)
+        optimizer = OPTIMIZERS["AdamW"](net.parameters())
+        with attach(net, optimizer, epoch_steps=6, notify=lambda message: None) as control:
+            for inputs, targets in loader():
+                optimizer.zero_grad()
+                F.cross_entropy(net(inputs), targets).backward()
+                optimizer.step()
+            rates.append((control.lr, control.metrics()))
+    assert rates[0] == rates[1]
