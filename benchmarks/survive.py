@@ -10,13 +10,15 @@ and compared likewise. Then a finished run goes on with something broken: a full
 of a checkpoint, or than a few points of a curve), folders that can't be written, checkpoints that are cut off, of
 another network, none at all or with code in them, and data files that are cut off; and with configs and values that
 make no sense. Each has to end with one line on stderr and code 1 (of the last ones code 2), and to leave the run's
-checkpoints byte for byte as they were. At last, damaged files are read as ``fuzz.py`` does.
+checkpoints byte for byte as they were. One of two ranks is killed, or stopped for a while, and several writers of one
+file race (``races.py``). At last, damaged files are read as ``fuzz.py`` does. A summary of all ends the output.
 
-    python benchmarks/survive.py [--kills 20] [--again 0.5] [--signals 5] [--breaks 5] [--epochs 4]
-                               [--files 2000] [--seed 0]
+    python benchmarks/survive.py [--kills 20] [--again 0.5] [--signals 5] [--breaks 5] [--ranks 4] [--races 20]
+                               [--epochs 4] [--files 2000] [--seed 0]
 
 ``--again`` is the chance that a resumed run is killed as well, and so on; ``--signals`` are of each kind, and
-``--breaks`` of each that depends on chance. Exits with 1 if anything was otherwise.
+``--breaks`` of each that depends on chance; ``--ranks`` are faults of each kind. Exits with 1 if anything was
+otherwise.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from fuzz import fuzz, report
 
 # What every run imports: they are forked from this process, which has it.
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: F401
+from races import rank_faults, writers_raced
 from sklearn.datasets import load_digits
 
 import lit_lipschitz.cli.fit.command  # noqa: F401
@@ -348,11 +351,25 @@ def measure(options: argparse.Namespace, root: Path) -> int:
         f"the first checkpoint (restarted from scratch); {counts['ended with an error']} runs ended with an error; "
         f"{counts['the same, bit for bit']} of {counts['runs']} runs ended as the undisturbed one, bit for bit"
     )
-    right = counts["the same, bit for bit"] == counts["runs"]
-    right = signalled(root, options, length, expected, random.Random(options.seed)) and right
-    right = break_all(root, options.breaks, random.Random(options.seed)) and right
-    right = report(fuzz(options.files, options.seed), options.seed) and right
-    return int(not right)
+    results = {f"{counts['kills']} kills resumed": counts["the same, bit for bit"] == counts["runs"]}
+    results[f"{2 * options.signals} signals resumed"] = signalled(
+        root, options, length, expected, random.Random(options.seed)
+    )
+    results["broken surroundings and bad inputs refused"] = break_all(root, options.breaks, random.Random(options.seed))
+    results[f"{2 * options.ranks} rank faults survived"] = rank_faults(
+        root,
+        options.ranks,
+        lambda folder: arguments(folder, options.epochs),
+        lambda folder: bool(checkpoints(folder)),
+        state,
+        differences,
+        random.Random(options.seed),
+    )
+    results[f"{options.races} races of writers"] = writers_raced(root, options.races, random.Random(options.seed))
+    results[f"{options.files} files fuzzed"] = report(fuzz(options.files, options.seed), options.seed)
+    for what, right in results.items():
+        print(f"{what}: {'nothing lost' if right else 'LOST'}", flush=True)
+    return int(not all(results.values()))
 
 
 if __name__ == "__main__":
@@ -361,6 +378,8 @@ if __name__ == "__main__":
     parser.add_argument("--again", type=float, default=0.5)
     parser.add_argument("--signals", type=int, default=5)
     parser.add_argument("--breaks", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--races", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

@@ -17,6 +17,7 @@ from lit_lipschitz.control.loop_facts import Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.plain_loop import PlainLoop, scaler_of, unwrapped_model, unwrapped_optimizer
 from lit_lipschitz.control.policy import Policy
+from lit_lipschitz.control.rank_states import gather_states
 from lit_lipschitz.control.results import Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
 from lit_lipschitz.control.state import refuse_other_versions
@@ -86,8 +87,8 @@ class Attachment:
 
         With several ranks, call :meth:`share` on all of them before one saves it.
         """
-        settings = saved_settings(self.policy, self.options)
-        return {"settings": settings, "optimizers": {0: self._results.state_dict()}, "step": self._loop.step}
+        states = self._shared or {0: self._results.state_dict()}
+        return {"settings": saved_settings(self.policy, self.options), "optimizers": states, "step": self._loop.step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`, before the first step of the run that is resumed.
@@ -104,8 +105,8 @@ class Attachment:
         controller.begin_batch(self._loop.now())
 
     def share(self) -> None:
-        """Gives all ranks the same statistics, for a checkpoint; all ranks must call it."""
-        self._attached().share()
+        """Gathers what the ranks have measured, for the checkpoint of this step; all ranks must call it."""
+        self._shared = gather_states({0: self._attached().state_dict()}, self._loop.now().world_size)
 
     def detach(self) -> None:
         """Removes all hooks, and keeps the results and nothing of the run; the last rate stays in the optimizer."""
@@ -141,6 +142,7 @@ class Attachment:
         losses = [loss for loss in losses if loss.grad_fn is not None and (self._is_sharded or _reaches(loss, own))]
         if not losses:
             return False
+        self._shared = None
         self._check_losses(controller, losses)
         for loss in losses:
             Controllers({0: controller}).before_backward(loss, self._loop.now())
@@ -230,7 +232,7 @@ class Attachment:
         loop.step += 1
         self._losses, self._has_decided = 0, False
         ended = loop.now(ended=True)
-        controller.end_batch(ended, may_be_saved=False)
+        controller.end_batch(ended)
         if ended.is_last_batch:
             controller.updater.check_remaining_losses(ended)
             controller.begin_epoch()

@@ -29,6 +29,7 @@ from lit_lipschitz.cli.fit.callbacks import remove_callbacks
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint, newest_checkpoint
 from lit_lipschitz.cli.fit.epoch_lines import EpochLines, Mode
 from lit_lipschitz.cli.fit.error_messages import condense, explain_error, no_room
+from lit_lipschitz.cli.fit.first_rank import end_with_first_rank
 from lit_lipschitz.cli.fit.predictions import PredictionFile
 from lit_lipschitz.cli.fit.progress_bar import RateBar
 from lit_lipschitz.cli.fit.run_folders import RunFolders
@@ -305,6 +306,7 @@ def run(
     Returns:
         The exit code.
     """
+    end_with_first_rank()
     command = kind()
     unwritten: list[OSError] = []
     with _filtered_messages(), _failures_of_tensorboard(unwritten):

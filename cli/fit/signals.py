@@ -10,8 +10,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
-from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.cli.fit.callbacks import find_callback
 
 _SYNC_EVERY = 16
@@ -121,9 +119,6 @@ def save_last(trainer: L.Trainer) -> str | None:
     checkpoints = find_callback(trainer, ModelCheckpoint)
     if checkpoints is None or checkpoints.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, LipschitzLR):
-            callback.share()
     # Like ModelCheckpoint, this never overwrites another run's file.
     path, version = checkpoints.last_model_path, 0
     while not path or (Path(path).exists() and path != checkpoints.last_model_path):

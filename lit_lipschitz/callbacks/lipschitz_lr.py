@@ -13,20 +13,22 @@ from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import (
     TrainerFacts,
     callbacks_of,
+    ends_batch,
+    is_between_steps,
     is_lightnings,
     logging_interval,
-    may_save_checkpoint,
     shortens_run,
     targets_of,
 )
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import LoopFacts
+from lit_lipschitz.control.rank_states import gather_states
 from lit_lipschitz.control.results import Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
 from lit_lipschitz.control.state import refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, is_overridden
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, is_overridden, rank_zero_info
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
@@ -138,6 +140,8 @@ class LipschitzLR(Callback):
         self._controllers = Controllers()  # by the optimizer's position
         self._finished: dict[int, Results] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
+        self._in_batch = False  # whether a batch has begun
+        self._told = False  # that a checkpoint does not resume exactly
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
 
     @property
@@ -189,6 +193,7 @@ class LipschitzLR(Callback):
         _check_callbacks(callbacks_of(trainer))
         self._controllers.close()
         self._controllers, self._finished, self._stored = Controllers(), {}, {}
+        self._in_batch = self._told = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
@@ -207,14 +212,20 @@ class LipschitzLR(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Removes the hooks, and keeps the results and nothing of the run."""
         self._controllers.close()
-        self._finished.update({i: Results.of(one) for i, one in self._controllers.items()})
-        self._controllers = Controllers()
-        for name in ("_facts", "_loop", "log", "log_dict"):  # the last two are methods of the module, set by Lightning
-            vars(self).pop(name, None)
+        results = self.__getstate__()
+        vars(self).clear()
+        vars(self).update(results)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, and what is left after a fit: the results so far, and nothing of the run."""
+        results = {i: Results.of(one) for i, one in self._controllers.items()}
+        of_the_fit = ("_facts", "_loop", "log", "log_dict")  # the last two are methods of the module, set by Lightning
+        kept = {name: value for name, value in vars(self).items() if name not in of_the_fit}
+        return {**kept, "_controllers": Controllers(), "_finished": {**self._finished, **results}}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes the hooks after an interruption, which Lightning does not tear down."""
-        self._controllers.close()
+        """Ends a fit that is interrupted, which Lightning does not tear down."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets batches of the last epoch that made no step."""
@@ -225,7 +236,7 @@ class LipschitzLR(Callback):
         if not self.options.running:
             # Lightning skips on_train_epoch_start if it resumes at the end of an epoch.
             _measure_by_pass(trainer, pl_module, list(self._controllers.values()))
-        self._loop = self._facts.now()
+        self._loop, self._in_batch = self._facts.now(), True
         self._controllers.begin_batch(self._loop)
 
     def _loop_now(self) -> LoopFacts:
@@ -262,16 +273,15 @@ class LipschitzLR(Callback):
             # Without a logger the progress bar alone shows a step.
             self._log(pl_module, position, only_bar=not (changed or trainer.loggers))
         self._unlogged.clear()
-        before = self._loop
-        if before.world_size == 1 and not (trainer.is_last_batch or self._controllers.measures_batch(before)):
-            return
-        loop = self._facts.now()
-        may_be_saved = loop.world_size > 1 and may_save_checkpoint(trainer, batch_idx)
-        self._controllers.end_batch(loop, may_be_saved)
+        self._end_batch(trainer)
 
-    def share(self) -> None:
-        """Gives all ranks the same values, for a checkpoint after a step; all ranks must call it."""
-        self._controllers.share()
+    def _end_batch(self, trainer: Trainer) -> None:
+        before, ended = self._loop, not self._in_batch
+        self._in_batch = False
+        if ended:  # for a checkpoint that another callback has saved before
+            return
+        if before.world_size > 1 or trainer.is_last_batch or self._controllers.measures_batch(before):
+            self._controllers.end_batch(self._facts.now())
 
     def _log(self, pl_module: LightningModule, position: int, only_bar: bool) -> None:
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
@@ -304,6 +314,22 @@ class LipschitzLR(Callback):
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
         states = {i: controller.state_dict() for i, controller in self.controllers.items()}
         return {"settings": saved_settings(self.policy, self.options), "optimizers": states or dict(self._stored)}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the states of all ranks, which save together, and says where a resumed run will not be the same."""
+        # After an error another rank may wait for this one anywhere.
+        if self._controllers:
+            if self._in_batch and ends_batch(trainer):
+                self._end_batch(trainer)
+            state = self.state_dict()
+            state["optimizers"] = gather_states(state["optimizers"], trainer.world_size)
+            checkpoint["callbacks"][self.state_key] = state
+        if self.controllers and not (self._told or is_between_steps(trainer)):
+            self._told = True
+            rank_zero_info(
+                "LipschitzLR: this checkpoint is saved within an optimizer step, whose batches Lightning leaves out of "
+                "the resumed run, so that it differs a little from this one; save in on_train_batch_end, after a step"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`.

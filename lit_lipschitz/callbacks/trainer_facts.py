@@ -98,15 +98,20 @@ def logging_interval(trainer: Trainer) -> int:
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
-def may_save_checkpoint(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a checkpoint is saved after some steps, before a validation or at the epoch's end, as all ranks know."""
-    step = trainer.global_step
-    intervals: Sequence[int] = [getattr(c, "_every_n_train_steps", 0) or 0 for c in trainer.checkpoint_callbacks]
-    due = trainer.is_last_batch or any(every > 0 and step % every == 0 for every in intervals)
-    validation = getattr(trainer, "val_check_batch", math.inf)
-    if validation is None:  # by the clock, so that any batch may be the one
-        return True
-    return due or (validation != math.inf and validation > 0 and (batch_idx + 1) % validation == 0)
+def ends_batch(trainer: Trainer) -> bool:
+    """Whether no batch is being processed: none has begun, or the callbacks learn of its end."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(batches.ready == batches.processed)
+
+
+def is_between_steps(trainer: Trainer) -> bool:
+    """Whether Lightning resumes exactly from a checkpoint that is saved now.
+
+    It saves neither gradients nor a batch that has begun, nor an epoch that is about to begin.
+    """
+    loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
+    accumulates = trainer.lightning_module.automatic_optimization and loop.epoch_loop._should_accumulate()
+    return ends_batch(trainer) and not accumulates and epochs.ready == epochs.started  # type: ignore[attr-defined]
 
 
 def shortens_run(trainer: Trainer) -> bool:

@@ -140,6 +140,8 @@ class Controller:
     def begin_batch(self, loop: LoopFacts) -> None:
         """Starts the measurement of a batch; discards a batch that made no loss."""
         self._writer.end_step()
+        if self.updater.begin_run(loop):
+            self._finder.forget_interval()
         self._batches.begin()
         if not self.due:
             return
@@ -281,8 +283,8 @@ class Controller:
         by_epoch = loop.automatic and self.options.update == "epoch"
         return not by_epoch or self.measuring or loop.epoch > self.updater.state.epoch
 
-    def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
-        """Ends the interval with its last step; ``may_be_saved``: in a checkpoint, which all ranks know alike."""
+    def end_batch(self, loop: LoopFacts) -> None:
+        """Ends the interval with its last step."""
         if self.measuring:
             self.hooks.set_mode("off")
             self.measuring = False
@@ -296,8 +298,6 @@ class Controller:
             return
         if self.updater.end_step(self.found, loop):
             self._finder.reset()
-        elif may_be_saved:
-            self.share()
         self._follow_ranks(loop)
 
     def _measure_from_now(self, loop: LoopFacts) -> None:
@@ -326,11 +326,6 @@ class Controller:
         )
         self._measured_by_all = True
         self.updater.restart()
-
-    def share(self) -> None:
-        """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""
-        if self.found is not None and self.options.running:
-            self.updater.statistics.share()
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last step, for loggers; empty before the first one."""

@@ -68,16 +68,11 @@ class Controllers(dict[int, Controller]):
             if controller.optimizer is not optimizer:
                 controller.on_other_optimizer_step()
 
-    def end_batch(self, loop: LoopFacts, may_be_saved: bool) -> None:
-        """A batch has ended; ``may_be_saved``: in a checkpoint, which all ranks know alike."""
+    def end_batch(self, loop: LoopFacts) -> None:
+        """A batch has ended."""
         for controller in self.values():
-            controller.end_batch(loop, may_be_saved)
+            controller.end_batch(loop)
 
     def measures_batch(self, loop: LoopFacts) -> bool:
         """Whether one has more to do at the end of a batch than to count it; ``loop`` is at the batch's beginning."""
         return any(one.measures_batch(loop) for one in self.values())
-
-    def share(self) -> None:
-        """Gives all ranks the same statistics, for a checkpoint between two updates; all ranks must call it."""
-        for controller in self.values():
-            controller.share()

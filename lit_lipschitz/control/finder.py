@@ -15,6 +15,7 @@ from lit_lipschitz.control.measured_hook import is_measured_state
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
+from lit_lipschitz.control.state import check_like, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.loss_graph import LossGraph
 from lit_lipschitz.recognition.output_layers import HiddenLayers, OutputLayer
@@ -37,6 +38,7 @@ class Finder:
         # Whether a loss since the last step was another one than was recognised; None without a loss.
         self._differs: bool | None = None
         self._differed_before: bool | None = None  # the same before the last step of another optimizer
+        self._stored_gradients: dict[str, Any] | None = None  # until it is known whether the loss is recognised again
         was_measured = is_measured_state(stored)
         if _may_measure(policy, options):
             state = stored if was_measured or options.measured else None
@@ -48,6 +50,7 @@ class Finder:
         except ConfigurationError:
             if self._measured is None or options.head != "auto":
                 raise
+        self._store_gradients(stored)
 
     @property
     def hooks(self) -> Hooks:
@@ -75,7 +78,7 @@ class Finder:
         try:
             found = self._heads.find(graph, loop)
             if found is None or not self._measured.hooks.contradicts(graph, found.hook.weight):
-                return found and replace(found, gradients=self._measured.hooks.statistic)
+                return found and self._with_gradients(found)
         except ConfigurationError:
             if not self._layers(graph):
                 raise
@@ -90,8 +93,28 @@ class Finder:
         """
         if self._heads is not None and self._measured is not None and self._measured.hooks.statistic.watching:
             return self.measure_from_now()
-        found = self._used.find_named()
-        return replace(found, gradients=self._measured.hooks.statistic) if self._measured is not None else found
+        return self._with_gradients(self._used.find_named())
+
+    def _with_gradients(self, found: FoundHeads) -> FoundHeads:
+        """A recognised loss, whose bound is checked by its gradients."""
+        if self._measured is None:
+            return found
+        statistic = self._measured.hooks.statistic
+        if self._stored_gradients is not None:
+            statistic.load_state_dict(self._stored_gradients)
+            self._stored_gradients = None
+        return replace(found, gradients=statistic)
+
+    def _store_gradients(self, stored: dict[str, Any] | None) -> None:
+        """Keeps the gradients of the run that is resumed until a loss is recognised as in that run."""
+        if stored is None or stored["gradients"] is None or not self.may_measure:
+            return
+        assert self._measured is not None
+        with refuse_other_versions():
+            check_like(stored["gradients"], own := self._measured.hooks.statistic.state_dict())
+            if stored["gradients"]["values"].shape != own["values"].shape:
+                raise ValueError("values")
+        self._stored_gradients = stored["gradients"]
 
     def measure_from_now(self) -> FoundHeads:
         """Measures the constant from now on; there must be no argument against it."""
@@ -209,6 +232,11 @@ class Finder:
             if finder is not None:
                 finder.hooks.remove()
 
+    def forget_interval(self) -> None:
+        """Forgets what was measured in the run that is resumed: the batches of this one are others."""
+        self._stored_gradients = None
+        self.hooks.reset()
+
     def reset(self) -> None:
         """Ends an interval."""
         if self._measured is not None:
@@ -216,13 +244,18 @@ class Finder:
 
     def state_dict(self) -> dict[str, Any] | None:
         """The state of the hooks, for a checkpoint."""
-        return self.hooks.state_dict()
+        state = self.hooks.state_dict()
+        gradients = self._stored_gradients
+        if gradients is None and self.may_measure and self._measured is not None:
+            gradients = self._measured.hooks.statistic.state_dict()
+        return state and {**state, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Loads the state of :meth:`state_dict`; if that run had begun to measure, this one does."""
         if is_measured_state(state) and self.may_measure:
             self.measure_from_now()
         self.hooks.load_state_dict(state)
+        self._store_gradients(state)
 
 
 def _may_measure(policy: Policy, options: Options) -> bool:

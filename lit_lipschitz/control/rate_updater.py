@@ -1,6 +1,5 @@
 """Updates the learning rate of one optimizer when an update is due, the same on all ranks."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,7 +10,9 @@ from lit_lipschitz.control.found_heads import FoundHeads
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
+from lit_lipschitz.control.rank_states import state_of_rank, unknown_ranks
 from lit_lipschitz.control.rank_statistics import RankStatistics
+from lit_lipschitz.control.run_facts import changed_facts, changes_batches, num_trained, run_facts
 from lit_lipschitz.control.state import ControllerState, check_fields, check_like, refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 from lit_lipschitz.measurement.optimizer_updates import optimizer_info
@@ -28,6 +29,7 @@ class RateUpdater:
         self, policy: Policy, options: Options, target: Target, loop: LoopFacts, state: Mapping[str, Any] | None
     ) -> None:
         self._policy, self._options, self._target, self._notify = policy, options, target, loop.notify
+        self._rank, self._world_size = loop.rank, loop.world_size
         self.info = optimizer_info(target.optimizer)
         self.rule = policy.rule_for(self.info, target.optimizer.param_groups)
         self.estimator: StepScaleEstimator | None = None  # of the step scale; None if the rule needs none
@@ -41,6 +43,7 @@ class RateUpdater:
         self._pass_epoch: int | None = None  # of a pass over the training set that no step has used yet
         self._last_measurement: Measurement | None = None  # of the interval, if its last step has made it already
         self._restarted = False  # whether the next step decides on new estimates
+        self._begun = self._remeasures = False  # whether the fit has begun; whether its first step decides
         self.state = ControllerState(self.rule.name, self.rule.initial_state(options.initial_lr), self.info.name)
         every = 1 if policy.bound == "paper" else MEASURE_EVERY
         self.steps = DueSteps(every if options.measure_every == "auto" else options.measure_every)
@@ -50,6 +53,24 @@ class RateUpdater:
     def restart(self) -> None:
         """Decides in the next step, with a new state of the rule: the constant is another one from now on."""
         self._restarted = self.steps.requested = True
+
+    def begin_run(self, loop: LoopFacts) -> bool:
+        """Says what has changed in a resumed run; returns whether its steps have other batches, so that it measures."""
+        if self._begun:
+            return False
+        state, self._begun = self.state, True
+        before, state.run = state.run, run_facts(loop, self._options, self._target)
+        if changes := changed_facts(before, state.run):
+            self._notify(
+                f"LipschitzLR{self._target.label}: the run that is resumed has changed: {changes}; the schedule goes "
+                f"on at step {loop.step + 1}, and the ratios between the parameter groups are kept"
+            )
+        if not (self._options.running and state.decision is not None and changes_batches(before, state.run)):
+            return False
+        self._remeasures = self.steps.requested = True
+        state.accumulated = 1
+        self.statistics.residuals.end_interval()
+        return True
 
     def needs_pass(self, epoch: int) -> bool:
         """Whether a pass over the training set is due; a checkpoint may have interrupted the epoch after it."""
@@ -89,7 +110,8 @@ class RateUpdater:
         has_pass = self._pass_epoch is not None
         is_fixed = first_interval and initial_lr is not None and state.measurement is None
         is_early = state.decision is None or (first_interval and state.steps & (state.steps - 1) == 0)
-        is_early, self._restarted = is_early or self._restarted, False
+        is_early, self._restarted = is_early or self._restarted or self._remeasures, False
+        self._remeasures = False
         if has_pass or (self._options.running and not is_fixed and is_early):
             self._decide(found, loop, interval_over=has_pass, lr_ratios=ratios)
             self._pass_epoch = None
@@ -219,12 +241,14 @@ class RateUpdater:
             residuals=self.statistics.residuals.state_dict(),
             head=head,
             due=asdict(self.steps),
+            ranks=unknown_ranks(self._world_size),
+            run=self.state.run and {**self.state.run, "trained parameters": str(num_trained(self._target))},
         )
         return state.to_dict()
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`, which must be of the same rule."""
-        state = ControllerState.from_dict(saved)
+        state = ControllerState.from_dict(state_of_rank(saved, self._rank, self._world_size, self._notify))
         if (state.rule, state.optimizer) != (self.rule.name, self.info.name):
             raise LitLipschitzError(
                 f"LipschitzLR's state in the checkpoint was saved with the rule {state.rule!r} of {state.optimizer}, "
@@ -233,7 +257,7 @@ class RateUpdater:
                 "saved with, or pass restore=False to measure again"
             )
         with refuse_other_versions():
-            check_fields(self.rule.state_type, state.rule_state, -math.inf)
+            check_fields(self.rule.state_type, state.rule_state)
             self.state = replace(state, rule_state=self.rule.restored_state(state.rule_state))
             if self.estimator is not None and state.step_scale is not None:
                 check_like(state.step_scale, self.estimator.state_dict())

@@ -65,6 +65,8 @@ def _is_of(kind: Any, value: Any, least: float, below: float | None) -> bool:
         return type(value) is kind
     if get_origin(kind) is list:
         return type(value) is list and all(_is_of(get_args(kind)[0], one, least, below) for one in value)
+    if kind == dict[str, str]:
+        return type(value) is dict and all(type(text) is str for pair in value.items() for text in pair)
     return get_origin(kind) is not tuple or type(value) is tuple
 
 
@@ -114,7 +116,10 @@ class ControllerState:
     due: dict[str, Any] = field(default_factory=dict)  # of the steps that are measured
     nonfinite: dict[str, Any] = field(default_factory=dict)
     residuals: dict[str, Any] = field(default_factory=dict)
-    head: dict[str, Any] | None = None  # its name and statistic; None before the first step
+    head: dict[str, Any] | None = None  # its name, its statistic and that of the gradients; None before the first step
+    run: dict[str, str] = field(default_factory=dict)  # facts that a resumed run may have otherwise
+    # What differs in other ranks, one entry a rank, None for one that is not known; the first rank's is empty.
+    ranks: list[dict[str, Any] | None] = field(default_factory=lambda: [{}])
 
     def is_new_loss(self, kind: tuple[str, ...]) -> bool:
         """Whether no loss was measured yet whose graph begins with these nodes; from now on one is."""
@@ -147,7 +152,9 @@ class ControllerState:
             if len(damping.steps) != len(damping.fractions):
                 raise ValueError("steps and fractions of the noise damping")
             if (head := state["head"]) is not None:
-                check_like(head, {"head": "", "statistic": dict(head["statistic"])})
-                if not all(isinstance(value, (Tensor, bool, int)) for value in head["statistic"].values()):
+                gradients = head["gradients"] and dict(head["gradients"])
+                check_like(head, {"head": "", "statistic": dict(head["statistic"]), "gradients": gradients})
+                values = [*head["statistic"].values(), *(gradients or {}).values()]
+                if not all(isinstance(value, (Tensor, bool, int)) for value in values):
                     raise TypeError("statistic of the head")
         return cls(**{**state, "decision": decision, "measurement": measurement, "damping": damping})

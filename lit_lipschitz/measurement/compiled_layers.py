@@ -28,13 +28,13 @@ class CompiledLayers:
         self._module: nn.Module | None = None
         self._inputs: Tensor | None = None
         self._handles = [
-            module.register_forward_pre_hook(self.measure, with_kwargs=True)
+            module.register_forward_pre_hook(self.keep_call, with_kwargs=True)
             for module in model.modules()
             if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
             and (owned is None or any(parameter in owned for parameter in module.parameters()))
         ]
 
-    def measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps the input of a forward with gradients, if it is compiled."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             inputs = [*args, *kwargs.values()]
@@ -42,7 +42,7 @@ class CompiledLayers:
             # Only the last one of a forward becomes an output of the compiled code.
             self._module, self._inputs = module, inputs[0].detach() if plain else None
 
-    measure.__wrapped__ = scripted  # type: ignore[attr-defined]
+    keep_call.__wrapped__ = scripted  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the network, or one that is saved, has a hook that does nothing."""

@@ -16,18 +16,23 @@ Mode = Literal["off", "training", "inference", "watching"]
 """What is measured (nothing, forwards with gradients, or those without); "watching" only records which modules run."""
 
 
+def scripted(self: Any, input: tuple[Tensor]) -> None:
+    """The hook in a network that torch.jit.script compiles."""
+    return None
+
+
 class NoHook:
-    """The hook in a copy of the network."""
+    """The hooks in a copy of the network."""
 
     mode: Mode = "off"  # for deepcopy, which copies the method of a HeadHook
 
     def measure(self, *_: Any) -> None:
         """Does nothing."""
 
+    def keep_call(self, *_: Any) -> None:
+        """Does nothing."""
 
-def scripted(self: Any, input: tuple[Tensor]) -> None:
-    """The hook in a network that torch.jit.script compiles."""
-    return None
+    measure.__wrapped__ = keep_call.__wrapped__ = scripted  # type: ignore[attr-defined]
 
 
 class HeadHook:
@@ -42,7 +47,7 @@ class HeadHook:
 
     def measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measures the input of a forward of the mode."""
-        if self.mode == "off" or torch.is_grad_enabled() == (self.mode == "inference"):
+        if self.mode == "off" or torch.is_grad_enabled() == (self.mode == "inference") or _is_transformed():
             return
         if self.mode != "watching":
             inputs: Any = args[0] if args else kwargs.get("input")
@@ -65,6 +70,11 @@ class HeadHook:
         """The module's weight."""
         weight: Any = self.head.weight
         return weight
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, such as vmap or jvp, whose tensors must not be kept."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def _is_measurable(inputs: Any, head: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
-from lit_lipschitz.measurement import optimizer_updates
+from lit_lipschitz.measurement import step_lengths
 
 
 def fit(callback, make, module=None, data=None, **settings):
@@ -217,8 +217,8 @@ def test_a_dry_run_changes_nothing(name):
 
 def test_a_copy_is_made_in_due_steps_alone(monkeypatch):
     steps, trials = [0], []
-    own = optimizer_updates.trial_step
-    monkeypatch.setattr(optimizer_updates, "trial_step", lambda *a, **k: trials.append(steps[0]) or own(*a, **k))
+    own = step_lengths.trial_step
+    monkeypatch.setattr(step_lengths, "trial_step", lambda *a, **k: trials.append(steps[0]) or own(*a, **k))
 
     class Counting(Lion):
         def __init__(self, parameters):
@@ -274,7 +274,7 @@ def test_another_family_is_measured_too():
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), OtherSGD])
 def test_the_steps_of_sgd_are_known_and_no_copy_is_made(make, monkeypatch):
-    monkeypatch.setattr(optimizer_updates, "trial_step", lambda *_, **__: pytest.fail("a copy was made"))
+    monkeypatch.setattr(step_lengths, "trial_step", lambda *_, **__: pytest.fail("a copy was made"))
     callback = LipschitzLR(schedule="none")
     fit(callback, make, max_steps=1)
     terms = {term.symbol: term.value for term in callback.controllers[0].decision.terms}

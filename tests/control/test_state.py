@@ -47,7 +47,9 @@ def filled():
         optimizer="SGD",
         nonfinite={"steps": [3]},
         residuals={"count": torch.tensor(16.0)},
-        head={"head": "net.2", "statistic": {"values": torch.tensor(3.0)}},
+        head={"head": "net.2", "statistic": {"values": torch.tensor(3.0)}, "gradients": {"values": torch.tensor(2.0)}},
+        ranks=[{}, {"accumulated": 5}],
+        run={"devices": "2"},
     )
 
 
@@ -104,7 +106,9 @@ def without(state, name):
         lambda state: {**state, "accumulated": 0},
         lambda state: {**state, "measurement": {**state["measurement"], "ranks": 0}},
         lambda state: {**state, "head": {"head": "net.2"}},
-        lambda state: {**state, "head": {"head": "net.2", "statistic": {"values": torch.tensor(math.nan)}}},
+        lambda state: {**state, "head": without(state["head"], "gradients")},
+        lambda state: {**state, "head": {**state["head"], "statistic": {"values": torch.tensor(math.nan)}}},
+        lambda state: {**state, "head": {**state["head"], "gradients": {"values": torch.tensor(math.nan)}}},
     ],
 )
 def test_the_state_of_another_version_is_refused(change):

@@ -71,6 +71,7 @@ def ranks(
     *more: L.Callback,
     ckpt_path: str | None = None,
     ddp: dict[str, Any] | None = None,
+    data: L.LightningDataModule | None = None,
     **settings: Any,
 ) -> list[Any]:
     """Trains on several processes; returns the rates and weights of each."""
@@ -79,7 +80,7 @@ def ranks(
         DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60), **(ddp or {})),
     )
     run = trainer(callback, Keep(), *more, devices=count, **settings)
-    run.fit(module, datamodule=Slices(batch_size), ckpt_path=ckpt_path)
+    run.fit(module, datamodule=data or Slices(batch_size), ckpt_path=ckpt_path)
     return [torch.load(f"rank{rank}.pt") for rank in range(count)]
 
 
