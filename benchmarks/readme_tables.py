@@ -20,9 +20,10 @@ from tasks import TASKS
 
 Rows = list[dict[str, Any]]
 BOUNDED = Path(__file__).parent / "results" / "bounded.csv"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 ENOUGH = 3
 """Seeds of a fixed learning rate that may be the best one."""
-BETTER, WORSE, LEVEL, NOT_RUN = "▲ better", "▼ worse", "level", "not run yet"
+BETTER, WORSE, LEVEL, NOT_RUN = "▲", "▼", "=", "not run yet"
 NAMES = {
     "digits_mlp": "Digits, MLP",
     "breast_cancer_mlp": "Breast cancer, MLP",
@@ -52,7 +53,7 @@ def fixed_rates() -> Rows:
 
 
 def mark(gain: float, error: float) -> str:
-    """Whether a gain exceeds its standard error: better, worse or level."""
+    """Whether a gain exceeds its standard error: better, worse, or neither."""
     if abs(gain) <= error:
         return LEVEL
     return BETTER if gain > 0 else WORSE
@@ -75,12 +76,13 @@ def everyday(computed: Rows, grids: Rows) -> str:
         gain = (row["test"] - tuned["test"]) * (1 if accuracy else -1)
         error = math.hypot(row["test_error"] or 0.0, tuned["test_error"] or 0.0)
         digits = 2 if accuracy else 3
+        difference = f"{row['test'] - tuned['test']:+.{digits}f} ± {error:.{digits}f}".replace(" ", NO_BREAK)
         cells = [
             f"{NAMES[row['task']]}, {'accuracy' if accuracy else 'loss'}",
             summary.TITLES[kind],
             f"{tuned['test']:.{digits}f}",
             f"{row['test']:.{digits}f}",
-            f"{row['test'] - tuned['test']:+.{digits}f} ± {error:.{digits}f}",
+            difference,
             mark(gain, error),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -110,4 +112,5 @@ def _compared(row: dict[str, Any] | None, target: float, sign: int) -> str:
     if row["diverged"]:
         return f"diverged ({row['diverged']} of {row['seeds']})"
     error = row["test_error"] or 0.0
-    return f"{row['test']:.2f} ± {error:.2f} {mark(sign * (row['test'] - target), error)}"
+    cell = f"{row['test']:.2f} ± {error:.2f} {mark(sign * (row['test'] - target), error)}"
+    return cell.replace(" ", NO_BREAK)

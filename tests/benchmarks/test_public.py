@@ -205,7 +205,7 @@ def test_the_readmes_table_compares_with_the_best_published_figure(public):
         *runs("sgd:0.1", [97.0, 98.0, 99.0]), *runs("lipschitz", [98.0, 98.0, 98.1]),
         *runs("lipschitz", [88.0, 88.1, 88.2], "quadratic_deep"), *runs("lipschitz", [2000.0] * 3, "algoperf_mnist"),
     ])  # fmt: skip
-    assert readme_tables.published(rows).splitlines()[2:] == [
-        "| MNIST, MLP, 10 epochs, accuracy | 97.97 | 98.00 | 98.03 ± 0.03 ▲ better | not run yet |",
-        "| DeepOBS, noisy quadratic, loss | 87.05 | not run yet | 88.10 ± 0.06 ▼ worse | not run yet |",
+    assert readme_tables.published(rows).replace(readme_tables.NO_BREAK, " ").splitlines()[2:] == [
+        "| MNIST, MLP, 10 epochs, accuracy | 97.97 | 98.00 | 98.03 ± 0.03 ▲ | not run yet |",
+        "| DeepOBS, noisy quadratic, loss | 87.05 | not run yet | 88.10 ± 0.06 ▼ | not run yet |",
     ]
