@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 .PHONY: train test slow check format docs links benchmark clean
 
 train: $(BASE)  ## train on real handwritten digits, and test
-	@echo "Training a small network on scikit-learn's handwritten digits: about half a minute on a CPU."
+	@echo "Training a small network on scikit-learn's handwritten digits: about 20 seconds on two CPU cores."
 	$(BIN)/lit-lipschitz fit --config digits.yaml
 
 test: $(TOOLS)  ## the test suite, without what takes minutes or real data
@@ -41,13 +41,13 @@ benchmark: $(TOOLS)  ## the cost of the callback
 
 $(BASE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Creating a virtual environment in $(VENV)."; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing lit-lipschitz with PyTorch and Lightning in $(VENV), once: 5 GB with CUDA, 1.5 GB with PyTorch's CPU"
-	@echo "wheels (see README.md). It takes 1 to 5 minutes, mostly for the download of PyTorch."
+	@echo "Installing lit-lipschitz with PyTorch and Lightning in $(VENV), once: 6 GB with CUDA, or 1.3 GB with PyTorch's CPU"
+	@echo "wheels (see README.md). This takes 1 to 4 minutes plus the download of PyTorch."
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[digits]"
 	@touch $@
 
 $(TOOLS): $(BASE)
-	@echo "Installing the tools for tests, checks and documentation in $(VENV), once: about a minute."
+	@echo "Installing the tools for tests, checks and documentation in $(VENV), once: 0.5 GB, about a minute."
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	@touch $@
 

@@ -45,6 +45,11 @@ def test_a_script_is_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
+def test_the_documentation_lists_what_is_there():
+    page = (ROOT / "docs" / "howto" / "index.md").read_text()
+    assert {path.name for path in [*SCRIPTS, *NOTEBOOKS]} == set(re.findall(r"^\| `([\w.]+)` \|", page, re.M))
+
+
 def test_every_expected_result_is_of_a_script():
     assert set(RESULTS) <= {path.name for path in SCRIPTS}
 
