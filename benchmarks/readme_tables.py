@@ -66,7 +66,7 @@ def everyday(computed: Rows, grids: Rows) -> str:
         computed: Summary of ``LipschitzLR()``.
         grids: Summary of the fixed learning rates.
     """
-    lines = ["| task, metric | optimizer | tuned | `LipschitzLR()` | difference | |", "|---" * 6 + "|"]
+    lines = ["| task, metric | optimizer | tuned | `LipschitzLR()` | difference |", "|---" * 5 + "|"]
     for row in sorted(computed, key=lambda row: list(TASKS).index(row["task"])):
         kind = summary.TUNED.get(row["policy"])
         tuned = summary.best(grids, row["task"], kind, ENOUGH) if kind else None
@@ -81,9 +81,8 @@ def everyday(computed: Rows, grids: Rows) -> str:
             f"{NAMES[row['task']]}, {'accuracy' if accuracy else 'loss'}",
             summary.TITLES[kind],
             f"{tuned['test']:.{digits}f}",
-            f"{row['test']:.{digits}f}",
+            f"{row['test']:.{digits}f}{NO_BREAK}{mark(gain, error)}",
             difference,
-            mark(gain, error),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

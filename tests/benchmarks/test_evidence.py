@@ -173,9 +173,9 @@ def test_the_readmes_everyday_table_marks_differences_beyond_their_standard_erro
         + [row("lipschitz", seed, 0.5, 0.5, "breast_cancer_mlp") for seed in range(3)]  # no grid
     )
     assert readme_tables.everyday(computed, grids).replace(readme_tables.NO_BREAK, " ").splitlines()[2:] == [
-        "| Digits, MLP, accuracy | SGD | 91.00 | 92.50 | +1.50 ± 0.82 | ▲ |",
-        "| Diabetes, MLP, loss | AdamW | 0.500 | 0.600 | +0.100 ± 0.000 | ▼ |",
-        "| Diabetes, MLP, loss | Schedule-Free | 0.500 | 0.500 | +0.000 ± 0.000 | = |",
+        "| Digits, MLP, accuracy | SGD | 91.00 | 92.50 ▲ | +1.50 ± 0.82 |",
+        "| Diabetes, MLP, loss | AdamW | 0.500 | 0.600 ▼ | +0.100 ± 0.000 |",
+        "| Diabetes, MLP, loss | Schedule-Free | 0.500 | 0.500 = | +0.000 ± 0.000 |",
     ]
     assert [readme_tables.mark(gain, 1.0) for gain in (1.0, 1.1, -1.1)] == ["=", "▲", "▼"]
 
