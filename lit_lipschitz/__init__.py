@@ -1,9 +1,10 @@
-"""Learning rates computed, not tuned: 1 over the Lipschitz constant of the loss, for PyTorch Lightning."""
+"""Learning rates computed, not tuned: 1 over the Lipschitz constant of the loss, for PyTorch Lightning and any loop."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_lipschitz.attachment import Attachment, attach
     from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
     from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
     from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "MNISTCNN",
+    "Attachment",
     "AveragedWeights",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
@@ -43,6 +45,7 @@ __all__ = [
     "ResNetV2",
     "TimeDecay",
     "ZeroStartSGD",
+    "attach",
 ]
 
 _HOMES = {
@@ -52,6 +55,7 @@ _HOMES = {
     "ImageClassifier": "module",
     **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "optim.schedules"),
     "ZeroStartSGD": "optim.zero_start_sgd",
+    **dict.fromkeys(["Attachment", "attach"], "attachment"),
     "AveragedWeights": "callbacks.averaged_weights",
     "LipschitzAudit": "callbacks.lipschitz_audit",
     "LipschitzLR": "callbacks.lipschitz_lr",

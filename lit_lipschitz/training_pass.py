@@ -8,12 +8,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import LightningModule, Trainer, isolate_rng
 
 BATCH_NORM_BATCHES = 50
 """Batches that BatchNorm's statistics are estimated from, as many as Schedule-Free's authors use."""

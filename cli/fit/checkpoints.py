@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch._C import PyTorchFileReader
 
 from lit_lipschitz.cli.output import write_whole
 from lit_lipschitz.data.plain_pickle import Call, Name, PlainReader
@@ -98,14 +100,22 @@ def _check_archive(path: Path) -> None:
         if file.read(4) != b"PK\x03\x04":  # older formats are pickles and tar archives
             raise UnpicklingError("no archive")
     size = path.stat().st_size
-    archive = torch._C.PyTorchFileReader(str(path))
+    archive = PyTorchFileReader(str(path))
     records = archive.get_all_records()
-    if sum(map(archive.get_record_size, records)) > size or "constants.pkl" in records:
+    if _size_of_records(archive, path) > size or "constants.pkl" in records:
         raise UnpicklingError("compressed, or TorchScript")
     reader = PlainReader(admitted=None, max_opcodes=_MAX_OPCODES)
     reader.read(archive.get_record("data.pkl"))
     if sum(map(_length, reader.calls)) > size + _MAX_EXPANDED:
         raise UnpicklingError("larger than the file")
+
+
+def _size_of_records(archive: Any, path: Path) -> int:
+    """Bytes of all records of an archive, uncompressed; torch tells them from 2.13 on."""
+    if hasattr(archive, "get_record_size"):
+        return sum(map(archive.get_record_size, archive.get_all_records()))
+    with ZipFile(path) as entries:
+        return sum(entry.file_size for entry in entries.infolist())
 
 
 def _length(call: Call) -> int:

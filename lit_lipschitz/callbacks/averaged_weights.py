@@ -13,14 +13,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer
 from lit_lipschitz.measurement.trial_step import is_schedule_free
 from lit_lipschitz.training_pass import reestimate_batch_norm
 
+FITTING = "fit"
+"""The state of a Trainer that fits."""
 KEY = "schedule_free"
 """Key in a checkpoint that was saved between two evaluations: the training weights, and the optimizers' positions."""
 
@@ -87,7 +88,7 @@ class AveragedWeights(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switches to the averaged weights and to the BatchNorm statistics that belong to them."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != FITTING:
             return
         set_mode(schedule_free(trainer.optimizers), "eval")
         if self._outdated:
@@ -99,7 +100,7 @@ class AveragedWeights(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resumes with the training weights of a checkpoint that was saved between two evaluations."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != FITTING:
             warn_of_batch_norm(checkpoint, pl_module)
         elif saved := checkpoint.get(KEY):
             trainer.strategy.load_model_state_dict({"state_dict": saved["training_weights"]}, strict=False)

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lit_lipschitz.audit.gradients import GradientSnapshot, layers_with_parameters, read_gradients
@@ -14,6 +11,9 @@ from lit_lipschitz.bounds import Bound
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, rank_zero_info
+
+_SHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class LipschitzAudit(Callback):
@@ -78,7 +78,7 @@ class LipschitzAudit(Callback):
                 "LipschitzAudit compares gradients with LipschitzLR's constant and found no LipschitzLR in "
                 "trainer.callbacks: add one"
             )
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        if any(class_in(trainer.strategy, name) for name in _SHARDING):
             raise ConfigurationError(
                 f"LipschitzAudit needs the whole gradients on each rank, and {type(trainer.strategy).__name__} shards "
                 "them; use ddp or one device, or remove the callback"

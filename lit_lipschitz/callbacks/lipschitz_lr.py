@@ -1,13 +1,10 @@
 """``LipschitzLR``: the Lightning callback that sets the learning rate to the inverse of a Lipschitz constant."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,12 +22,11 @@ from lit_lipschitz.callbacks.trainer_facts import (
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import LoopFacts
-from lit_lipschitz.control.measured_finder import check_measured
-from lit_lipschitz.control.options import Options
-from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.results import Results
-from lit_lipschitz.control.state import OTHER_VERSION, refuse_other_versions
-from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
+from lit_lipschitz.control.state import refuse_other_versions
+from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, is_overridden
 from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
@@ -41,9 +37,6 @@ if TYPE_CHECKING:
     RuleOrAuto = str
 else:  # so that the command line offers the losses and rules that are registered by now
     LossOrAuto, RuleOrAuto = Literal[_LOSSES], Literal[_RULES]
-
-# What a resumed run must have in common with the saved one.
-_SETTINGS = ("bound", "norm", "rule", "second_moment", "weight_decay", "measure", "weights")
 
 
 class LipschitzLR(Callback):
@@ -135,21 +128,8 @@ class LipschitzLR(Callback):
         second_moment: Literal["auto", bounds.SecondMoment] = "auto",
         initial_lr: float | None = None,
     ) -> None:
+        self.policy, self.options = make_settings(locals())
         super().__init__()
-        try:
-            resolved = bounds.resolve_norm(bound, norm)
-        except ValueError as error:
-            raise ConfigurationError(f"LipschitzLR: {error}") from None
-        self.policy = Policy(bound, resolved, rule, second_moment, weight_decay, min_lr, max_lr, max_growth)
-        self.options = Options(
-            loss, head, update, measure, weights, initial_lr, on_nonfinite, dry_run, schedule, measure_every
-        )
-        if self.options.measured:
-            check_measured(self.policy, self.options)
-        if initial_lr is not None and not min_lr <= initial_lr <= (max_lr or math.inf):
-            raise ConfigurationError(
-                f"LipschitzLR(initial_lr={initial_lr}): expected a rate from min_lr={min_lr} to max_lr={max_lr}"
-            )
         self.optimizers, self.restore = _checked_positions(optimizers, head), restore
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
@@ -212,7 +192,7 @@ class LipschitzLR(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the head (before its first forward, as torch.compile needs) and to the optimizer."""
-        if not self.options.running and not is_overridden("forward", pl_module):
+        if not self.options.running and not is_overridden("forward", pl_module, class_in(pl_module, "LightningModule")):
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass') calls the module, and {type(pl_module).__name__} has no forward; define "
                 "one, or use measure='running'"
@@ -323,7 +303,7 @@ class LipschitzLR(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""
         states = {i: controller.state_dict() for i, controller in self.controllers.items()}
-        return {"settings": _settings(self.policy, self.options), "optimizers": states or dict(self._stored)}
+        return {"settings": saved_settings(self.policy, self.options), "optimizers": states or dict(self._stored)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`.
@@ -334,30 +314,12 @@ class LipschitzLR(Callback):
         if not self.restore:
             return
         with refuse_other_versions():
-            _check_state(state_dict, _settings(self.policy, self.options))
+            check_saved(state_dict, self.policy, self.options)
             self._stored = dict(state_dict["optimizers"])
         # Some strategies load after on_fit_start.
         for position, state in self._stored.items():
             if position in self._controllers:
                 self._controllers[position].load_state_dict(state)
-
-
-def _settings(policy: Policy, options: Options) -> dict[str, Any]:
-    values = {**vars(policy), **vars(options)}
-    return {name: values[name] for name in _SETTINGS}
-
-
-def _check_state(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Checks that a state was saved with the settings of this run."""
-    if set(state.get("settings", ())) != set(settings) or "optimizers" not in state:
-        raise LitLipschitzError(OTHER_VERSION)
-    for name, value in state["settings"].items():
-        if value != settings[name]:
-            raise LitLipschitzError(
-                f"LipschitzLR's state in the checkpoint was saved with {name}={value!r}, and this run has "
-                f"{name}={settings[name]!r}; resume with the settings that it was saved with, pass restore=False to "
-                "measure again, or start without the checkpoint"
-            )
 
 
 def _measure_by_pass(trainer: Trainer, pl_module: LightningModule, controllers: list[Controller]) -> None:

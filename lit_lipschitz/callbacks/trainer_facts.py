@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lit_lipschitz.control.loop_facts import LoopFacts, Target
+from lit_lipschitz.control.loss_scale import grad_scale, loss_scale
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.lightning_api import Callback, LightningModule, Trainer, class_in, rank_zero_info
 
 _DEFAULT_EPOCHS = 1000
 """The ``max_epochs`` that Lightning sets where the user gives no limit."""
@@ -25,10 +24,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def is_lightnings(callback: Any, name: str) -> bool:
     """Whether a callback is of a class of Lightning, as ``lightning`` or ``pytorch_lightning`` has it."""
-    packages = ("lightning", "pytorch_lightning")
-    return any(
-        kind.__name__ == name and kind.__module__.partition(".")[0] in packages for kind in type(callback).__mro__
-    )
+    return class_in(callback, name) is not None
 
 
 class TrainerFacts:
@@ -45,7 +41,7 @@ class TrainerFacts:
             scaler is not None,
             "StochasticWeightAveraging" if writes_lr else "",
             partial(_loss_scale, trainer, scaler),
-            partial(_grad_scale, scaler),
+            partial(grad_scale, scaler),
             partial(_total_steps, trainer, module),
             partial(_epoch_steps, trainer, module),
             partial(trainer.strategy.reduce, reduce_op="max"),
@@ -121,16 +117,7 @@ def shortens_run(trainer: Trainer) -> bool:
 
 def _loss_scale(trainer: Trainer, scaler: Any) -> float | Tensor:
     """Lightning divides by the number of accumulated batches, then a GradScaler multiplies, on the device."""
-    if scaler is None:
-        return 1.0 / trainer.accumulate_grad_batches
-    scale = getattr(scaler, "_scale", None)
-    return (scaler.get_scale() if scale is None else scale) / trainer.accumulate_grad_batches
-
-
-def _grad_scale(scaler: Any, optimizer: Optimizer) -> float | Tensor:
-    """A fused optimizer divides by the GradScaler's scale within its step; other gradients are unscaled before."""
-    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-    return scaler.get_scale() if fused else 1.0
+    return loss_scale(scaler, trainer.accumulate_grad_batches)
 
 
 def _total_steps(trainer: Trainer, module: LightningModule) -> float:

@@ -78,12 +78,12 @@ class BuiltinSchedule:
             self._total_steps, self._warmup = math.inf, min(epoch, MAX_WARMUP)
             message = (
                 f"warm-up over {self._warmup:.0f} optimizer steps and no decay, as the length of the run is not known "
-                "(EarlyStopping, a limit of time, or no max_epochs and max_steps); add a scheduler to decay the rate"
+                "(EarlyStopping, a limit of time, or no max_epochs, max_steps or total_steps); a scheduler can decay it"
             )
         else:
             self._total_steps = math.inf
             message = (
-                "the length of the run is not known, so the built-in warm-up and decay are off; set max_epochs or "
-                "max_steps, add a scheduler, or pass schedule='none' to hide this message"
+                "the length of the run is not known, so the built-in warm-up and decay are off; set max_epochs, "
+                "max_steps or, in attach, total_steps, add a scheduler, or pass schedule='none' to hide this message"
             )
         loop.notify(f"LipschitzLR: {message}")

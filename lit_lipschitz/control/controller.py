@@ -24,8 +24,8 @@ class Controller:
     """Measures what enters the head, updates the learning rate of one optimizer, and writes it.
 
     A training loop calls :meth:`begin_batch`, :meth:`on_loss` before the backward, and :meth:`end_batch`. The optimizer
-    calls ``before_step`` when its gradients are final, from which the loop calls :meth:`on_step`. ``state`` is the
-    :meth:`state_dict` of a run that is resumed.
+    calls ``before_step`` when its gradients are final, from which the loop calls :meth:`on_step`, and ``after_step`` at
+    the end of the step. ``state`` is the :meth:`state_dict` of a run that is resumed.
     """
 
     def __init__(
@@ -36,13 +36,20 @@ class Controller:
         loop: LoopFacts,
         state: Mapping[str, Any] | None,
         before_step: Callable[[], None],
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self.policy, self.options, self.optimizer = policy, options, target.optimizer
         self._target, self.schedulers = target, target.schedulers
         self.updater = RateUpdater(policy, options, target, loop, state)
         saved = self.updater.state
         self._writer = LRWriter(
-            target.optimizer, target.schedulers, saved.references, saved.written, bool(loop.lr_writer), before_step
+            target.optimizer,
+            target.schedulers,
+            saved.references,
+            saved.written,
+            bool(loop.lr_writer),
+            before_step,
+            after_step,
         )
         self._finder = Finder(policy, options, target, loop, saved.head)
         wanted = options.schedule == "auto" and policy.bound != "paper"
@@ -55,7 +62,7 @@ class Controller:
         self.decision: Decision | None = None  # behind the last optimizer step; None before the first one
         self.rates: list[float] = []  # learning rates of the parameter groups in it
         # Whether all ranks measure the constant, and so decide by it; else one of them may.
-        self._measured_by_all = self.measurement is not None and self.measurement.largest_grad_norm > 0
+        self._measured_by_all = self._decides_by_measured
         self._batch_open = False  # whether a batch has begun that has made no loss yet
         self._batches = StepBatches()
         self._versions = 0  # changes to the weights before this batch
@@ -73,9 +80,23 @@ class Controller:
         return self.updater.steps.due or self.found is None
 
     @property
+    def is_stepping(self) -> bool:
+        """Whether the optimizer makes a step."""
+        return self._writer.is_stepping
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether schedulers set the learning rates that are factors of the computed one."""
+        return self._writer.scheduled
+
+    @property
     def measurement(self) -> Measurement | None:
         """The measurement behind the last decision; None if it is not based on one."""
         return self.updater.state.measurement
+
+    @property
+    def _decides_by_measured(self) -> bool:
+        return self.measurement is not None and self.measurement.largest_grad_norm > 0
 
     @property
     def head_name(self) -> str | None:
@@ -105,8 +126,11 @@ class Controller:
     def begin_backward(self) -> None:
         """Forgets the batches and losses since the last step if their gradients are not in the next one."""
         groups = self.optimizer.param_groups
-        if not self._batches.pending or any(p.grad is not None for group in groups for p in group["params"]):
-            return
+        if self._batches.pending and all(p.grad is None for group in groups for p in group["params"]):
+            self.discard_losses()
+
+    def discard_losses(self) -> None:
+        """Forgets the batches and losses since the last step."""
         self._batches.clear()
         self._batches.pending = False
         self._finder.discard_gradients()
@@ -317,7 +341,9 @@ class Controller:
         return self.updater.state_dict(self._writer.references, self._writer.written, self._finder.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads the state of :meth:`state_dict`, which some strategies restore after the fit has begun."""
+        """Loads the state of :meth:`state_dict`, which some loops restore after training has begun."""
         self.updater.restore(state)
+        self._writer.restore(self.updater.state.references, self.updater.state.written)
+        self._measured_by_all = self._decides_by_measured
         if self.updater.state.head is not None:
             self._finder.load_state_dict(self.updater.state.head)

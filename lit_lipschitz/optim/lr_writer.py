@@ -28,7 +28,8 @@ class LRWriter:
 
     ``before_step`` is called once in each step, when its gradients are final and no parameter has moved: as the step
     begins, or after the first call of its closure; it may :meth:`write` the rate, and without it the last one is kept.
-    A step of an optimizer that this one wraps, with the same parameter groups, counts as well.
+    ``after_step`` is called at the end of the step. A step of an optimizer that this one wraps, with the same parameter
+    groups, counts as well.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LRWriter:
         written: Sequence[float] = (),
         keep_scheduled: bool = False,
         before_step: Callable[[], None] | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.overwritten = False  # whether a rate that other code had set was overwritten
@@ -46,16 +48,14 @@ class LRWriter:
         self.scheduled = keep_scheduled or bool(schedulers) or any("initial_lr" in group for group in groups)
         self.references = [_configured_lr(group, i, schedulers) for i, group in enumerate(groups)]
         self.reference = self.references[0]  # the learning rate that is a factor of 1
-        self._stored = list(stored)
         if self.reference <= 0:
             raise ConfigurationError(
                 "LipschitzLR scales the optimizer's configured learning rates; the first parameter group's is "
                 f"{self.reference}, expected a positive number (only the ratios between the groups matter)"
             )
-        self._rate: float | None = written[0] if written else None
+        self.restore(stored, written)
         self._scheduled_lrs: list[float] | None = None  # while the optimizer steps
-        self._written = list(written)  # by the last write
-        self._before_step = before_step
+        self._before_step, self._after_step = before_step, after_step
         self._depth = 0  # steps that contain each other and have begun
         self._begun = False  # whether their gradients are final
         self._handles = [
@@ -64,10 +64,21 @@ class LRWriter:
             for handle in (one.register_step_pre_hook(self._enter), one.register_step_post_hook(self._leave))
         ]
 
+    def restore(self, stored: Sequence[float], written: Sequence[float]) -> None:
+        """Continues the run that is resumed."""
+        self._stored = list(stored)
+        self._rate: float | None = written[0] if written else None
+        self._written = list(written)  # by the last write
+
     @property
     def written(self) -> list[float]:
         """The learning rates of the last step, for the state; empty before the first one and with schedulers."""
         return list(self._written)
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._depth > 0
 
     @property
     def ratios(self) -> list[float]:
@@ -158,8 +169,12 @@ class LRWriter:
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
-        if self._depth <= 0:
-            self.end_step()
+        if self._depth > 0:
+            return
+        has_begun = self._begun
+        self.end_step()
+        if has_begun and self._after_step is not None:
+            self._after_step()
 
     def end_step(self) -> None:
         """Ends a step, which an error may have interrupted."""

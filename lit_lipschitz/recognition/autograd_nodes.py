@@ -4,6 +4,8 @@ Names and saved attributes of the nodes are those of torch 2.8 to 2.14.
 """
 
 import re
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,8 @@ IDENTITIES = frozenset(
 _VIEWS = ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze")
 _COPIES = ("ToCopy", "Clone")
 VIEWS = IDENTITIES | {f"{name}Backward{version}" for name in (*_VIEWS, *_COPIES) for version in (0, 1)}
+CHECKPOINT = "CheckpointFunction"
+"""Begins the name of the node of activation checkpointing that hides the layers (``use_reentrant=True``)."""
 Factors = tuple[tuple[Tensor, bool], ...]
 """Scalar factors, each with whether it divides rather than multiplies."""
 
@@ -115,3 +119,19 @@ def beginning_of(node: Any, length: int = 4) -> tuple[str, ...]:
         below = node.next_functions
         node = below[0][0] if below else None
     return tuple(names)
+
+
+def parameters_below(node: Any) -> Iterator[Tensor | None]:
+    """The tensors whose gradients a graph computes, nearest first; None for code that hides some of them."""
+    seen, queue = {node}, deque([node])
+    while queue:
+        node = queue.popleft()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        elif node.name().startswith(CHECKPOINT):
+            yield None
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                queue.append(below)

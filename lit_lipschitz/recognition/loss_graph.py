@@ -13,6 +13,7 @@ from lit_lipschitz.bounds.loss_spec import LOSSES, Loss
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.recognition.affine import AffineSource, is_call, logit_scale_of, same_weight, trace_to_affine
 from lit_lipschitz.recognition.autograd_nodes import (
+    CHECKPOINT,
     VIEWS,
     Factors,
     GraphReader,
@@ -22,7 +23,6 @@ from lit_lipschitz.recognition.autograd_nodes import (
 )
 from lit_lipschitz.recognition.loss_patterns import MANUAL_REDUCTIONS, LossMatch, match_loss
 from lit_lipschitz.recognition.output_layers import (
-    CHECKPOINT,
     COMPILED,
     HiddenLayers,
     OutputLayer,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_lipschitz.recognition.affine import same_weight, weight_of
-from lit_lipschitz.recognition.autograd_nodes import GraphReader
+from lit_lipschitz.recognition.autograd_nodes import CHECKPOINT, GraphReader
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class HiddenLayers:
         return bool(self.parameters)
 
 
-COMPILED, CHECKPOINT = "CompiledFunction", "CheckpointFunction"
-"""Beginnings of the names of nodes that hide layers, of compiled code and of reentrant activation checkpointing."""
+COMPILED = "CompiledFunction"
+"""Begins the names of the nodes of compiled code."""
 _LOOKUPS = (
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",

@@ -1,6 +1,7 @@
 """Runs every block of Python and every command of README.md and docs/, and compares the reference with the code."""
 
 import contextlib
+import gc
 import importlib.metadata
 import io
 import os
@@ -40,6 +41,7 @@ NOT_RUN = {
     "test_distributed.py and test_paper_configs.py with what is there",
     r"make ": "makes an environment of its own; .ci/run runs check, docs, test, train and slow",
     r"python benchmarks/": "takes minutes to hours, and figures are not what a test is for",
+    r"python examples/": "run in tests/examples",
     r"python docs/reference/config_page\.py": "writes into the checkout; a test here compares what it would write",
     r"python docs/tensorboard_picture\.py": "needs Chromium; test_tensorboard.py runs it where that is",
     r"python -m pytest": "is tests, which run anyway",
@@ -170,7 +172,15 @@ def test_the_pages_have_the_blocks_that_are_looked_for():
             assert block.kind in ("", "python", "yaml", "text", "{toctree}", "{eval-rst}") or block.kind.startswith(
                 "{include} ../"
             ), block
-            if page not in ("README.md", "start.md", "tutorial.md", "extending.md", "schedules.md", *names_of(HOWTO)):
+            if page not in (
+                "README.md",
+                "start.md",
+                "tutorial.md",
+                "extending.md",
+                "schedules.md",
+                "any_loop.md",
+                *names_of(HOWTO),
+            ):
                 assert block.kind not in ("python", "yaml"), f"{block}: nothing runs this; say here how"
     assert len(OURS) > 25
 
@@ -267,6 +277,17 @@ def test_the_page_on_extending_runs_and_prints_what_it_shows():
             check_shown(block, printed)
             shown += 1
     assert shown == 3  # a loss, a rule, an optimizer
+
+
+def test_the_page_on_any_loop_runs():
+    pytest.importorskip("transformers")
+    before, names = torch.autograd.backward, {}
+    for block in blocks(ROOT / "docs" / "guide" / "any_loop.md"):
+        if block.kind == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+    names.clear()
+    gc.collect()
+    assert torch.autograd.backward is before
 
 
 @pytest.mark.slow

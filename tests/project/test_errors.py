@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.nn import functional as F
 
-from lit_lipschitz import LipschitzAudit, LipschitzLR
+from lit_lipschitz import LipschitzAudit, LipschitzLR, attach
 from lit_lipschitz.errors import LitLipschitzError
 
 # Nothing is measured with it, so that a loss or a head that is not recognised is an error.
@@ -151,6 +151,21 @@ def dead():
     return module
 
 
+def plain(backwards=1, scaler=None, late=None, before=None):
+    """A step of a plain loop."""
+    net = nn.Linear(WIDTH, CLASSES)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with attach(net, optimizer, notify=lambda message: None):
+        _ = late and late(optimizer)
+        inputs, targets = next(iter(loader()))
+        for _ in range(backwards):
+            loss = F.cross_entropy(net(before(inputs) if before else inputs), targets)
+            (scaler.scale(loss) if scaler else loss).backward()
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        _ = scaler.step(optimizer) if scaler else optimizer.step()
+
+
 class Wrapped(torch.optim.Optimizer):
     """A wrapper around AdamW that does not call its base class."""
 
@@ -259,6 +274,15 @@ MISTAKES = {
     "A checkpoint with other settings": lambda: checkpointed({"bound": "smooth"}, {}),
     "A checkpoint with another head": lambda: checkpointed({}, {}, lambda: Either("first"), lambda: Either("second")),
     "A checkpoint of a recognised loss": lambda: checkpointed({}, {"loss": "measured"}),
+    "More backward passes than described": lambda: plain(backwards=2),
+    "A GradScaler that was not passed": lambda: plain(scaler=torch.amp.GradScaler("cpu")),
+    "A scheduler that was created after attach": lambda: plain(
+        late=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    ),
+    "No backward pass before the step": lambda: plain(backwards=0),
+    "A loss of several modules": lambda: plain(before=nn.Linear(WIDTH, WIDTH)),
+    "Arguments in another order": lambda: attach(torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1)),
+    "An optimizer that is attached": lambda: plain(late=lambda optimizer: attach(nn.Linear(1, 1), optimizer)),
     "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
     ),

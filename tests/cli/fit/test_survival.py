@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import Classifier, error_line, last, loader, same, trainer
 
+from lit_lipschitz.cli.fit import checkpoints
 from lit_lipschitz.cli.fit.checkpoints import WholeCheckpoints, check_checkpoint
 from lit_lipschitz.cli.fit.error_messages import explain_error
 from lit_lipschitz.errors import LitLipschitzError
@@ -221,7 +222,18 @@ def test_a_checkpoint_that_makes_much_of_little_is_refused(kind):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
-def test_a_compressed_checkpoint_is_refused():
+class _EarlierReader:
+    """torch's reader of archives before 2.13."""
+
+    def __init__(self, path):
+        reader = torch._C.PyTorchFileReader(path)
+        self.get_all_records, self.get_record = reader.get_all_records, reader.get_record
+
+
+@pytest.mark.parametrize("torch_tells_sizes", [True, False])
+def test_a_compressed_checkpoint_is_refused(torch_tells_sizes, monkeypatch):
+    if not torch_tells_sizes:
+        monkeypatch.setattr(checkpoints, "PyTorchFileReader", _EarlierReader)
     torch.save({"state_dict": {"a": torch.zeros(4)}, "pytorch-lightning_version": "2.6.6"}, "whole.ckpt")
     check_checkpoint(Path("whole.ckpt"))
     with zipfile.ZipFile("whole.ckpt") as whole, zipfile.ZipFile("bad.ckpt", "w", zipfile.ZIP_DEFLATED) as bad:
