@@ -6,7 +6,7 @@
 The first command trains. A run is a line of ``--runs`` (results/compare.jsonl, which git ignores), written as soon as
 it ends, with versions and processor; runs that the file has are skipped. Several processes may share the file, each
 with its own seeds or tasks; each run uses one thread. The second command summarises the file in results/compare.csv,
-a line a task and policy, and prints the tables that write_tables.py fills README and docs with from there.
+a line a task and policy, and prints the tables that write_tables.py fills docs/guide/evidence.md with from there.
 
 prodigyopt, schedulefree and dadaptation, for the policies of these names, are not installed by the project.
 """
@@ -27,7 +27,7 @@ from figures import processor
 from lightning.pytorch.tuner import Tuner
 from policies import Recipe, recipe
 from rows import add_row, read_rows, read_summary, write_summary
-from summary import defaults, regrets, short, summarise
+from summary import defaults, regrets, summarise
 from tasks import TASKS, Part, Task
 from torch import Tensor, nn
 
@@ -232,7 +232,7 @@ def main() -> None:
             parser.error(error)
         write_summary(options.summary, rows)
         rows = read_summary(options.summary)
-        print("\n\n".join(table(rows) for table in (defaults, short, regrets)))
+        print("\n\n".join(table(rows) for table in (defaults, regrets)))
     elif not options.policies:
         parser.error("expected --policies, --summary or both")
 

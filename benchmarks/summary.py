@@ -74,16 +74,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def best(rows: Rows, task: str, kind: str) -> dict[str, Any] | None:
+def best(rows: Rows, task: str, kind: str, enough: int | None = None) -> dict[str, Any] | None:
     """The row of the best learning rate of a grid, by the validation metric, or None if there is no grid.
 
-    Rates with a diverged run are left out, and so are rates with fewer seeds than others: these were not continued
-    since they were behind by more than the noise of the seeds.
+    Rates with a diverged run are left out, and so are rates with fewer seeds than others, or than ``enough``: these
+    were not continued since they were behind by more than the noise of the seeds.
     """
     grid = [row for row in rows if row["task"] == task and row["policy"].partition(":")[0] == kind]
     grid = [row for row in grid if not row["diverged"]]
-    most = max((row["seeds"] for row in grid), default=0)
-    return min((row for row in grid if row["seeds"] == most), key=_cost, default=None)
+    enough = enough or max((row["seeds"] for row in grid), default=0)
+    return min((row for row in grid if row["seeds"] >= enough), key=_cost, default=None)
 
 
 def _cost(row: dict[str, Any]) -> float:
@@ -107,18 +107,6 @@ def defaults(rows: Rows) -> str:
                 f"| {row['task']} | {row['policy']} | {_text(row, 'test')} | {row['tuned']} | {_text(other, 'test')} | "
                 f"{_with_unit(row)} | {row['pairs']} |"
             )
-    return "\n".join(lines)
-
-
-def short(rows: Rows) -> str:
-    """A Markdown table: each default's difference from the best fixed learning rate of its optimizer."""
-    differences = {(row["task"], row["policy"]): _with_unit(row) for row in rows if row["tuned"]}
-    titles = [f"`{policy}` - {TITLES[kind]}, tuned" for policy, kind in TUNED.items()]
-    lines = [f"| task | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-    for task in TASKS:
-        if any((task, policy) in differences for policy in TUNED):
-            cells = [differences.get((task, policy), "") for policy in TUNED]
-            lines.append(f"| `{task}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import compare
 import growth
 import public
+import readme_tables
 import startup
 import summary
 import throughput
@@ -17,7 +18,10 @@ from rows import read_summary
 
 ROOT = Path(__file__).parent.parent
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"short": lambda: summary.short(read_summary(compare.SUMMARY))},
+    "README.md": {
+        "published": lambda: readme_tables.published(read_summary(public.SUMMARY)),
+        "everyday": lambda: readme_tables.everyday(read_summary(readme_tables.BOUNDED), readme_tables.fixed_rates()),
+    },
     "docs/guide/evidence.md": {
         "defaults": lambda: summary.defaults(read_summary(compare.SUMMARY)),
         "regrets": lambda: summary.regrets(read_summary(compare.SUMMARY)),

@@ -6,7 +6,14 @@ from lit_lipschitz import __version__
 
 project = "lit-lipschitz"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["build"]
 
 nitpicky = True  # an unresolved name in a docstring is a warning, and `make docs` treats warnings as errors
 nitpick_ignore_regex = [
@@ -17,6 +24,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:class", r"lit_lipschitz\.recognition\.loss_patterns\..*"),
 ]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # as GitHub has them, so that links hold in both places
 
 autodoc_member_order = "bysource"
@@ -27,12 +35,8 @@ napoleon_numpy_docstring = False
 linkcheck_timeout = 30
 linkcheck_retries = 2
 
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "Learning rates computed, not tuned",
-    "page_width": "68rem",
-    "sidebar_width": "15rem",
-}
+html_theme = "furo"
+html_title = f"lit-lipschitz {version}"
 html_copy_source = False
 highlight_language = "none"  # of blocks without a name: commands, messages and tables
 

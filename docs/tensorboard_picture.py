@@ -22,7 +22,7 @@ COMMANDS = (
     "lit-lipschitz fit --config digits.yaml",
     "lit-lipschitz fit --config digits.yaml --lipschitz.bound smooth",
 )
-"""The commands of the runs; README.md has them in the caption."""
+"""The commands of the runs; docs/guide/start.md has them in the caption."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1480, 440
 """Size of the picture in pixels: three charts and their labels."""

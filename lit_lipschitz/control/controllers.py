@@ -13,7 +13,7 @@ class Controllers(dict[int, Controller]):
     """Controllers by the position of their optimizer; what a training loop does, each of them is told.
 
     The optimizers themselves call ``before_step`` of their controllers, from which the loop calls
-    :meth:`Controller.on_step`.
+    :meth:`.Controller.on_step`.
     """
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ def step_lengths(
     least.
 
     Weight decay that is added to the gradient counts in both, decoupled weight decay in neither. The gradients are
-    divided by ``grad_scale``. ``info`` is what :func:`optimizer_info` returned before the first step. For a linear
+    divided by ``grad_scale``. ``info`` is what :func:`.optimizer_info` returned before the first step. For a linear
     optimizer the first two are 1, and its weight decay is left out; one that is not registered has the update
     ``update_of``, or that of a step of a copy. Not finite where one of the gradients is not.
 

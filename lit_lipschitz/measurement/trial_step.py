@@ -246,7 +246,8 @@ def _step(optimizer: Any) -> None:
     closure = {"closure": _closure(optimizer)} if "closure" in signature(step).parameters else {}
     numpy, python_state = sys.modules.get("numpy"), random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(forked, device_type=forked[0].type if forked else None):
+    # "cuda" is torch's default; without devices to fork it has no effect, and earlier versions do not take None.
+    with torch.random.fork_rng(forked, device_type=forked[0].type if forked else "cuda"):
         try:
             step(optimizer, **closure)
         finally:

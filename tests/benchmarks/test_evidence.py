@@ -35,7 +35,7 @@ def test_a_page_has_the_tables_of_the_summaries(benchmarks, name):
 
 def test_the_summaries_are_small():
     files = list((BENCHMARKS / "results").glob("*.csv"))
-    assert len(files) == 5
+    assert len(files) == 6
     assert sum(len(file.read_text().splitlines()) for file in files) < 400
 
 
@@ -55,7 +55,6 @@ def test_a_tuned_rate_is_the_best_by_validation_among_those_that_do_not_diverge(
     )  # fmt: skip
     line = "| digits_mlp | lipschitz | 91.5 ± 0.5 | sgd:0.1 | 89.5 ± 0.5 | 2 ± 0 (points) | 2 |"
     assert summary.defaults(rows).splitlines()[2:] == [line]
-    assert summary.short(rows).splitlines()[2:] == ["| `digits_mlp` | 2 ± 0 (points) |  |  |"]
 
 
 def test_a_difference_is_over_the_seeds_that_both_have(benchmarks):
@@ -111,7 +110,7 @@ def test_runs_that_are_in_the_file_are_not_repeated_and_are_summarised(benchmark
     assert rows[2]["val_error"] is None
     assert (rows[0]["torch"], rows[0]["lightning"], rows[0]["device"]) == (2.14, 2.6, "CPU")
     printed = capsys.readouterr().out
-    for table in (summary.defaults, summary.short, summary.regrets):
+    for table in (summary.defaults, summary.regrets):
         assert table(rows) in printed
 
 
@@ -154,3 +153,41 @@ def test_a_summary_of_fewer_runs_does_not_replace_another(benchmarks, monkeypatc
         monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", "runs.jsonl", "--summary", "new.csv"])
         compare.main()
         assert [one["policy"] for one in compare.read_summary(Path("new.csv"))] == policies
+
+
+def test_the_readmes_everyday_table_marks_differences_beyond_their_standard_error(benchmarks):
+    _, summary, _ = benchmarks
+    import readme_tables
+
+    grids = summary.summarise(
+        [row("sgd:0.1", seed, 90.0, 90.0 + seed) for seed in range(3)]
+        + [row("sgd:0.3", seed, 80.0, 99.0) for seed in range(5)]
+        + [row("sgd:1", seed, 99.0, 99.0) for seed in range(2)]
+        + [row("adamw:0.1", seed, 0.5, 0.5, "diabetes_mlp") for seed in range(3)]
+        + [row("schedulefree:0.1", seed, 0.5, 0.5, "diabetes_mlp") for seed in range(3)]
+    )
+    computed = summary.summarise(
+        [row("lipschitz", seed, 91.0, 91.5 + seed) for seed in range(3)]
+        + [row("lipschitz-adamw", seed, 0.6, 0.6, "diabetes_mlp") for seed in range(3)]
+        + [row("lipschitz-schedulefree", seed, 0.5, 0.5, "diabetes_mlp") for seed in range(3)]
+        + [row("lipschitz", seed, 0.5, 0.5, "breast_cancer_mlp") for seed in range(3)]  # no grid
+    )
+    assert readme_tables.everyday(computed, grids).replace(readme_tables.NO_BREAK, " ").splitlines()[2:] == [
+        "| Digits, MLP, accuracy | SGD | 91.00 | 92.50 ▲ | +1.50 ± 0.82 |",
+        "| Diabetes, MLP, loss | AdamW | 0.500 | 0.600 ▼ | +0.100 ± 0.000 |",
+        "| Diabetes, MLP, loss | Schedule-Free | 0.500 | 0.500 = | +0.000 ± 0.000 |",
+    ]
+    assert [readme_tables.mark(gain, 1.0) for gain in (1.0, 1.1, -1.1)] == ["=", "▲", "▼"]
+
+
+def test_the_figure_has_the_points_of_the_summaries(benchmarks, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    import rate_figure
+
+    grids = rate_figure.fixed_rates()
+    for task in rate_figure.TASKS:
+        found = rate_figure.points(grids, task)
+        assert [rate for rate, _, _ in found] == [0.01, 0.03, 0.1, 0.3, 1.0]
+    monkeypatch.setattr(rate_figure, "PICTURE", tmp_path / "rates.png")
+    rate_figure.main()
+    assert rate_figure.PICTURE.read_bytes()[:4] == b"\x89PNG"

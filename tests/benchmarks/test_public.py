@@ -189,3 +189,23 @@ def test_the_table_has_the_grids_best_rate_by_validation(public):
     source = public.TASKS["mnist_mlp"].published[2].source
     line = f"| `mnist_mlp` | MoMo 1 | 97.97 | 98.00 ± 0.10, 2 seeds | [source]({source}) |"
     assert line in public.repeated(rows).splitlines()
+
+
+def test_the_readmes_table_compares_with_the_best_published_figure(public):
+    import readme_tables
+
+    def runs(policy, tests, task="mnist_mlp"):
+        return [
+            {"task": task, "policy": policy, "seed": seed, "test": test, "val": test, "diverged": False,
+             "seconds": 1.0, "torch": "2", "lightning": "2", "package": "", "device": "CPU"}
+            for seed, test in enumerate(tests)
+        ]  # fmt: skip
+
+    rows = public.summarise([
+        *runs("sgd:0.1", [97.0, 98.0, 99.0]), *runs("lipschitz", [98.0, 98.0, 98.1]),
+        *runs("lipschitz", [88.0, 88.1, 88.2], "quadratic_deep"), *runs("lipschitz", [2000.0] * 3, "algoperf_mnist"),
+    ])  # fmt: skip
+    assert readme_tables.published(rows).replace(readme_tables.NO_BREAK, " ").splitlines()[2:] == [
+        "| MNIST, MLP, 10 epochs, accuracy | 97.97 | 98.00 | 98.03 ± 0.03 ▲ | not run yet |",
+        "| DeepOBS, noisy quadratic, loss | 87.05 | not run yet | 88.10 ± 0.06 ▼ | not run yet |",
+    ]

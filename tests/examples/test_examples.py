@@ -1,4 +1,4 @@
-"""Each example runs as its reader would run it, is short, and learns."""
+"""Each example of a loop of its own runs as a reader would run it, is short, and learns (others: test_scripts.py)."""
 
 import os
 import re
@@ -18,7 +18,8 @@ EXAMPLES = {
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    scripts = (ROOT / "examples").glob("*.py")
+    assert {path.name for path in scripts if "L.Trainer(" not in path.read_text()} == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,4 +1,4 @@
-"""Runs every block of Python and every command of README.md and docs/, and compares config.md with the code."""
+"""Runs every block of Python and every command of README.md and docs/, and compares the reference with the code."""
 
 import contextlib
 import gc
@@ -15,8 +15,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import ROOT, Classifier, loader
+from helpers import ROOT, Classifier, loader, trainer
+from torch import nn
+from torch.nn import functional as F
 
+from lit_lipschitz import LipschitzLR
 from lit_lipschitz.bounds import LOSSES
 from lit_lipschitz.cli.compare.command import parse_options
 from lit_lipschitz.cli.compare.policies import parse_policies
@@ -24,7 +27,8 @@ from lit_lipschitz.cli.main import main
 from lit_lipschitz.measurement import optimizer_updates
 from lit_lipschitz.rules.registry import RULES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HOWTO = sorted((ROOT / "docs" / "howto").glob("*.md"))
 STARTS = ("lit-lipschitz", "python", "python3", "pip", "make", "git", "tensorboard", "torchrun", "srun")
 
 NOT_RUN = {
@@ -154,21 +158,35 @@ def check_shown(block, printed):
         assert any(close(line, other) for other in lines), f"{block}: {line!r} is not in\n{printed}"
 
 
+def names_of(paths):
+    return [path.name for path in paths]
+
+
 def test_the_pages_have_the_blocks_that_are_looked_for():
     found = {path.name: blocks(path) for path in PAGES}
-    assert len([one for one in found["README.md"] if one.kind == "python"]) == 2
+    assert len([one for one in found["README.md"] if one.kind == "python"]) == 1
+    assert len([one for one in found["start.md"] if one.kind == "python"]) == 2
     assert len([one for one in found["tutorial.md"] if one.kind == "python"]) >= 10
     for page, some in found.items():
         for block in some:
-            assert block.kind in ("", "python", "yaml", "text", "{include} ../README.md", "{toctree}", "{eval-rst}"), (
-                block
-            )
-            if page not in ("README.md", "tutorial.md", "extending.md", "any_loop.md"):
+            assert block.kind in ("", "python", "yaml", "text", "{toctree}", "{eval-rst}") or block.kind.startswith(
+                "{include} ../"
+            ), block
+            if page not in (
+                "README.md",
+                "start.md",
+                "tutorial.md",
+                "extending.md",
+                "schedules.md",
+                "any_loop.md",
+                *names_of(HOWTO),
+            ):
                 assert block.kind not in ("python", "yaml"), f"{block}: nothing runs this; say here how"
     assert len(OURS) > 25
 
 
-def test_the_readmes_python_runs(monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/start.md"])
+def test_the_first_pages_python_runs(monkeypatch, page):
     original = L.Trainer.__init__
 
     def quiet(self, **settings):
@@ -176,14 +194,64 @@ def test_the_readmes_python_runs(monkeypatch):
 
     monkeypatch.setattr(L.Trainer, "__init__", quiet)
     names = {"your_module": Classifier(), "your_data": loader()}
-    for block in blocks(ROOT / "README.md"):
+    for block in blocks(ROOT / page):
         if block.kind == "python":
             exec(compile(block.text, str(block), "exec"), names)
     trainer = names["trainer"]
-    trainer.fit(Classifier(), loader())
+    if trainer.global_step == 0:
+        trainer.fit(Classifier(), loader())
     ours = next(callback for callback in trainer.callbacks if type(callback).__name__ == "LipschitzLR")
     assert ours.constant > 0
     assert trainer.global_step == len(loader())
+
+
+class MyModule(Classifier):
+    """The reader's own module in the how-to pages."""
+
+    def __init__(self):
+        super().__init__()
+
+
+@pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs" / "guide" / "schedules.md"], ids=lambda page: page.stem)
+def test_a_howtos_python_runs(page):
+    """Each page in a namespace of its own, with the names that the index of the pages says."""
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    names = {
+        "L": L, "torch": torch, "nn": nn, "F": F, "LipschitzLR": LipschitzLR, "MyModule": MyModule,
+        "train_loader": loader(), "val_loader": loader(), "settings": settings,
+    }  # fmt: skip
+    if "schedulefree" in page.read_text() and page.stem == "schedule_free":
+        pytest.importorskip("schedulefree")
+    for block in blocks(page):
+        if block.kind == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+            ours = (
+                [one for one in names["trainer"].callbacks if isinstance(one, LipschitzLR)]
+                if "trainer" in names
+                else []
+            )
+            assert all(one.rate > 0 for one in ours)
+    if page.stem in ("index", "fsdp"):
+        assert not any(block.kind == "python" for block in blocks(page))
+    elif page.stem == "gans":
+        assert all(controller.decision.lr > 0 for controller in names["callback"].controllers.values())
+    else:
+        assert "trainer" in names
+
+
+def test_the_page_of_metrics_has_every_metric():
+    """Those of three optimizers and losses together, with a limit; and no other."""
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    found = set()
+    regression = Classifier()
+    regression.training_step = lambda batch, batch_idx: F.mse_loss(
+        regression.net(batch[0]), F.one_hot(batch[1], 3).float()
+    )
+    for module in (Classifier(), Classifier(torch.optim.AdamW), regression):
+        run = trainer(LipschitzLR(max_lr=100.0))
+        run.fit(module, loader())
+        found |= {name for name in run.callback_metrics if name.startswith("lipschitz/")}
+    assert found == set(re.findall(r"^\| `(lipschitz/\w+)` \|", page, re.M))
 
 
 @pytest.fixture
@@ -311,7 +379,13 @@ def test_every_other_command_names_what_is_there(command):
         assert words[1] in targets
     if words[:2] == ["pip", "install"]:
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
-        assert set(re.search(r"\[([\w,]+)\]", command)[1].split(",")) <= set(extras)
+        dev = re.search(r"^dev = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
+        named = re.search(r"\[([\w,]+)\]", command)
+        assert (
+            set(named[1].split(",")) <= set(extras)
+            if named
+            else words[2] in ("torch", "wandb", "mlflow") or words[2] in dev
+        )
     if words[0] == "python" and words[1] != "-m":
         source = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))

@@ -7,7 +7,8 @@ import pytest
 from helpers import ROOT
 
 TEXTS = [
-    ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", ROOT / "Makefile",
+    ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CITATION.cff",
+    ROOT / "pyproject.toml", ROOT / "Makefile", *(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb"),
     *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py"), *(ROOT / "configs").glob("*.yaml"),
     *(ROOT / "lit_lipschitz").rglob("*.py"), *(ROOT / "cli").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"),
 ]  # fmt: skip
@@ -26,6 +27,7 @@ KNOWN = {
     f"{LIGHTNING}.callbacks.ModelCheckpoint.html",
     f"{LIGHTNING}.trainer.trainer.Trainer.html",
     "https://docs.pytorch.org/docs/stable/optim.html",
+    "https://download.pytorch.org/whl/cpu",
     "https://github.com/fabian-sp/step-back",
     "https://github.com/fabian-sp/step-back/blob/main/stepback/records/mnist_mlp.csv",
     "https://github.com/facebookresearch/schedule_free/blob/main/examples/mnist/README.md",
@@ -102,4 +104,4 @@ def test_the_network_is_asked_by_a_target_that_fails():
     recipe = re.search(r"^links:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
     assert "-b linkcheck" in recipe
     assert "docs" in recipe.split()
-    assert "`make links`" in (ROOT / "README.md").read_text()
+    assert "`make links`" in (ROOT / "CONTRIBUTING.md").read_text()

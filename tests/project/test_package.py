@@ -133,7 +133,7 @@ def test_environment_variables_are_documented():
     own = read - {"TERM", "LOCAL_RANK"}  # a terminal's, and set by what starts a run on several devices
     assert own == {"LIT_LIPSCHITZ_DATA", "NO_COLOR"}
     page, (_, help_text, _) = (
-        (ROOT / "README.md").read_text(),
+        (ROOT / "docs" / "guide" / "command.md").read_text(),
         call(sys.executable, "-m", "cli.main", "--help", cwd=ROOT),
     )
     for name in own:

@@ -117,8 +117,8 @@ def charts(picture, count):
 
 
 def test_the_picture_is_in_the_page_with_the_commands_that_made_it(script):
-    page = " ".join((ROOT / "README.md").read_text().split())
-    (alt,) = re.findall(r"!\[([^]]+)\]\(docs/tensorboard\.png\)", page)
+    page = " ".join((ROOT / "docs" / "guide" / "start.md").read_text().split())
+    (alt,) = re.findall(r"!\[([^]]+)\]\(\.\./tensorboard\.png\)", page)
     (titles,) = TensorBoardSummary.LAYOUT.values()
     for title in titles:
         assert re.search(rf"\b{title}\b", alt)
