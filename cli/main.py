@@ -10,10 +10,11 @@ from typing import Any
 from lit_lipschitz import __version__
 from lit_lipschitz.cli import help as texts
 from lit_lipschitz.cli.configs import list_configs, resolve_configs
+from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.cli.output import fail
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
-COMMANDS = ("fit", "validate", "test", "predict", *texts.COMMANDS)
+COMMANDS = tuple(texts.COMMANDS)
 """What the first argument can be."""
 
 
@@ -89,6 +90,10 @@ def _answer(arguments: list[str]) -> int:
 
             return report(options)
         _check_command(name)
+        if name == "validate-config":
+            return _run(name)
+        check_options(name, options)
+        arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
         # Other ranks are started with sys.argv, so the paths have to be in there.
         sys.argv[1:] = resolve_configs(arguments)
     except LitLipschitzError as error:
@@ -100,12 +105,24 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _run(name: str) -> int:
-    """Runs a command that needs torch."""
+    """Runs a command that needs torch, which takes seconds to import: a terminal shows that meanwhile."""
+    silent = {"--quiet", "--json_lines", "--json"} & set(sys.argv) or "LOCAL_RANK" in os.environ
+    waits = sys.stderr.isatty() and "torch" not in sys.modules and not silent
+    if waits:
+        print("lit-lipschitz: loading torch and Lightning ...", end="", file=sys.stderr, flush=True)
     try:
+        import lightning.pytorch  # noqa: F401
         import torch  # noqa: F401
         import torchmetrics  # noqa: F401
     except FileNotFoundError as error:
         return fail(f"torch can't be loaded: {error.strerror or error}; make room there or set TMPDIR")
+    finally:
+        if waits:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    if name == "validate-config":
+        from lit_lipschitz.cli.check_config import validate_config
+
+        return validate_config(sys.argv[2:])
     if name == "explain":
         from lit_lipschitz.cli.explain.command import explain
 
