@@ -1,9 +1,11 @@
 """Entry point of `lit-lipschitz`: help, configs and report run without importing torch, the rest by LightningCLI."""
 
 import difflib
+import importlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +16,13 @@ from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.cli.output import fail
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
+_HOMES = {
+    "validate-config": "check_config",
+    "explain": "explain.command",
+    "compare": "compare.command",
+    "export": "export",
+}
+"""Modules of the commands that are functions of their own."""
 COMMANDS = tuple(texts.COMMANDS)
 """What the first argument can be."""
 
@@ -90,6 +99,8 @@ def _answer(arguments: list[str]) -> int:
 
             return report(options)
         _check_command(name)
+        # As Python has it for a script, and last: a file there replaces no installed module.
+        sys.path.append(os.getcwd())
         if name == "validate-config":
             return _run(name)
         check_options(name, options)
@@ -100,6 +111,8 @@ def _answer(arguments: list[str]) -> int:
         return fail(error)
     try:
         return _run(name)
+    except LitLipschitzError as error:
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 
@@ -119,18 +132,11 @@ def _run(name: str) -> int:
     finally:
         if waits:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-    if name == "validate-config":
-        from lit_lipschitz.cli.check_config import validate_config
-
-        return validate_config(sys.argv[2:])
-    if name == "explain":
-        from lit_lipschitz.cli.explain.command import explain
-
-        return explain(sys.argv[2:])
-    if name == "compare":
-        from lit_lipschitz.cli.compare.command import compare
-
-        return compare(sys.argv[2:])
+    if name in _HOMES:
+        function: Callable[[list[str]], int] = getattr(
+            importlib.import_module(f"lit_lipschitz.cli.{_HOMES[name]}"), name.replace("-", "_")
+        )
+        return function(sys.argv[2:])
     from lit_lipschitz.cli.fit.command import run
 
     return run()

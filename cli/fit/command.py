@@ -1,6 +1,7 @@
 """The LightningCLI behind `fit`, `validate`, `test` and `predict`; turns its errors into one line and an exit code."""
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ActionYesNo, get_loader, set_loader
+from jsonargparse import ActionYesNo, Namespace, get_loader, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -187,6 +188,26 @@ class Command(LightningCLI):
             if config.trainer.logger is None:
                 config.trainer.logger = False  # an evaluation has no curves
 
+    def before_instantiate_classes(self) -> None:
+        """Gives a network that is named, and the mixing of batches, the classes and the channels of the data."""
+        config = self.options
+        model, data = config.get("model"), _class_of(config.get("data"))
+        arguments = model.get("init_args") if model else None
+        if not arguments or data is None:
+            return
+        if isinstance(name := arguments.get("network"), str):
+            own = Namespace(name=name, num_classes=None, in_channels=None, pretrained=False)  # type: ignore[no-untyped-call]
+            arguments.network = Namespace(class_path="lit_lipschitz.named_network", init_args=own)  # type: ignore[no-untyped-call]
+        known = {
+            "num_classes": getattr(data, "num_classes", None),
+            "in_channels": getattr(data, "image_shape", (None,))[0],
+        }
+        for key in ("network", "mix"):
+            for inner, value in known.items():
+                given = getattr(arguments.get(key), "init_args", {})
+                if inner in given and given[inner] is None:
+                    given[inner] = value
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a class and its arguments come from configs and command line, never from a checkpoint."""
 
@@ -287,6 +308,12 @@ class Command(LightningCLI):
         if not loaders or not is_overridden("test_step", self.model):
             return {}
         return merge(self.trainer.test(self.model, datamodule=self.datamodule, verbose=False))
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a part of the configuration names, or None."""
+    module, _, name = (config or {}).get("class_path", "").rpartition(".")
+    return getattr(importlib.import_module(module), name, None) if module else None
 
 
 def _check_ranges(config: Any, fits: bool) -> None:

@@ -143,6 +143,12 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         """Batches of the official test set, in order."""
         return self.test_dataloader()
 
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted from pixels / 255, and what the difference is divided by, once the data are set up."""
+        if self.preprocessing == "papers":
+            return torch.zeros(()) if self._center is None else self._center, torch.ones(())
+        return torch.tensor(self.mean).reshape(-1, 1, 1), torch.tensor(self.std).reshape(-1, 1, 1)
+
     def _loader(self, split: str, shuffle: bool = False) -> DeviceLoader:
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
