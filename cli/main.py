@@ -34,6 +34,10 @@ def main() -> int:
         The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration, 130 and 143 for a run that
         was ended by SIGINT and SIGTERM.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        from lit_lipschitz.cli.completion import complete
+
+        complete()
     _open_standard_streams()
     try:
         code = _answer(sys.argv[1:] or ["--help"])

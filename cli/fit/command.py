@@ -110,10 +110,15 @@ class SaveConfig(SaveConfigCallback):
         """Does nothing yet."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves it in the logger's folder, beside that of an earlier run; without a logger a run has no folder."""
-        folder = trainer.log_dir if trainer.logger is not None else None
+        """Saves it in the run's folder, beside that of an earlier run; without a logger a run has no folder."""
+        checkpoints: Any = trainer.checkpoint_callback
+        folder = trainer.logger.log_dir if trainer.logger is not None else None
+        if trainer.logger is not None and folder is None and checkpoints is not None and checkpoints.dirpath:
+            folder = str(Path(checkpoints.dirpath).parent)  # of a logger that keeps its own files elsewhere
         if folder is not None:
-            self.config_filename = free_path(Path(folder, self.config_filename)).name
+            if trainer.is_global_zero:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self.config_filename = str(free_path(Path(folder, self.config_filename)).absolute())
             super().setup(trainer, pl_module, "fit")
 
 

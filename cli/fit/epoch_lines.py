@@ -87,9 +87,7 @@ class EpochLines(L.Callback):
     def print_start(self, trainer: L.Trainer) -> None:
         """Prints where the run writes, before it starts."""
         if self.mode == "lines":
-            folder = run_folder(trainer)
-            curves = f"{folder}, with its curves" if folder else "without curves: there is no logger"
-            print_stdout(f"run: {curves}; checkpoints: {_checkpoint_folder(trainer) or 'none'}")
+            print_stdout(f"run: {_place(trainer)}; checkpoints: {_checkpoint_folder(trainer) or 'none'}")
 
     def print_result(self, trainer: L.Trainer, results: dict[str, float]) -> None:
         """Prints the result of a run that has finished, and where its checkpoint and its curves are.
@@ -106,9 +104,8 @@ class EpochLines(L.Callback):
             print_stdout("\n".join(Table().lines(self.rows[-1], trainer.max_epochs)))
         if self.mode == "lines" and trainer.state.fn in ("fit", "test") and self._run_start is not None:
             checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
-            folder = run_folder(trainer)
             print_stdout(f"checkpoint: {_relative(checkpoint) if checkpoint else 'none'}")
-            print_stdout(f"curves: {f'lit-lipschitz report {folder}' if folder else 'none'}")
+            print_stdout(f"curves: {'lit-lipschitz report ' if run_folder(trainer) else ''}{_place(trainer)}")
 
     def _print_end(self, trainer: L.Trainer, status: str, results: dict[str, float]) -> None:
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
@@ -134,9 +131,12 @@ def _rates(trainer: L.Trainer) -> dict[str, float]:
 
 
 def run_folder(trainer: L.Trainer) -> str | None:
-    """The folder of a run's curves and configuration, or None without a logger that has one."""
-    folder = trainer.log_dir if trainer.loggers else None
-    return _relative(folder) if folder else None
+    """The folder of a run's curves and configuration, or None if its logger has none, or there is no logger."""
+    return _relative(trainer.logger.log_dir) if trainer.logger and trainer.logger.log_dir else None
+
+
+def _place(trainer: L.Trainer) -> str:
+    return run_folder(trainer) or (type(trainer.logger).__name__ if trainer.logger else "no logger")
 
 
 def _checkpoint_folder(trainer: L.Trainer) -> str | None:
@@ -144,7 +144,9 @@ def _checkpoint_folder(trainer: L.Trainer) -> str | None:
     callback: Any = trainer.checkpoint_callback
     if callback is None:
         return None
-    return _relative(callback.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "checkpoints"))
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    named = str(trainer.logger.name) if trainer.logger and not trainer.logger.log_dir else "checkpoints"
+    return _relative(callback.dirpath or folder / named)
 
 
 def _relative(path: str | Path) -> str:

@@ -52,15 +52,15 @@ def test_an_epoch_is_a_row_below_one_header_with_the_limit_that_bound(lit):
 
 def test_the_first_line_and_the_last_ones_say_where_things_are(lit):
     out = lit(*FIT)[1].splitlines()
-    assert out[0] == "run: lightning_logs/version_0, with its curves; checkpoints: lightning_logs/version_0/checkpoints"
+    assert out[0] == "run: lightning_logs/version_0; checkpoints: lightning_logs/version_0/checkpoints"
     assert out[-2:] == [
         "checkpoint: lightning_logs/version_0/checkpoints/last.ckpt",
         "curves: lit-lipschitz report lightning_logs/version_0",
     ]
     assert Path(out[-2].partition(" ")[2]).is_file()
     out = lit(*FIT, "--trainer.logger", "false", "--trainer.enable_checkpointing", "null")[1].splitlines()
-    assert out[0] == "run: without curves: there is no logger; checkpoints: checkpoints"
-    assert out[-2:] == ["checkpoint: checkpoints/last.ckpt", "curves: none"]
+    assert out[0] == "run: no logger; checkpoints: checkpoints"
+    assert out[-2:] == ["checkpoint: checkpoints/last.ckpt", "curves: no logger"]
 
 
 def test_rate_and_lr_have_one_name_everywhere(lit):
