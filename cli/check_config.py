@@ -9,15 +9,13 @@ from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.errors import ConfigurationError
 
 
-class _Check(QuietFit):
-    """A fit that ends before it begins, on the CPU: the config may be for another machine."""
+class BuildOnly(QuietFit):
+    """Builds what a config names and runs nothing; on the CPU, since the config may be for another machine."""
 
     SETTINGS = {**QuietFit.SETTINGS, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 
     def _run_subcommand(self, subcommand: str) -> None:
-        trainer, model, data = self.trainer, type(self.model).__name__, self.datamodule
-        epochs = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else f"{trainer.max_steps} steps"
-        print(f"valid: {model} on {type(data).__name__ if data else 'data of its own'}, {epochs}")
+        """Runs nothing."""
 
 
 def validate_config(arguments: list[str]) -> int:
@@ -38,4 +36,10 @@ def validate_config(arguments: list[str]) -> int:
     if not any(one.split("=")[0] in ("--config", "-c") for one in options):
         raise ConfigurationError("validate-config: expected a FILE, or the name of a bundled config")
     check_options("fit", options)
-    return run(_Check, ["fit", *resolve_configs(options)])
+    command = BuildOnly()
+    if code := run(lambda: command, ["fit", *resolve_configs(options)]):
+        return code
+    trainer, data = command.trainer, command.datamodule
+    epochs = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else f"{trainer.max_steps} steps"
+    print(f"valid: {type(command.model).__name__} on {type(data).__name__ if data else 'its own data'}, {epochs}")
+    return 0

@@ -3,14 +3,13 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from lit_lipschitz.cli.check_config import BuildOnly
 from lit_lipschitz.cli.configs import resolve_configs
 from lit_lipschitz.cli.fit.checkpoints import check_checkpoint, newest_checkpoint
 from lit_lipschitz.cli.fit.command import run
-from lit_lipschitz.cli.fit.quiet_fit import QuietFit
 from lit_lipschitz.cli.help import OptionParser
 from lit_lipschitz.cli.output import locked, write_whole
 from lit_lipschitz.data import ImageDataModule
@@ -19,13 +18,19 @@ from lit_lipschitz.models.exported import Classifier, Format, exported
 from lit_lipschitz.module import ImageClassifier
 
 
-class _Export(QuietFit):
-    """Builds model and data of a config on the CPU, and keeps them."""
+class _Load(BuildOnly):
+    """Builds what a config names, with the weights of a checkpoint."""
 
-    SETTINGS = {**QuietFit.SETTINGS, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
+        if not isinstance(self.model, ImageClassifier) or not isinstance(self.datamodule, ImageDataModule):
+            raise ConfigurationError("export: expected ImageClassifier and bundled data; use torch.export for others")
+        state = torch.load(self.path, weights_only=True, map_location="cpu")["state_dict"]
+        self.model.load_state_dict(state)
+        self.classifier = Classifier(self.model.network, *self.datamodule.normalisation())
 
 
 def export(arguments: list[str]) -> int:
@@ -51,12 +56,12 @@ def export(arguments: list[str]) -> int:
         raise ConfigurationError(f"export: {target} exists and is kept; pass another --output")
     if not any(one.split("=")[0] in ("--config", "-c") for one in rest):
         rest = ["--config", _saved_config(path), *rest]
-    command = _Export()
+    command = _Load(path)
     code = run(lambda: command, ["fit", *resolve_configs(rest)])
     if code:
         return code
     with contextlib.redirect_stdout(sys.stderr):  # the exporter's own words
-        content = exported(_classifier(command, path), command.datamodule.image_shape, kind)
+        content = exported(command.classifier, command.datamodule.image_shape, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
         write_whole(target, content)
@@ -71,12 +76,3 @@ def _saved_config(path: Path) -> str:
     if not found:
         raise ConfigurationError(f"export --ckpt_path {path}: there is no config.yaml beside it; pass --config")
     return str(found[-1])
-
-
-def _classifier(command: Any, path: Path) -> Classifier:
-    """The network with the weights of a checkpoint, and the preprocessing of its data."""
-    model, data = command.model, command.datamodule
-    if not isinstance(model, ImageClassifier) or not isinstance(data, ImageDataModule):
-        raise ConfigurationError("export: expected ImageClassifier and bundled data; use torch.export for others")
-    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
-    return Classifier(model.network, *data.normalisation())

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 from lit_lipschitz import __version__
-from lit_lipschitz.cli import help as texts
 from lit_lipschitz.cli.configs import list_configs, resolve_configs
+from lit_lipschitz.cli.help import COMMANDS, text
 from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.cli.output import fail
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
@@ -23,8 +23,6 @@ _HOMES = {
     "export": "export",
 }
 """Modules of the commands that are functions of their own."""
-COMMANDS = tuple(texts.COMMANDS)
-"""What the first argument can be."""
 
 
 def main() -> int:
@@ -88,13 +86,13 @@ def _answer(arguments: list[str]) -> int:
     help_wanted = bool({"-h", "--help"} & set(options))
     try:
         if name in ("-h", "--help"):
-            print(texts.MAIN, end="")
+            print(text("main"), end="")
             return 0
         if name == "--version":
             print(f"lit-lipschitz {__version__}")
             return 0
-        if name in texts.COMMANDS and help_wanted:
-            print(texts.COMMANDS[name], end="")
+        if name in COMMANDS and help_wanted:
+            print(text(name), end="")
             return 0
         if name == "configs":
             return list_configs(options)

@@ -119,7 +119,7 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
             return f"{path}: {cause.format(_readable(match[1]), match[2])}".lstrip(": ")
     for branch in re.split(r"\n\s*- ", message)[1:]:
         reason = " ".join(branch.partition("Given value")[0].split())
-        if not reason.startswith(("Expected a", "Does not validate")):
+        if not reason.startswith(("Expected a", "Does not validate", "Not of type NetworkName")):
             # The keys of inner errors are in the path already.
             reason = re.sub(r'^(?:Parser key "[^"]+": )+', "", reason)
             return f"{path}.{reason}" if path else reason
@@ -142,7 +142,9 @@ def _scalar_types(text: str) -> str:
     if not match or "NestedArg(" in text:
         return ""
     choices = ", ".join(re.findall(r"typing\.Literal\[(.+?)\]", match[1]))
-    classes = [_readable(kind) for kind in re.findall(r"<class '[\w.]+'>|\b(?:list|tuple)(?=\[)", match[1])]
+    classes = [
+        _readable(kind) for kind in re.findall(r"<class '[\w.]+'>|\b(?:list|tuple)(?=\[(?:str|int|float))", match[1])
+    ]
     kinds = [kind for kind in classes if kind in _SCALARS]
     # A class may also be given where a number may, but for a wrong number nobody has meant one.
     if not choices and {"float", "int", _LIST}.isdisjoint(kinds):
