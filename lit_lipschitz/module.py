@@ -5,10 +5,11 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import restricted_string_type
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,10 +19,14 @@ from torchmetrics import Metric
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights, warn_of_batch_norm
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
-from lit_lipschitz.models.named import NetworkName, named_network
+from lit_lipschitz.models.named import named_network
 from lit_lipschitz.optim.schedules import LinearWarmupDecay
 
 Batch = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    NetworkName = str
+else:  # so that a config with another text is refused
+    NetworkName = restricted_string_type("NetworkName", r"^(timm|torchvision):.+$")
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 

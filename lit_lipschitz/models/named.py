@@ -2,23 +2,14 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from jsonargparse.typing import restricted_string_type
 from torch import nn
 
 from lit_lipschitz.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    NetworkName = str
-else:  # so that a config with another text is refused
-    NetworkName = restricted_string_type(
-        "NetworkName", r"^(timm|torchvision):.+$", docstring="``timm:NAME`` or ``torchvision:NAME``."
-    )
-
 
 def named_network(
-    name: NetworkName, num_classes: int | None = None, in_channels: int | None = None, pretrained: bool = False
+    name: str, num_classes: int | None = None, in_channels: int | None = None, pretrained: bool = False
 ) -> nn.Module:
     """A classifier of timm or torchvision.
 
