@@ -1,6 +1,5 @@
 """What fit prints about its epochs: a row of a table each, or JSON, or only the final result."""
 
-import os
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ import lightning as L
 
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.cli.fit.callbacks import find_callback
-from lit_lipschitz.cli.output import to_json
+from lit_lipschitz.cli.output import relative, to_json
 
 Mode = Literal["lines", "quiet", "json"]
 METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
@@ -104,7 +103,7 @@ class EpochLines(L.Callback):
             print_stdout("\n".join(Table().lines(self.rows[-1], trainer.max_epochs)))
         if self.mode == "lines" and trainer.state.fn in ("fit", "test") and self._run_start is not None:
             checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
-            print_stdout(f"checkpoint: {_relative(checkpoint) if checkpoint else 'none'}")
+            print_stdout(f"checkpoint: {relative(checkpoint) if checkpoint else 'none'}")
             print_stdout(f"curves: {'lit-lipschitz report ' if run_folder(trainer) else ''}{_place(trainer)}")
 
     def _print_end(self, trainer: L.Trainer, status: str, results: dict[str, float]) -> None:
@@ -132,7 +131,7 @@ def _rates(trainer: L.Trainer) -> dict[str, float]:
 
 def run_folder(trainer: L.Trainer) -> str | None:
     """The folder of a run's curves and configuration, or None if its logger has none, or there is no logger."""
-    return _relative(trainer.logger.log_dir) if trainer.logger and trainer.logger.log_dir else None
+    return relative(trainer.logger.log_dir) if trainer.logger and trainer.logger.log_dir else None
 
 
 def _place(trainer: L.Trainer) -> str:
@@ -146,13 +145,7 @@ def _checkpoint_folder(trainer: L.Trainer) -> str | None:
         return None
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     named = str(trainer.logger.name) if trainer.logger and not trainer.logger.log_dir else "checkpoints"
-    return _relative(callback.dirpath or folder / named)
-
-
-def _relative(path: str | Path) -> str:
-    """A path as people type it, relative to the working folder where it is below it."""
-    path = str(path)
-    return os.path.relpath(path) if os.path.isabs(path) and Path.cwd() in Path(path).parents else path
+    return relative(callback.dirpath or folder / named)
 
 
 class Table:

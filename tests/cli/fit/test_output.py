@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import error_line
+from helpers import error_line, printed_epochs
 from rich.console import Console
 from rich.file_proxy import FileProxy
 
@@ -23,24 +23,12 @@ from lit_lipschitz.cli.report.runs import find_runs
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2")
 
 
-def rows_of(out):
-    """The table that fit prints: each row as a mapping from the header's names."""
-    header, rows = None, []
-    for line in out.splitlines():
-        cells = line.split()
-        if cells[:2] == ["epoch", "rate"] or cells[:2] == ["epoch", "lr"]:
-            header = cells
-        elif re.match(r" *\d+/\d", line):
-            rows.append(dict(zip(header, cells, strict=True)))
-    return rows
-
-
 def test_an_epoch_is_a_row_below_one_header_with_the_limit_that_bound(lit):
     _, out, _ = lit(*FIT, "--lipschitz.rule", "inverse", "--lipschitz.max_lr", "0.09")
     (events,) = find_runs(["lightning_logs"])
     lines = out.splitlines()
     assert lines[1].split() == ["epoch", "rate", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "s"]
-    rows = rows_of(out)
+    rows = printed_epochs(out)
     assert [row["epoch"] for row in rows] == ["1/2", "2/2"]
     assert lines[3].strip() == "rate limited by max_lr"
     assert [line.strip() for line in lines[4:] if "limited" in line] == ["rate no longer limited"]
@@ -65,7 +53,7 @@ def test_the_first_line_and_the_last_ones_say_where_things_are(lit):
 
 def test_rate_and_lr_have_one_name_everywhere(lit):
     _, out, _ = lit(*FIT, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", ".")
-    printed = rows_of(out)[-1]
+    printed = printed_epochs(out)[-1]
     (run,) = find_runs(["lightning_logs"])
     for name in ("rate", "lr"):
         assert float(printed[name]) == pytest.approx(run.last(f"lipschitz/{name}"), rel=1e-3)
@@ -111,7 +99,7 @@ def test_quiet_leaves_the_result(lit):
     assert re.fullmatch(r"test_loss \S+  test_acc \S+\n", out)
     assert err == ""
     _, out, _ = lit(*FIT, "--quiet", "--test_after_fit", "false")
-    assert [row["epoch"] for row in rows_of(out)] == ["2/2"]
+    assert [row["epoch"] for row in printed_epochs(out)] == ["2/2"]
     assert len(out.splitlines()) == 2
 
 
