@@ -119,11 +119,19 @@ def _names_by_settings(folders: list[Path]) -> list[str] | None:
     settings = [_settings(folder) for folder in folders]
     keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(_UNNAMED))
     differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
-    names = [
-        " ".join(f"{_short_key(key, differing)}={one[key]}" for key in differing if key in one) for one in settings
-    ]
+    chosen = [key for key in differing if _tells(key, differing, settings)]
+    names = [" ".join(f"{_short_key(key, chosen)}={one[key]}" for key in chosen if key in one) for one in settings]
     usable = len(folders) > 1 and all(settings) and len(set(names)) == len(names)
     return names if usable and all(0 < len(name) <= _MAX_NAME for name in names) else None
+
+
+def _tells(key: str, differing: list[str], settings: list[dict[str, str]]) -> bool:
+    """Whether a setting differs between runs that have the same class, if it is an argument of one."""
+    classes = [other for other in differing if key.startswith(f"{other}.")]
+    values: dict[tuple[str | None, ...], set[str | None]] = {}
+    for one in settings:
+        values.setdefault(tuple(one.get(name) for name in classes), set()).add(one.get(key))
+    return any(len(found) > 1 for found in values.values())
 
 
 def _short_key(key: str, others: list[str]) -> str:

@@ -287,6 +287,16 @@ def test_runs_are_named_by_the_settings_that_differ():
     assert [run.name for run in find_runs(["logs"])] == [f"version_{i}" for i in range(4)]
 
 
+def test_arguments_of_a_class_that_differs_are_left_out_where_they_follow_from_it():
+    config("logs/version_0", "torch.optim.SGD", 0.1)
+    config("logs/version_1", "torch.optim.AdamW", 0.001)
+    assert [run.name for run in find_runs(["logs"])] == ["optimizer=SGD", "optimizer=AdamW"]
+    config("logs/version_2", "torch.optim.AdamW", 0.002)
+    assert [run.name for run in find_runs(["logs"])] == [
+        "optimizer=SGD lr=0.1", "optimizer=AdamW lr=0.001", "optimizer=AdamW lr=0.002"
+    ]  # fmt: skip
+
+
 def test_settings_whose_keys_end_alike_have_all_of_their_keys():
     for i in range(2):
         config(f"logs/version_{i}", "torch.optim.SGD", i, data={"init_args": {"lr": 5 + i}})
