@@ -172,7 +172,7 @@ class ImageClassifier(L.LightningModule):
         try:
             with torch.no_grad():
                 outputs = self.network.eval()(torch.zeros(2, *image_shape))
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             raise ConfigurationError(
                 f"the network {type(self.network).__name__} takes no images of shape {image_shape}, the data's "
                 f"({str(error).splitlines()[0]}); choose another model.network or other data"

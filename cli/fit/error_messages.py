@@ -156,7 +156,10 @@ def _scalar_types(text: str) -> str:
 
 def _closest_class(name: str) -> str:
     """A hint at the classes of this project, torch and Lightning that are called almost like that."""
+    if ":" in name:
+        return "; for arguments of a named network give lit_lipschitz.named_network, with its argument name"
     ours = [f"lit_lipschitz.{one}" for one in lit_lipschitz.__all__]
+    ours += ["torchvision.transforms.v2.MixUp", "torchvision.transforms.v2.CutMix"]
     others = [one for module in (torch.optim, torch.optim.lr_scheduler, callbacks, loggers) for one in vars(module)]
     known = {one.rpartition(".")[2].lower(): one for one in (*others, *ours) if one[0].isupper() or one in ours}
     close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)

@@ -87,6 +87,12 @@ def test_the_options_that_are_known_at_once_are_those_of_the_parser(lit, name):
         (["--lipschitz.loss", "msee"], "'mse', 'mae', found 'msee'"),
         (["--model.network", "timm:resnet180"], "timm has no classifier of that name; closest: resnet18"),
         (["--model.network", "torchvision:resnet180"], "torchvision has no classifier of that name; closest: resnet18"),
+        (
+            ["--model.network", "torchvision:vit_b_16"],
+            "takes no images of shape (1, 8, 8), the data's (Wrong image height",
+        ),
+        (["--model.network", "timm:resnet18", "--model.network.num_classes", "3"], "give lit_lipschitz.named_network"),
+        (["--model.mix", "Mixup"], "closest: torchvision.transforms.v2.MixUp"),
         (["--model.mix", "torchvision.transforms.v2.MixUp", "--model.clip_probabilities", "0.1"], "expected 0 or None"),
     ],
     ids=str,
