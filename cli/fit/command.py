@@ -201,7 +201,7 @@ class Command(LightningCLI):
         if not arguments or data is None:
             return
         if isinstance(name := arguments.get("network"), str):
-            own = Namespace(name=name, num_classes=None, in_channels=None, pretrained=False)  # type: ignore[no-untyped-call]
+            own = Namespace(name=str(name), num_classes=None, in_channels=None, pretrained=False)  # type: ignore[no-untyped-call]
             arguments.network = Namespace(class_path="lit_lipschitz.named_network", init_args=own)  # type: ignore[no-untyped-call]
         known = {
             "num_classes": getattr(data, "num_classes", None),
