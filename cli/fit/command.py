@@ -203,10 +203,8 @@ class Command(LightningCLI):
         if isinstance(name := arguments.get("network"), str):
             own = Namespace(name=str(name), num_classes=None, in_channels=None, pretrained=False)  # type: ignore[no-untyped-call]
             arguments.network = Namespace(class_path="lit_lipschitz.named_network", init_args=own)  # type: ignore[no-untyped-call]
-        known = {
-            "num_classes": getattr(data, "num_classes", None),
-            "in_channels": getattr(data, "image_shape", (None,))[0],
-        }
+        channels, classes = getattr(data, "image_shape", (None,))[0], getattr(data, "num_classes", None)
+        known = {"num_classes": classes, "in_channels": channels}
         for key in ("network", "mix"):
             for inner, value in known.items():
                 given = getattr(arguments.get(key), "init_args", {})
@@ -473,10 +471,6 @@ class _CurrentStderr(io.TextIOBase):
     def write(self, text: str) -> int:
         """Writes there."""
         return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        """Flushes it."""
-        sys.stderr.flush()
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
