@@ -1,4 +1,4 @@
-"""Lists the bundled configs and finds a config by its name. Imports nothing heavy."""
+"""Lists, shows and copies the bundled configs, and finds a config by its name. Imports nothing heavy."""
 
 import difflib
 import json
@@ -28,8 +28,24 @@ def bundled_configs() -> dict[str, str]:
 
 
 def list_configs(arguments: list[str]) -> int:
-    """Runs `lit-lipschitz configs`: prints the bundled configs, one a line, or as JSON; returns 0."""
+    """Runs `lit-lipschitz configs`: lists the bundled configs, one a line or as JSON, shows or copies one; returns 0.
+
+    Raises:
+        ConfigurationError: There is no such config, or the copy would overwrite a file.
+    """
     parser = OptionParser("configs")
+    if arguments[:1] in (["show"], ["copy"]):
+        parser.add_argument("action")
+        parser.add_argument("name", metavar="NAME")
+        if arguments[0] == "copy":
+            parser.add_argument("file", metavar="FILE", nargs="?", type=Path)
+        options = parser.parse_args(arguments)
+        path = _bundled(options.name)
+        if options.action == "show":
+            print(path.read_text(encoding="utf-8"), end="")
+        else:
+            _copy(path, options.file or Path(path.name))
+        return 0
     parser.add_argument("--json", action="store_true")
     known = bundled_configs()
     if parser.parse_args(arguments).json:
@@ -45,6 +61,22 @@ def list_configs(arguments: list[str]) -> int:
     return 0
 
 
+def _copy(path: Path, target: Path) -> None:
+    """Copies a config to a file, or into a folder, where there is none of that name."""
+    target = target / path.name if target.is_dir() else target
+    try:
+        with target.open("xb") as file:
+            file.write(path.read_bytes())
+    except FileExistsError:
+        raise ConfigurationError(f"configs copy: {target} exists and is kept; pass another FILE") from None
+    print(f"{target}: train with lit-lipschitz fit --config {target}")
+
+
+def is_config(name: str) -> bool:
+    """Whether there is a config of that name: a file, or a bundled one."""
+    return Path(name).is_file() or {name, f"{name}.yaml"} & set(bundled_configs()) != set()
+
+
 def find_config(name: str) -> str:
     """The path of a config: the user's file of that name, or else the bundled config.
 
@@ -56,15 +88,23 @@ def find_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
+    if Path(name).is_dir() and not is_config(name):
+        raise ConfigurationError(f"--config {name}: expected a file, found a folder")
+    try:
+        return str(_bundled(name))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--config {str(error).replace(': no', ': no such file and no', 1)}") from None
+
+
+def _bundled(name: str) -> Path:
+    """The path of a bundled config, which the package has as a plain file."""
     known = bundled_configs()
     file_name = name if name in known else f"{name}.yaml"
     if file_name in known:
-        return str(_PACKAGE / file_name)  # the package is installed as plain files, so this is a path
-    if Path(name).is_dir():
-        raise ConfigurationError(f"--config {name}: expected a file, found a folder")
+        return Path(str(_PACKAGE / file_name))
     close = difflib.get_close_matches(Path(name).stem, [key.removesuffix(".yaml") for key in known], n=3, cutoff=0.4)
     hint = f"closest: {', '.join(f'{key}.yaml' for key in close)}" if close else f"bundled: {', '.join(known)}"
-    raise ConfigurationError(f"--config {name}: no such file and no bundled config of that name; {hint}")
+    raise ConfigurationError(f"{name}: no bundled config of that name; {hint}")
 
 
 _MAX_CONFIG = 1 << 18  # bytes

@@ -1,20 +1,24 @@
 """Entry point of `lit-lipschitz`: help, configs and report run without importing torch, the rest by LightningCLI."""
 
 import difflib
+import importlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from lit_lipschitz import __version__
-from lit_lipschitz.cli import help as texts
 from lit_lipschitz.cli.configs import list_configs, resolve_configs
+from lit_lipschitz.cli.help import COMMANDS, text
+from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.cli.output import fail
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
-COMMANDS = ("fit", "validate", "test", "predict", *texts.COMMANDS)
-"""What the first argument can be."""
+_HOMES = {"validate-config": "check_config", "explain": "explain.command", "compare": "compare.command",
+          "export": "export"}  # fmt: skip
+"""Modules of the commands that are functions of their own."""
 
 
 def main() -> int:
@@ -24,6 +28,10 @@ def main() -> int:
         The exit code: 0, 1 for a failure at run time, 2 for a mistake in the configuration, 130 and 143 for a run that
         was ended by SIGINT and SIGTERM.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        from lit_lipschitz.cli.completion import complete
+
+        complete()
     _open_standard_streams()
     try:
         code = _answer(sys.argv[1:] or ["--help"])
@@ -74,13 +82,13 @@ def _answer(arguments: list[str]) -> int:
     help_wanted = bool({"-h", "--help"} & set(options))
     try:
         if name in ("-h", "--help"):
-            print(texts.MAIN, end="")
+            print(text("main"), end="")
             return 0
         if name == "--version":
             print(f"lit-lipschitz {__version__}")
             return 0
-        if name in texts.COMMANDS and help_wanted:
-            print(texts.COMMANDS[name], end="")
+        if name in COMMANDS and help_wanted:
+            print(text(name), end="")
             return 0
         if name == "configs":
             return list_configs(options)
@@ -89,31 +97,44 @@ def _answer(arguments: list[str]) -> int:
 
             return report(options)
         _check_command(name)
+        # As Python has it for a script, and last: a file there replaces no installed module.
+        sys.path.append(os.getcwd())
+        if name == "validate-config":
+            return _run(name)
+        check_options(name, options)
+        arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
         # Other ranks are started with sys.argv, so the paths have to be in there.
         sys.argv[1:] = resolve_configs(arguments)
     except LitLipschitzError as error:
         return fail(error)
     try:
         return _run(name)
+    except LitLipschitzError as error:
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 
 
 def _run(name: str) -> int:
-    """Runs a command that needs torch."""
+    """Runs a command that needs torch, which takes seconds to import: a terminal shows that meanwhile."""
+    silent = {"--quiet", "--json_lines", "--json"} & set(sys.argv) or "LOCAL_RANK" in os.environ
+    waits = sys.stderr.isatty() and "torch" not in sys.modules and not silent
+    if waits:
+        print("lit-lipschitz: loading torch and Lightning ...", end="", file=sys.stderr, flush=True)
     try:
+        import lightning.pytorch  # noqa: F401
         import torch  # noqa: F401
         import torchmetrics  # noqa: F401
     except FileNotFoundError as error:
         return fail(f"torch can't be loaded: {error.strerror or error}; make room there or set TMPDIR")
-    if name == "explain":
-        from lit_lipschitz.cli.explain.command import explain
-
-        return explain(sys.argv[2:])
-    if name == "compare":
-        from lit_lipschitz.cli.compare.command import compare
-
-        return compare(sys.argv[2:])
+    finally:
+        if waits:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    if name in _HOMES:
+        function: Callable[[list[str]], int] = getattr(
+            importlib.import_module(f"lit_lipschitz.cli.{_HOMES[name]}"), name.replace("-", "_")
+        )
+        return function(sys.argv[2:])
     from lit_lipschitz.cli.fit.command import run
 
     return run()

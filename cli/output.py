@@ -88,6 +88,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def relative(path: str | Path) -> str:
+    """A path as people type it, relative to the working folder where it is below it."""
+    path = str(path)
+    return os.path.relpath(path) if os.path.isabs(path) and Path.cwd() in Path(path).parents else path
+
+
 def free_path(path: Path) -> Path:
     """The path, or where it exists the first of NAME-v1.csv, NAME-v2.csv, ... that does not.
 

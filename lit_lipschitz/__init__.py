@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         MNISTDataModule,
     )
     from lit_lipschitz.errors import ConfigurationError, DataError, LitLipschitzError
-    from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNet9, ResNetV1, ResNetV2
+    from lit_lipschitz.models import MLP, MNISTCNN, DenseNet, ResNet9, ResNetV1, ResNetV2, named_network
     from lit_lipschitz.module import ImageClassifier
     from lit_lipschitz.optim.schedules import LinearWarmupDecay, TimeDecay
     from lit_lipschitz.optim.zero_start_sgd import ZeroStartSGD
@@ -46,11 +46,12 @@ __all__ = [
     "TimeDecay",
     "ZeroStartSGD",
     "attach",
+    "named_network",
 ]
 
 _HOMES = {
     **dict.fromkeys(["ConfigurationError", "DataError", "LitLipschitzError"], "errors"),
-    **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNet9", "ResNetV1", "ResNetV2"], "models"),
+    **dict.fromkeys(["DenseNet", "MLP", "MNISTCNN", "ResNet9", "ResNetV1", "ResNetV2", "named_network"], "models"),
     **{name: "data" for name in __all__ if name.endswith("DataModule")},
     "ImageClassifier": "module",
     **dict.fromkeys(["LinearWarmupDecay", "TimeDecay"], "optim.schedules"),

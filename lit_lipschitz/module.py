@@ -5,10 +5,11 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import restricted_string_type
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,9 +19,14 @@ from torchmetrics import Metric
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights, warn_of_batch_norm
 from lit_lipschitz.data.loader import fold
 from lit_lipschitz.errors import ConfigurationError
+from lit_lipschitz.models.named import named_network
 from lit_lipschitz.optim.schedules import LinearWarmupDecay
 
 Batch = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    NetworkName = str
+else:  # so that a config with another text is refused
+    NetworkName = restricted_string_type("NetworkName", r"^(timm|torchvision):.+$")
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -54,6 +60,13 @@ class EpochMean(Metric):
         return self.total / self.count
 
 
+class _Factories(tuple[OptimizerCallable, LRSchedulerCallable | None]):
+    """What makes optimizer and scheduler, which copies of a module share: the command's cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Factories":
+        return self
+
+
 class ImageClassifier(L.LightningModule):
     """Trains any network with the mean softmax cross-entropy.
 
@@ -63,7 +76,9 @@ class ImageClassifier(L.LightningModule):
     saved, by the callback :class:`~lit_lipschitz.AveragedWeights`, which the module adds itself.
 
     Args:
-        network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes).
+        network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes); or the name of a
+            classifier, ``timm:NAME`` or ``torchvision:NAME``, which :func:`~lit_lipschitz.models.named_network` makes,
+            in a config with the channels and the classes of the data.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate scheduler from the optimizer. If it has an argument ``total_steps`` that is
             not set, it is given the number of optimizer steps of the run.
@@ -76,6 +91,8 @@ class ImageClassifier(L.LightningModule):
             combined with label smoothing.
         decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
             decay applies to; None is all of them.
+        mix: Applied to the images and labels of a training batch, such as ``torchvision.transforms.v2.MixUp`` or
+            ``CutMix``, which make labels into probabilities. Can't be combined with ``clip_probabilities``.
         channels_last: Keep images and convolutions in the channels-last order, which is faster on most GPUs.
         compile: Compile the network by ``torch.compile`` in this mode; ``"reduce-overhead"`` replays CUDA graphs. None
             runs it eagerly.
@@ -86,7 +103,7 @@ class ImageClassifier(L.LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | NetworkName,
         optimizer: OptimizerCallable = momentum_sgd,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["auto", "step", "epoch"] = "auto",
@@ -94,6 +111,7 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
         clip_probabilities: float = 0.0,
         decayed: list[str] | None = None,
+        mix: nn.Module | None = None,
         channels_last: bool = False,
         compile: CompileMode | None = None,
     ) -> None:
@@ -107,13 +125,18 @@ class ImageClassifier(L.LightningModule):
                 f"clip_probabilities={clip_probabilities} and label_smoothing={label_smoothing}: expected one of them "
                 "to be 0"
             )
-        self.network = network
+        if clip_probabilities and mix is not None:
+            raise ConfigurationError(
+                f"clip_probabilities={clip_probabilities} and mix={mix}: expected 0 or None for one of them"
+            )
+        self.network = named_network(network) if isinstance(network, str) else network
+        self.mix = mix
         self.label_smoothing = label_smoothing
         self.clip_probabilities = clip_probabilities
         self.decayed = decayed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode = compile
-        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._factories = _Factories((optimizer, scheduler))
         self._interval, self._monitor = scheduler_interval, monitor
         self._seed: int | None = None
         self._means: dict[str, dict[str, EpochMean]] = {}
@@ -149,7 +172,7 @@ class ImageClassifier(L.LightningModule):
         try:
             with torch.no_grad():
                 outputs = self.network.eval()(torch.zeros(2, *image_shape))
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             raise ConfigurationError(
                 f"the network {type(self.network).__name__} takes no images of shape {image_shape}, the data's "
                 f"({str(error).splitlines()[0]}); choose another model.network or other data"
@@ -169,13 +192,14 @@ class ImageClassifier(L.LightningModule):
         Raises:
             ConfigurationError: The scheduler can't be made, or a pattern in ``decayed`` matches no parameter.
         """
-        optimizer = self._make_optimizer(self.parameters() if self.decayed is None else self._groups(self.decayed))
-        if self._make_scheduler is None:
+        make_optimizer, make_scheduler = self._factories
+        optimizer = make_optimizer(self.parameters() if self.decayed is None else self._groups(self.decayed))
+        if make_scheduler is None:
             return optimizer
-        stepwise, given = _total_steps_of(self._make_scheduler)
+        stepwise, given = _total_steps_of(make_scheduler)
         length = {} if given or not stepwise else {"total_steps": self._total_steps()}
         try:
-            scheduler = self._make_scheduler(optimizer, **length)
+            scheduler = make_scheduler(optimizer, **length)
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"the scheduler can't be made: {error}") from None
         interval = self._interval if self._interval != "auto" else "step" if stepwise else "epoch"
@@ -245,7 +269,7 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        images, labels = batch
+        images, labels = batch if self.mix is None else self.mix(*batch)
         logits = self(images)
         if self.clip_probabilities:
             least, most = math.log(self.clip_probabilities), math.log1p(-self.clip_probabilities)
@@ -285,7 +309,8 @@ class ImageClassifier(L.LightningModule):
                 self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True, metric_attribute=name)
         count = len(labels)
         with torch.no_grad():
-            correct = (logits.argmax(dim=1) == labels).sum()
+            classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+            correct = (logits.argmax(dim=1) == classes).sum()
             for mean, total, weight in zip(means.values(), (loss.detach(), correct), (count, 1), strict=True):
                 mean.update(total, count, weight)
 

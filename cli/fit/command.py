@@ -1,8 +1,11 @@
 """The LightningCLI behind `fit`, `validate`, `test` and `predict`; turns its errors into one line and an exit code."""
 
 import contextlib
+import importlib
+import io
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -14,7 +17,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ActionYesNo, get_loader, set_loader
+from jsonargparse import ActionYesNo, Namespace, get_loader, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -36,7 +39,7 @@ from lit_lipschitz.cli.fit.run_folders import RunFolders
 from lit_lipschitz.cli.fit.signals import CheckpointOnSignal
 from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary
 from lit_lipschitz.cli.output import fail, free_path
-from lit_lipschitz.data import ImageDataModule
+from lit_lipschitz.data import DigitsDataModule, ImageDataModule
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.module import ImageClassifier
 
@@ -86,6 +89,10 @@ class OneLineParser(LightningArgumentParser):
         self.allow_abbrev = False  # an abbreviation may be a typing error
         self.made.add(self)
 
+    def format_help(self, *formatter: Any) -> str:
+        """The help text with the docstrings' markup removed."""
+        return re.sub(r":\w+:`~?([^`]*)`", r"\1", super().format_help(*formatter)).replace("``", "'")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Reports a mistake in the arguments or in a config.
 
@@ -104,10 +111,15 @@ class SaveConfig(SaveConfigCallback):
         """Does nothing yet."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves it in the logger's folder, beside that of an earlier run; without a logger a run has no folder."""
-        folder = trainer.log_dir if trainer.logger is not None else None
+        """Saves it in the run's folder, beside that of an earlier run; without a logger a run has no folder."""
+        checkpoints: Any = trainer.checkpoint_callback
+        folder = trainer.logger.log_dir if trainer.logger is not None else None
+        if trainer.logger is not None and folder is None and checkpoints is not None and checkpoints.dirpath:
+            folder = str(Path(checkpoints.dirpath).parent)  # of a logger that keeps its own files elsewhere
         if folder is not None:
-            self.config_filename = free_path(Path(folder, self.config_filename)).name
+            if trainer.is_global_zero:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self.config_filename = str(free_path(Path(folder, self.config_filename)).absolute())
             super().setup(trainer, pl_module, "fit")
 
 
@@ -136,7 +148,7 @@ class Command(LightningCLI):
             parser_class=OneLineParser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [], "enable_progress_bar": sys.stderr.isatty()},
+            trainer_defaults={"callbacks": []},
             auto_configure_optimizers=False,
             args=arguments,
         )
@@ -165,12 +177,7 @@ class Command(LightningCLI):
         """Parses, and finds and checks the checkpoint before anything opens it."""
         super().parse_arguments(parser, args)
         config = self.options
-        if config["audit"] < 0:
-            raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
-        for name, least in _LEAST.items():
-            value = config.trainer.get(name)
-            if isinstance(value, (int, float)) and not value >= least:
-                raise ConfigurationError(f"trainer.{name}={value}: expected at least {least}")
+        _check_ranges(config, fits=self.config["subcommand"] == "fit")
         self.lines = EpochLines(_mode(config))
         path = config.get("ckpt_path")
         if path == "":
@@ -187,6 +194,24 @@ class Command(LightningCLI):
             if config.trainer.logger is None:
                 config.trainer.logger = False  # an evaluation has no curves
 
+    def before_instantiate_classes(self) -> None:
+        """Gives a network that is named, and the mixing of batches, the classes and the channels of the data."""
+        config = self.options
+        model, data = config.get("model"), _class_of(config.get("data"))
+        arguments = model.get("init_args") if model else None
+        if not arguments or data is None:
+            return
+        if isinstance(name := arguments.get("network"), str):
+            own = Namespace(name=str(name), num_classes=None, in_channels=None, pretrained=False)  # type: ignore[no-untyped-call]
+            arguments.network = Namespace(class_path="lit_lipschitz.named_network", init_args=own)  # type: ignore[no-untyped-call]
+        channels, classes = getattr(data, "image_shape", (None,))[0], getattr(data, "num_classes", None)
+        known = {"num_classes": classes, "in_channels": channels}
+        for key in ("network", "mix"):
+            for inner, value in known.items():
+                given = getattr(arguments.get(key), "init_args", {})
+                if inner in given and given[inner] is None:
+                    given[inner] = value
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: a class and its arguments come from configs and command line, never from a checkpoint."""
 
@@ -198,6 +223,7 @@ class Command(LightningCLI):
         """
         torch.set_float32_matmul_precision(self.options.matmul_precision)
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": self.output_callbacks()}
+        kwargs = {"enable_progress_bar": self._shows_bar(), **kwargs}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -225,11 +251,16 @@ class Command(LightningCLI):
         config = self._get(self.config_init, "trainer")
         given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         output: list[L.Callback] = [self.lines, PredictionFile()]
-        if config.enable_progress_bar and not any(isinstance(one, ProgressBar) for one in given):
+        if self._shows_bar() and not any(isinstance(one, ProgressBar) for one in given):
             output.append(RateBar())
         if config.enable_model_summary is not False and not any(isinstance(one, ModelSummary) for one in given):
             output.append(ModelSummary())
         return output
+
+    def _shows_bar(self) -> bool:
+        """Whether there is a bar: on a terminal, if the configuration, which may be a saved one, leaves it open."""
+        wanted = self._get(self.config_init, "trainer").enable_progress_bar
+        return sys.stderr.isatty() if wanted is None else bool(wanted)
 
     def after_instantiate_classes(self) -> None:
         """Checks that network and data fit together; errors after this are errors at run time."""
@@ -240,22 +271,40 @@ class Command(LightningCLI):
                 raise ConfigurationError(
                     f"model: expected sizes of at least 1, found {tuple(parameter.shape)} for the parameter {name!r}"
                 )
+        settings = (self.options.get("data") or {}).get("init_args", {})
+        if isinstance(self.datamodule, DigitsDataModule) and settings.get("data_dir") is not None:
+            ignored = f"data.data_dir={settings['data_dir']} is not used: the digits come with scikit-learn"
+            print(f"lit-lipschitz: warning: {ignored}", file=sys.stderr)
         self.running = True
 
     def before_fit(self) -> None:
         """Reserves the folders that the run writes into."""
         if self.trainer.is_global_zero:
-            self.folders.claim(self.trainer, checkpoints=self.config["subcommand"] == "fit")
+            fits = self.config["subcommand"] == "fit"
+            self.folders.claim(self.trainer, checkpoints=fits)
+            if fits:
+                self.lines.print_start(self.trainer)
 
     before_validate = before_test = before_predict = before_fit
 
     def after_fit(self) -> None:
-        """Prints the table of the epochs, and tests the final weights."""
-        if self.trainer.is_global_zero:
-            self.lines.print_table()
+        """Tests the final weights."""
         results = self.test_results() if self.options.test_after_fit and not self.trainer.interrupted else {}
         if self.trainer.is_global_zero:
             self.lines.print_result(self.trainer, results)
+
+    def after_validate(self) -> None:
+        """Prints the metrics, as fit does."""
+        if self.trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            self.lines.print_result(self.trainer, metrics)
+
+    after_test = after_validate
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's arguments, without the table that it prints."""
+        silent = {"verbose": False} if subcommand in ("validate", "test") else {}
+        return {**super()._prepare_subcommand_kwargs(subcommand), **silent}
 
     def test_results(self) -> dict[str, float]:
         """The metrics on the test set; empty where module or data have no test."""
@@ -263,6 +312,25 @@ class Command(LightningCLI):
         if not loaders or not is_overridden("test_step", self.model):
             return {}
         return merge(self.trainer.test(self.model, datamodule=self.datamodule, verbose=False))
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a part of the configuration names, or None."""
+    module, _, name = (config or {}).get("class_path", "").rpartition(".")
+    return getattr(importlib.import_module(module), name, None) if module else None
+
+
+def _check_ranges(config: Any, fits: bool) -> None:
+    """Refuses numbers that Lightning takes without a look."""
+    if config["audit"] < 0:
+        raise ConfigurationError(f"--audit {config['audit']}: expected a number of optimizer steps, or 0 for none")
+    for name, least in _LEAST.items():
+        value = config.trainer.get(name)
+        if isinstance(value, (int, float)) and not value >= least:
+            raise ConfigurationError(f"trainer.{name}={value}: expected at least {least}")
+    for name in ("max_epochs", "max_steps"):
+        if fits and config.trainer.get(name) == 0:
+            raise ConfigurationError(f"trainer.{name}=0 trains nothing: expected at least 1, or -1 for no limit")
 
 
 def merge(results: list[Any]) -> dict[str, float]:
@@ -388,14 +456,27 @@ def _filtered_messages() -> Iterator[None]:
         logging.getLogger(name).addFilter(_is_of_use)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     levels = [logger.level for logger in _LOGGERS]
+    handlers = [one for logger in _LOGGERS for one in logger.handlers if type(one) is logging.StreamHandler]
+    streams = [handler.setStream(_CurrentStderr()) for handler in handlers]
     try:
         yield
     finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream or sys.stderr)
         for logger, level in zip(_LOGGERS, levels, strict=True):
             logger.setLevel(level)
 
 
+class _CurrentStderr(io.TextIOBase):
+    """What ``sys.stderr`` is now: while a progress bar is shown, rich's, which writes above it."""
+
+    def write(self, text: str) -> int:
+        """Writes there."""
+        return sys.stderr.write(text)
+
+
 def _is_of_use(record: logging.LogRecord) -> bool:
     """Whether a log message is neither an advertisement nor about devices that are absent."""
-    useless = ("💡", "TPU available: False", "GPU available: False", "Trainer already configured with model summary")
+    useless = ("💡", "TPU available: False", "GPU available: False", "Trainer already configured with model summary",
+               "Loading `train_dataloader`", "`weights_only` was not set")  # fmt: skip
     return not record.getMessage().startswith(useless)

@@ -1,26 +1,30 @@
-"""What fit prints about its epochs: a line each and a table at the end, or JSON, or only the final result."""
+"""What fit prints about its epochs: a row of a table each, or JSON, or only the final result."""
 
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.cli.fit.callbacks import find_callback
-from lit_lipschitz.cli.output import align, to_json
+from lit_lipschitz.cli.output import relative, to_json
 
 Mode = Literal["lines", "quiet", "json"]
-_METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
-_HEADINGS = {"constant": "L", "activation_norm": "K_z", "weight_norm": "W", "seconds": "s"}
+METRICS = ("train_loss", "train_acc", "val_loss", "val_acc")
+_HIDDEN = ("epoch", "step", "caps", "seconds", "constant", "activation_norm", "weight_norm")
+"""Values of an epoch that have no column of their name; the last three are curves."""
+_WIDTH = 80
 
 
 class EpochLines(L.Callback):
     """Collects the results of each epoch and prints them.
 
     Args:
-        mode: ``"lines"``, and a table at the end; ``"json"``, one object an epoch and one at the end; ``"quiet"``, only
-            the final result.
+        mode: ``"lines"``, a row of a table an epoch; ``"json"``, one object an epoch and one at the end; ``"quiet"``,
+            only the final result.
     """
 
     def __init__(self, mode: Mode = "lines") -> None:
@@ -30,11 +34,12 @@ class EpochLines(L.Callback):
         self._epoch_start: float | None = None  # None in an epoch that is resumed
         self._batches = 0
         self._caps: list[str] = []
+        self._table = Table()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
         self.rows, self._epoch_start, self._batches, self._caps = [], None, 0, []
-        self._run_start = time.monotonic()
+        self._run_start, self._table = time.monotonic(), Table()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the epoch's clock."""
@@ -70,7 +75,7 @@ class EpochLines(L.Callback):
         if self.mode == "json":
             print_stdout(to_json({"event": "epoch", "epochs": trainer.max_epochs, **row}))
         elif self.mode == "lines":
-            print_stdout(line(row, trainer.max_epochs))
+            print_stdout("\n".join(self._table.lines(row, trainer.max_epochs)))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Prints the closing JSON object of a run that is interrupted or fails."""
@@ -78,13 +83,13 @@ class EpochLines(L.Callback):
             interrupted = isinstance(exception, (KeyboardInterrupt, SystemExit))
             self._print_end(trainer, "interrupted" if interrupted else "failed", {})
 
-    def print_table(self) -> None:
-        """Prints the table of the epochs, in the mode ``"lines"``."""
-        if self.mode == "lines" and self.rows:
-            print_stdout("\n".join(["", *table(self.rows), ""]))
+    def print_start(self, trainer: L.Trainer) -> None:
+        """Prints where the run writes, before it starts."""
+        if self.mode == "lines":
+            print_stdout(f"run: {_place(trainer)}; checkpoints: {_checkpoint_folder(trainer) or 'none'}")
 
     def print_result(self, trainer: L.Trainer, results: dict[str, float]) -> None:
-        """Prints the result of a run that has finished.
+        """Prints the result of a run that has finished, and where its checkpoint and its curves are.
 
         Args:
             trainer: The trainer.
@@ -95,12 +100,17 @@ class EpochLines(L.Callback):
         elif results:
             print_stdout("  ".join(f"{name} {value:.4f}" for name, value in results.items()))
         elif self.mode == "quiet" and self.rows:
-            print_stdout(line(self.rows[-1], trainer.max_epochs))
+            print_stdout("\n".join(Table().lines(self.rows[-1], trainer.max_epochs)))
+        if self.mode == "lines" and trainer.state.fn in ("fit", "test") and self._run_start is not None:
+            checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+            print_stdout(f"checkpoint: {relative(checkpoint) if checkpoint else 'none'}")
+            print_stdout(f"curves: {'lit-lipschitz report ' if run_folder(trainer) else ''}{_place(trainer)}")
 
     def _print_end(self, trainer: L.Trainer, status: str, results: dict[str, float]) -> None:
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
         end = {"event": "end", "status": status, "epochs": len(self.rows), "step": trainer.global_step, **results}
-        print_stdout(to_json({**end, "checkpoint": checkpoint, "seconds": _seconds_since(self._run_start)}))
+        places = {"run": run_folder(trainer), "checkpoint": checkpoint}
+        print_stdout(to_json({**end, **places, "seconds": _seconds_since(self._run_start)}))
 
 
 def _seconds_since(start: float | None) -> float:
@@ -119,34 +129,69 @@ def _rates(trainer: L.Trainer) -> dict[str, float]:
     return {"rate": decision.lr, "lr": ours.lr, **{name: size for name, size in sizes.items() if size}}
 
 
-def line(row: dict[str, Any], epochs: int | None) -> str:
-    """Human-readable summary of an epoch: rate, lr, losses, accuracies, active limits, seconds."""
-    total = epochs if (epochs or -1) > 0 else "?"
-    parts = [f"epoch {row['epoch']:>{len(str(total))}}/{total}"]
-    rates = [f"{name} {row[name]:<9.4g}" for name in ("rate", "lr") if name in row]
-    parts += [" ".join(rates)] if rates else []
-    parts += [f"{name} {row[name]:.4f}" for name in _METRICS if name in row]
-    parts += [f"limited by {cap}" for cap in row["caps"]]
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+def run_folder(trainer: L.Trainer) -> str | None:
+    """The folder of a run's curves and configuration, or None if its logger has none, or there is no logger."""
+    return relative(trainer.logger.log_dir) if trainer.logger and trainer.logger.log_dir else None
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The epochs as the lines of a table, without empty columns."""
-    names = ["epoch", "rate", "lr", "constant", "activation_norm", "weight_norm", *_METRICS]
-    others = [name for row in rows for name in row if name not in (*names, "step", "caps", "seconds")]
-    names = [name for name in (*names, *dict.fromkeys(others[:4]), "seconds") if any(name in row for row in rows)]
-    cells = [["", *(_HEADINGS.get(name, name) for name in names)]]
-    cells += [["", *(_cell(name, row.get(name)) for name in names)] for row in rows]
-    if any(row["caps"] for row in rows):
-        caps = ["cap", *(", ".join(row["caps"]) for row in rows)]
-        cells = [[*line, cap] for line, cap in zip(cells, caps, strict=True)]
-    return align(cells, left=len(names) + 1)
+def _place(trainer: L.Trainer) -> str:
+    return run_folder(trainer) or (type(trainer.logger).__name__ if trainer.logger else "no logger")
 
 
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if name == "epoch" else f"{value:.1f}" if name == "seconds" else format_value(name, value)
+def _checkpoint_folder(trainer: L.Trainer) -> str | None:
+    """Where ModelCheckpoint is going to write, which it decides only when the run starts."""
+    callback: Any = trainer.checkpoint_callback
+    if callback is None:
+        return None
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    named = str(trainer.logger.name) if trainer.logger and not trainer.logger.log_dir else "checkpoints"
+    return relative(callback.dirpath or folder / named)
+
+
+class Table:
+    """The epochs as rows of one table, whose header is printed again where a column is new."""
+
+    def __init__(self) -> None:
+        self.columns: list[str] = []
+        self._caps: list[str] = []
+        self._limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH
+
+    def lines(self, row: dict[str, Any], epochs: int | None) -> list[str]:
+        """The lines of an epoch: a header if needed, its values, and the limits of the rate if they have changed."""
+        total = epochs if (epochs or -1) > 0 else "?"
+        first = max(len("epoch"), 2 * len(str(total)) + 1)
+        columns = self._fitting(row, first)
+        lines = []
+        if set(columns) - set(self.columns):
+            self.columns = columns
+            lines.append("  ".join([f"{'epoch':>{first}}", *(f"{name:>{_width(name)}}" for name in columns), "   s"]))
+        cells = [format_value(name, row[name]) if name in row else "-" for name in self.columns]
+        cells = [f"{cell:>{_width(name)}}" for name, cell in zip(self.columns, cells, strict=True)]
+        seconds = f"{row['seconds']:.{1 if row['seconds'] < 99 else 0}f}"
+        lines.append("  ".join([f"{row['epoch']}/{total}".rjust(first), *cells, f"{seconds:>4}"]))
+        if row["caps"] != self._caps:
+            self._caps = row["caps"]
+            limit = f"limited by {' and '.join(self._caps)}" if self._caps else "no longer limited"
+            lines.append(f"{'':{first}}  rate {limit}")
+        return lines
+
+    def _fitting(self, row: dict[str, Any], first: int) -> list[str]:
+        """The columns so far and those of an epoch, as many as the terminal is wide."""
+        usual = ["rate", "lr", *METRICS]
+        others = [name for name in (*self.columns, *row) if name not in (*usual, *_HIDDEN)]
+        wanted = [name for name in (*usual, *dict.fromkeys(others)) if name in row or name in self.columns]
+        room = self._limit - first - len("  9999")
+        columns = []
+        # A training metric goes first where there is no room for all.
+        for name in sorted(wanted, key=lambda name: (name in others, name.startswith("train"))):
+            room -= 2 + _width(name)
+            if room >= 0:
+                columns.append(name)
+        return [name for name in wanted if name in columns]
+
+
+def _width(name: str) -> int:
+    return max(len(name), 7 if name.endswith("acc") else 9)
 
 
 def format_value(name: str, value: float) -> str:

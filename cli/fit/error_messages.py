@@ -7,9 +7,12 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_lipschitz
+from lit_lipschitz.cli.options import no_such_option
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -103,25 +106,25 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     text = " ".join(message.split())
     path = ".".join(re.findall(r'Parser key "([^"]+)"', text))
     if match := re.search(r"(?:accept option|unrecognized arguments:) '?-{0,2}([\w.]+)", text):
-        return _no_such_option(match[1], known)
+        return no_such_option(match[1], known)
     if match := re.search(r"Option '([^']+)' is not accepted", text):
-        return _no_such_option(f"{path}.{match[1]}".lstrip("."), known)
+        return no_such_option(f"{path}.{match[1]}".lstrip("."), known)
+    if match := re.search(r"argument --(\w+).*: invalid _boolean_type value: '(.*)'", text):
+        return f"{match[1]}: expected true or false, found {match[2]!r}"
+    if scalars := _scalar_types(text):
+        found = re.search(r"Given value: (.+)$", text)
+        return f"{path}: expected {scalars}, found {found[1] if found else ''!r}"
     for pattern, cause in _CAUSES:
         if match := re.search(pattern, text):
-            return f"{path}: {cause.format(_readable(match[1]), match[2])}"
+            return f"{path}: {cause.format(_readable(match[1]), match[2])}".lstrip(": ")
     for branch in re.split(r"\n\s*- ", message)[1:]:
         reason = " ".join(branch.partition("Given value")[0].split())
-        if not reason.startswith(("Expected a", "Does not validate")):
+        if not reason.startswith(("Expected a", "Does not validate", "Not of type NetworkName")):
             # The keys of inner errors are in the path already.
             reason = re.sub(r'^(?:Parser key "[^"]+": )+', "", reason)
             return f"{path}.{reason}" if path else reason
     if match := re.search(r"Expected a dot import path string: (\S+)", text):
-        close = difflib.get_close_matches(match[1], lit_lipschitz.__all__, n=2)
-        hint = f"; closest: {', '.join(f'lit_lipschitz.{name}' for name in close)}" if close else ""
-        return f"{path}: expected the name or the import path of a class, found {match[1]!r}{hint}"
-    types = [_readable(kind) for kind in re.findall(r"Expected an? (<class '[\w.]+'>)", text)]
-    if types and (match := re.search(r"Given value: (.+)$", text)):
-        return f"{path}: expected {' or '.join(dict.fromkeys(types))}, found {match[1]!r}"
+        return f"{path}: expected the name or the import path of a class, found {match[1]!r}{_closest_class(match[1])}"
     if match := re.search(r"following arguments are required: (.+)$", text):
         keys = [re.sub(r"^(fit|validate|test|predict)\.", "", key.strip()) for key in match[1].split(",")]
         config = "; pass a config, such as --config digits.yaml" if keys[0] in ("data", "model") else ""
@@ -129,11 +132,39 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     return text
 
 
-def _no_such_option(key: str, known: Iterable[str]) -> str:
-    # Names that end in + append to a list.
-    close = difflib.get_close_matches(key, [name for name in known if not name.endswith("+")], n=2, cutoff=0.6)
-    hint = f"closest: {', '.join(close)}" if close else "lit-lipschitz fit --help lists all"
-    return f"{key}: no such option; {hint}"
+_LIST = "a list such as [1, 2]"
+_SCALARS = {"float", "int", "str", "bool", "null", _LIST}
+
+
+def _scalar_types(text: str) -> str:
+    """The types of a union that is about numbers, texts and choices, as people write them; empty for another."""
+    match = re.search(r"Subtypes: \[(.+?)\] Errors:", text)
+    if not match or "NestedArg(" in text:
+        return ""
+    choices = ", ".join(re.findall(r"typing\.Literal\[(.+?)\]", match[1]))
+    classes = [
+        _readable(kind) for kind in re.findall(r"<class '[\w.]+'>|\b(?:list|tuple)(?=\[(?:str|int|float))", match[1])
+    ]
+    kinds = [kind for kind in classes if kind in _SCALARS]
+    # A class may also be given where a number may, but for a wrong number nobody has meant one.
+    if not choices and {"float", "int", _LIST}.isdisjoint(kinds):
+        return ""
+    return " or ".join(
+        [*([f"one of {choices}" if ", " in choices else choices] if choices else []), *dict.fromkeys(kinds)]
+    )
+
+
+def _closest_class(name: str) -> str:
+    """A hint at the classes of this project, torch and Lightning that are called almost like that."""
+    if ":" in name:
+        return "; for arguments of a named network give lit_lipschitz.named_network, with its argument name"
+    ours = [f"lit_lipschitz.{one}" for one in lit_lipschitz.__all__]
+    ours += ["torchvision.transforms.v2.MixUp", "torchvision.transforms.v2.CutMix"]
+    others = [one for module in (torch.optim, torch.optim.lr_scheduler, callbacks, loggers) for one in vars(module)]
+    known = {one.rpartition(".")[2].lower(): one for one in (*others, *ours) if one[0].isupper() or one in ours}
+    close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
+    close = close or [one for one in known if name.lower() in one][:2]
+    return f"; closest: {', '.join(known[one] for one in close)}" if close else ""
 
 
 def _readable(kind: str) -> str:
@@ -141,4 +172,4 @@ def _readable(kind: str) -> str:
     if literal := re.match(r"typing\.Literal\[(.+)\]", kind):
         return "one of " + literal[1]
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
-    return {"NoneType": "null"}.get(name, name)
+    return {"NoneType": "null", "tuple": _LIST, "list": _LIST}.get(name, name)

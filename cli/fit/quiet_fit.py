@@ -29,6 +29,7 @@ class QuietFit(Command):
         """Parses, and turns off what prints and writes."""
         super().parse_arguments(parser, args)
         config = self.options
+        self.lines.mode = "quiet"
         config.test_after_fit, config.audit = False, 0
         self.checkpoints = config.trainer.enable_checkpointing is True
         if config.trainer.logger is None:

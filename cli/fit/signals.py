@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_lipschitz.cli.fit.callbacks import find_callback
+from lit_lipschitz.cli.output import relative
 
 _SYNC_EVERY = 16
 """Optimizer steps between the reductions by which several ranks learn of each other's signals."""
@@ -104,7 +105,11 @@ class CheckpointOnSignal(L.Callback):
     def _end(self, trainer: L.Trainer, number: int) -> None:
         path = save_last(trainer)
         if trainer.is_global_zero:
-            saved = f"saved {path}, resume with --ckpt_path last" if path else "checkpoints are off, nothing is saved"
+            saved = (
+                f"saved {relative(path)}, resume with --ckpt_path last"
+                if path
+                else "checkpoints are off, nothing is saved"
+            )
             name = signal.Signals(number).name
             print(f"lit-lipschitz: {name} after step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
         raise SIGTERMException if number == signal.SIGTERM else KeyboardInterrupt

@@ -16,7 +16,7 @@ _TRAINER_SETTINGS = ("max_epochs", "max_steps", "accumulate_grad_batches", "grad
 
 
 class TensorBoardSummary(L.Callback):
-    """Shows lr, L and K_z side by side in TensorBoard, and the hyperparameters with the final metrics.
+    """Shows rate, lr and constant side by side in TensorBoard, and the hyperparameters with the final metrics.
 
     Args:
         config: The parsed configuration of fit.
@@ -25,9 +25,8 @@ class TensorBoardSummary(L.Callback):
     LAYOUT = {
         "lit-lipschitz": {
             # TensorBoard takes tags as regular expressions; those of several optimizers contain the position.
-            "rate": ["Multiline", [r"^lipschitz/(\d+/)?lr$"]],
-            "L": ["Multiline", [r"^lipschitz/(\d+/)?constant$"]],
-            "K_z": ["Multiline", [r"^lipschitz/(\d+/)?activation_norm$"]],
+            name: ["Multiline", [rf"^lipschitz/(\d+/)?{name}$"]]
+            for name in ("rate", "lr", "constant")
         }
     }
 

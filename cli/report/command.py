@@ -14,8 +14,8 @@ from lit_lipschitz.cli.report.terminal import Terminal, picture
 from lit_lipschitz.errors import LitLipschitzError
 
 _METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc")
-_SIZES = {"lr": "lr", "L": "constant", "K_z": "activation_norm", "W": "weight_norm"}
-_TAGS = {**{name: name for name in _METRICS}, **{name: f"lipschitz/{tag}" for name, tag in _SIZES.items()}}
+_OURS = ("rate", "lr", "constant", "activation_norm", "weight_norm")
+_TAGS = {**{name: name for name in _METRICS}, **{name: f"lipschitz/{name}" for name in _OURS}}
 """Columns of the table, and the tags of their curves."""
 
 

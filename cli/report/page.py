@@ -30,6 +30,7 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; font-variant-nu
 polyline, .plain { fill: none; stroke: var(--c); stroke-linejoin: round; stroke-width: 1.8; }
 .dashed polyline, .dashed .plain { stroke-dasharray: 5 3; stroke-width: 1.1; }
 circle, .mark { fill: var(--c); }
+.place { pointer-events: stroke; stroke: transparent; stroke-linecap: round; stroke-width: 12; }
 .scroll { margin: 1.6rem 0; overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .9rem .3rem 0; text-align: right; }

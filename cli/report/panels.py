@@ -15,14 +15,21 @@ MARKERS = "osD^"
 _LARGEST, _SMALLEST = 1e150, 1e-150
 """Sizes of what is drawn: larger values are left out, as infinite ones are, and smaller ones are 0."""
 
-_RATES = r"lipschitz/(\d+/)?lr|lr-.+"
+_OURS = {
+    "rate": "learning rate computed from L, before the schedule",
+    "lr": "learning rate that the optimizer used",
+    "constant": "L, the Lipschitz constant",
+    "activation_norm": "K_z, the size of the head's inputs",
+    "weight_norm": "W, the largest norm of a weight",
+}
+"""The curves of LipschitzLR under the names that they have everywhere; with several optimizers each has its own."""
 _CONTENT = (
     ("accuracy", "Accuracy", "%", "val_acc", "train_acc"),
     ("loss", "Loss", "", "val_loss", "train_loss"),
-    ("rate", "Learning rate", "", _RATES, ""),
-    ("constant", "L, the Lipschitz constant", "", r"lipschitz/(\d+/)?constant", ""),
-    ("activation_norm", "K_z, the size of the head's inputs", "", r"lipschitz/(\d+/)?activation_norm", ""),
-    ("weight_norm", "W, the largest norm of a weight", "", r"lipschitz/(\d+/)?weight_norm", ""),
+    *(
+        (name, f"{name}: {meaning}", "", rf"lipschitz/(\d+/)?{name}{'|lr-.+' if name == 'lr' else ''}", "")
+        for name, meaning in _OURS.items()
+    ),
 )
 
 
@@ -79,7 +86,7 @@ def panels(runs: list[Run]) -> list[Panel]:
         values = [value for line in lines for _, value in line.points]
         if values:
             last = max(epoch for line in lines for epoch, _ in line.points)
-            drawn.append(Panel(key, title, unit, lines, epoch_axis(last), value_axis(values)))
+            drawn.append(Panel(key, title, unit, lines, epoch_axis(last), value_axis(values, log=unit != "%")))
     return drawn
 
 
@@ -113,10 +120,10 @@ def epoch_axis(last: int) -> Axis:
     return Axis(1.0, float(max(last, 2)), ticks if step == 1 else [1.0, *ticks])
 
 
-def value_axis(values: list[float]) -> Axis:
-    """An axis for some values, logarithmic if they are positive and span more than a decade."""
+def value_axis(values: list[float], log: bool = True) -> Axis:
+    """An axis for some values, logarithmic if it may be, and they are positive and span more than a decade."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > 10:
+    if log and low > 0 and high / low > 10:
         return Axis(low / (high / low) ** 0.04, high * (high / low) ** 0.04, _log_ticks(low, high), log=True)
     # Values that differ by float32's rounding are one value.
     same = high - low <= 1e-6 * max(abs(low), abs(high))

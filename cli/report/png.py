@@ -16,7 +16,7 @@ _DASHES = (0, (4, 2))
 _FILES = {
     "accuracy.png": ("accuracy",),
     "loss.png": ("loss",),
-    "rate.png": ("rate",),
+    "rate.png": ("rate", "lr"),
     "constant.png": ("constant", "activation_norm", "weight_norm"),
 }
 """The files, and the diagrams in each."""

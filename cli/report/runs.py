@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_lipschitz.cli.configs import check_yaml
 from lit_lipschitz.cli.output import printable
 from lit_lipschitz.cli.report.event_files import read_events
 from lit_lipschitz.errors import ConfigurationError
@@ -58,7 +59,7 @@ def find_runs(paths: list[str]) -> list[Run]:
                 "the first epoch's end, or pass another run"
             )
         runs.update((run.folder.resolve(), run) for run in found)
-    for run, name in zip(runs.values(), _names(list(runs)), strict=True):
+    for run, name in zip(runs.values(), _names_by_settings(list(runs)) or _names(list(runs)), strict=True):
         run.name = printable(name)
         if not run.curves:
             run.notes.append("no curves yet: left out")
@@ -99,6 +100,62 @@ def _names(folders: list[Path]) -> list[str]:
     short = [tuple(part for part in parts if part != "lightning_logs") for parts in rest]
     usable = len(set(short)) == len(short) and all(short)
     return ["/".join(parts) for parts in (short if usable else rest)]
+
+
+_UNNAMED = (
+    "config",
+    "ckpt_path",
+    "trainer.default_root_dir",
+    "trainer.logger",
+    "trainer.devices",
+    "checkpoint.dirpath",
+)
+_MAX_NAME = 60
+"""Settings that name no run, and the characters of a name."""
+
+
+def _names_by_settings(folders: list[Path]) -> list[str] | None:
+    """Names made of the settings that differ between the runs; None if they do not tell them apart."""
+    settings = [_settings(folder) for folder in folders]
+    keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(_UNNAMED))
+    differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    chosen = [key for key in differing if _tells(key, differing, settings)]
+    names = [" ".join(f"{_short_key(key, chosen)}={one[key]}" for key in chosen if key in one) for one in settings]
+    usable = len(folders) > 1 and all(settings) and len(set(names)) == len(names)
+    return names if usable and all(0 < len(name) <= _MAX_NAME for name in names) else None
+
+
+def _tells(key: str, differing: list[str], settings: list[dict[str, str]]) -> bool:
+    """Whether a setting differs between runs that have the same class, if it is an argument of one."""
+    classes = [other for other in differing if key.startswith(f"{other}.")]
+    values: dict[tuple[str | None, ...], set[str | None]] = {}
+    for one in settings:
+        values.setdefault(tuple(one.get(name) for name in classes), set()).add(one.get(key))
+    return any(len(found) > 1 for found in values.values())
+
+
+def _short_key(key: str, others: list[str]) -> str:
+    """The last part of a setting's key, or all of it where another ends alike."""
+    last = key.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in others].count(last) == 1 else key
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """The settings in a run's newest saved configuration; empty without a readable one."""
+    files = sorted(folder.glob("config*.yaml"), key=lambda file: _natural(file.name.replace("config.", "config-v0.")))
+    try:
+        content = check_yaml(files[-1].read_text(encoding="utf-8"), str(files[-1])) if files else None
+    except Exception:  # the folder's name does as well
+        return {}
+    return dict(_flat("", content)) if isinstance(content, dict) else {}
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(key if name in ("class_path", "init_args") else f"{key}.{name}".lstrip("."), inner)
+    else:
+        yield key, str(value).rpartition(".")[2] if str(value).replace(".", "").isidentifier() else str(value)
 
 
 def read_run(folder: Path) -> Run:

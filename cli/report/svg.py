@@ -6,6 +6,7 @@ from lit_lipschitz.cli.report.panels import LIGHT, MARKERS, Line, Panel, number
 from lit_lipschitz.cli.report.runs import Run
 
 _WIDTH, _HEIGHT = 460, 250
+_PLACES = 100
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 10, 34
 
 
@@ -48,8 +49,14 @@ def _curve(panel: Panel, line: Line, name: str) -> str:
     kind = f"c{line.run % len(LIGHT)}" + (" dashed" if line.dashed else "")
     last_epoch, last = line.points[-1]
     title = f"<title>{escape(name)}, {escape(line.tag)}: {last:.4g}{panel.unit} in epoch {last_epoch}</title>"
+    # Below the pointer a browser shows the title of what it finds; a long curve has such places for some epochs.
+    places = "".join(
+        f'<g class="place"><title>{escape(name)}, {escape(line.tag)}, epoch {epoch}: {value:.4g}{panel.unit}</title>'
+        f'<path d="M{x} {y}h0"/></g>'
+        for (epoch, value), (x, y) in list(zip(line.points, positions, strict=True))[:: -(-len(positions) // _PLACES)]
+    )
     end = "" if line.dashed and len(positions) > 1 else marker(line.run, *positions[-1])
-    return f'<g class="{kind}">{title}<polyline points="{path}"/>{end}</g>'
+    return f'<g class="{kind}">{title}<polyline points="{path}"/>{end}{places}</g>'
 
 
 def marker(run: int, x: float, y: float) -> str:

@@ -119,7 +119,7 @@ def _kind(annotation: Any) -> str:
     )
     if "Callable" in text:
         return "a class by `class_path` and `init_args`" + (" or null" if text.endswith("None") else "")
-    text = re.sub(r"Optional\[(.*)\]$", r"\1 | None", text)
+    text = re.sub(r"Optional\[(.*)\]$", r"\1 | None", text).replace("jsonargparse.NetworkName", "str")
     text = re.sub(r"Union\[(.*)\]$", lambda match: match[1].replace(", ", " | "), text)
     parts = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " | "), text).split(" | ")
     return " or ".join("null" if part == "None" else part.strip("'") for part in parts)

@@ -58,6 +58,15 @@ LOSSES: dict[str, LossSpec] = {}
 """The registered losses by name."""
 
 
+ALIASES = {
+    "ce": "cross_entropy",
+    "bce": "binary_cross_entropy",
+    "mse": "mean_squared_error",
+    "mae": "mean_absolute_error",
+}
+"""Short names of losses, which arguments may have."""
+
+
 def register_loss(spec: LossSpec) -> None:
     """Adds a loss to ``LOSSES``; before ``LipschitzLR`` is imported, to be a choice of the command line too.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lipschitz import bounds
+from lit_lipschitz.bounds.loss_spec import ALIASES
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
 from lit_lipschitz.callbacks.trainer_facts import (
     TrainerFacts,
@@ -20,6 +21,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     shortens_run,
     targets_of,
 )
+from lit_lipschitz.control.argument_types import check_type, describe_call
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import LoopFacts
@@ -33,7 +35,7 @@ from lit_lipschitz.measurement.norms import Weights
 from lit_lipschitz.rules.registry import RULES
 from lit_lipschitz.training_pass import inference_pass
 
-_LOSSES, _RULES = ("auto", "measured", *bounds.LOSSES), ("auto", *RULES)
+_LOSSES, _RULES = ("auto", "measured", *bounds.LOSSES, *ALIASES), ("auto", *RULES)
 if TYPE_CHECKING:
     LossOrAuto = str
     RuleOrAuto = str
@@ -58,8 +60,9 @@ class LipschitzLR(Callback):
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
             check. From a batch on whose loss is another one or not recognised, L is measured, an estimate from the
             gradient norm in the outputs; ``"measured"`` does so from the start. With other bounds and norms than the
-            default such a loss is an error. With a name of ``lit_lipschitz.bounds.LOSSES`` only terms of that loss in
-            a sum are considered; if there are none, the loss is assumed to be its mean with torch's defaults.
+            default such a loss is an error. With a name of ``lit_lipschitz.bounds.LOSSES`` (or ``"ce"``, ``"bce"``,
+            ``"mse"``, ``"mae"``) only terms of that loss in a sum are considered; if there are none, the loss is
+            assumed to be its mean with torch's defaults.
         head: ``"auto"``, or the name of the affine layer that computes the outputs, as in ``named_modules()``.
         bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` estimates L.
         norm: Norm of the head's inputs: ``"frobenius"`` (of the batch), ``"sample"`` (largest row) or ``"spectral"``;
@@ -132,6 +135,7 @@ class LipschitzLR(Callback):
     ) -> None:
         self.policy, self.options = make_settings(locals())
         super().__init__()
+        check_type("restore", restore, bool)
         self.optimizers, self.restore = _checked_positions(optimizers, head), restore
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
@@ -143,6 +147,12 @@ class LipschitzLR(Callback):
         self._in_batch = False  # whether a batch has begun
         self._told = False  # that a checkpoint does not resume exactly
         self._stored: dict[int, Any] = {}  # states from a checkpoint, by the optimizer's position
+
+    def __repr__(self) -> str:
+        """The call with the arguments that differ from their defaults."""
+        values = {**vars(self.policy), **vars(self.options), "optimizers": self.optimizers, "restore": self.restore}
+        is_default = self.policy.norm == bounds.resolve_norm(self.policy.bound, "auto")
+        return describe_call(self, {**values, "norm": "auto" if is_default else self.policy.norm})
 
     @property
     def state_key(self) -> str:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lit_lipschitz.bounds.loss_spec import LOSSES
+from lit_lipschitz.bounds.loss_spec import ALIASES, LOSSES
+from lit_lipschitz.control.argument_types import check_types
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.norms import Weights
 
@@ -25,8 +26,10 @@ class Options:
     measure_every: Literal["auto"] | int = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
+        object.__setattr__(self, "loss", ALIASES.get(self.loss, self.loss))
         for name, choices in (
-            ("loss", ("auto", "measured", *LOSSES)),
+            ("loss", ("auto", "measured", *LOSSES, *ALIASES)),
             ("on_nonfinite", ("keep", "raise")),
             ("schedule", ("auto", "none")),
             ("measure", ("running", "pass")),

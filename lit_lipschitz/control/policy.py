@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lit_lipschitz import bounds
+from lit_lipschitz.control.argument_types import check_types
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement import optimizer_updates
 from lit_lipschitz.measurement.optimizer_updates import OptimizerInfo
@@ -146,6 +147,7 @@ class Policy:
     max_growth: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.rule not in ("auto", *RULES):
             raise ConfigurationError(f"LipschitzLR(rule={self.rule!r}): expected one of 'auto', {_quoted(RULES)}")
         if self.rule != "auto" and self.bound not in (admitted := RULES[self.rule].bounds):

@@ -64,6 +64,7 @@ def metrics_of(controller: "Controller") -> dict[str, float]:
     observes = decision.observed_constant or (estimator and estimator.needs_logit_grads)
     computed = bool(decision.rule)  # not a fixed rate
     metrics = {
+        "rate": decision.lr,
         "lr": controller.rates[0],
         "constant": decision.constant if computed else None,
         "measured": float(decision.is_measured) if computed else None,

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from lit_lipschitz import bounds
+from lit_lipschitz.control.argument_types import check_type
 from lit_lipschitz.control.measured_finder import check_measured
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Policy
@@ -24,6 +25,8 @@ def make_settings(arguments: Mapping[str, Any]) -> tuple[Policy, Options]:
     """
     bound, initial_lr = arguments["bound"], arguments["initial_lr"]
     min_lr, max_lr = arguments["min_lr"], arguments["max_lr"]
+    for name in ("bound", "norm"):
+        check_type(name, arguments[name], str)
     try:
         norm = bounds.resolve_norm(bound, arguments["norm"])
     except ValueError as error:

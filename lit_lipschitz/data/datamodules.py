@@ -92,9 +92,7 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
 
     def setup(self, stage: str) -> None:
         """Reads the data of the stage and splits off the validation set."""
-        if self.preprocessing == "papers" and self.centered and self._center is None:
-            images, _ = self.load(train=True)
-            self._center = (images.sum(dim=0, dtype=torch.int64) / (255 * len(images))).float()
+        self._find_center()
         if stage in ("fit", "validate") and "train" not in self.splits:
             images, labels = self.load(train=True)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
@@ -109,6 +107,12 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
             self.splits |= {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
         if stage in ("test", "predict") and "test" not in self.splits:
             self.splits["test"] = self.load(train=False)
+
+    def _find_center(self) -> None:
+        """Computes the mean training image for ``preprocessing="papers"``, once."""
+        if self.preprocessing == "papers" and self.centered and self._center is None:
+            images, _ = self.load(train=True)
+            self._center = (images.sum(dim=0, dtype=torch.int64) / (255 * len(images))).float()
 
     def train_dataloader(self) -> DeviceLoader:
         """Shuffled, augmented batches of the training set."""
@@ -142,6 +146,13 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
     def predict_dataloader(self) -> DeviceLoader:
         """Batches of the official test set, in order."""
         return self.test_dataloader()
+
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted from pixels / 255, and what the difference is divided by."""
+        self._find_center()
+        if self.preprocessing == "papers":
+            return torch.zeros(()) if self._center is None else self._center, torch.ones(())
+        return torch.tensor(self.mean).reshape(-1, 1, 1), torch.tensor(self.std).reshape(-1, 1, 1)
 
     def _loader(self, split: str, shuffle: bool = False) -> DeviceLoader:
         trainer = self.trainer

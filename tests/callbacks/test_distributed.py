@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -346,7 +347,7 @@ FIT = ("fit", "--config", "digits.yaml", "--data.augment", "false", "--trainer.m
 
 def epoch_lines(output):
     """The rate and the metrics of every epoch, without the time."""
-    return [line.rpartition("  ")[0] for line in output.splitlines() if line.startswith("epoch")]
+    return [line.rpartition("  ")[0] for line in output.splitlines() if re.match(r" *\d+/\d", line)]
 
 
 def two_nodes(*arguments):
@@ -426,7 +427,7 @@ def start(arguments):
     process = subprocess.Popen(
         full, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while "epoch" not in process.stdout.readline():
+    while not re.match(r" *1/", process.stdout.readline()):
         assert process.poll() is None, process.stderr.read()
     return process
 

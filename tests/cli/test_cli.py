@@ -111,13 +111,13 @@ def scalars(folder):
 
 def results(out):
     """The lines of epochs and of the test, without the time."""
-    return [re.sub(r"  \S+ s$", "", line) for line in out.splitlines() if line.startswith(("epoch", "test"))]
+    return [re.sub(r" +\S+$", "", line) for line in out.splitlines() if re.match(r" *\d+/\d|test", line)]
 
 
 def test_fit_prints_rates_writes_curves_and_tests_and_runs_again_in_the_same_folder(lit):
     code, out, _ = lit("fit", "--config", "digits", *SHORT)
     assert code == 0
-    epochs = re.findall(r"^epoch (\d)/2  rate (\S+) +lr (\S+) +train_loss \S+  train_acc \S+  val_loss \S+", out, re.M)
+    epochs = re.findall(r"^ *(\d)/2 +(\S+) +(\S+) +\S+ +\S+ +\S+ +\S+ +\S+$", out, re.M)
     assert [epoch for epoch, _, _ in epochs] == ["1", "2"]
     assert all(0.01 < float(rate) < 1 and float(lr) <= float(rate) for _, rate, lr in epochs)
     test_acc = float(re.search(r"^test_loss \S+  test_acc (\S+)$", out, re.M)[1])
@@ -140,7 +140,7 @@ def test_fit_prints_rates_writes_curves_and_tests_and_runs_again_in_the_same_fol
     # The newest checkpoint is found, and evaluates to what fit said.
     code, out, _ = lit("test", "--config", "digits", "--ckpt_path", "last", "--trainer.accelerator", "cpu")
     assert code == 0
-    assert float(re.search(r"test_acc\s+│\s+(\S+)", out)[1]) == pytest.approx(test_acc, abs=1e-4)
+    assert float(re.search(r"test_acc (\S+)", out)[1]) == pytest.approx(test_acc, abs=1e-4)
 
     code, out, _ = lit("predict", "--config", "digits", "--ckpt_path", "last", "--trainer.accelerator", "cpu")
     assert code == 0
@@ -182,7 +182,7 @@ def test_a_signal_ends_the_run_with_the_code_that_shells_expect(number, code):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        while not re.match(r"epoch +3/", run.stdout.readline()):
+        while not re.match(r" +3/", run.stdout.readline()):
             assert run.poll() is None
         run.send_signal(number)
         out, err = run.communicate(timeout=60)
@@ -199,7 +199,7 @@ def test_configs_overlay_and_the_callback_is_configured_under_lipschitz(lit):
     code, out, _ = lit("fit", "--config", "digits", "--config", "mine.yaml", "--trainer.accelerator", "cpu",
                        "--test_after_fit", "false")  # fmt: skip
     assert code == 0
-    assert len(re.findall(r"^epoch 1/1  rate 0.03125 ", out, re.M)) == 1
+    assert len(re.findall(r"^ +1/1 +0.03125 ", out, re.M)) == 1
     assert "test_acc" not in out
 
 

@@ -1,6 +1,6 @@
 """Shared by the tests: a small task, trainers, tables of optimizers, schedulers and losses, data files, the command."""
 
-from helpers.command import SCRIPT, error_line, last, race, same
+from helpers.command import SCRIPT, error_line, last, printed_epochs, race, same
 from helpers.damage import damaged_state
 from helpers.data import TEST_IMAGES, TRAIN_IMAGES, write_cifar, write_idx
 from helpers.losses import LOSSES, ROWS, AnyLoss, LossCase, first_constant, one_hot
@@ -76,6 +76,7 @@ __all__ = [
     "loader",
     "mean_of_matrices",
     "one_hot",
+    "printed_epochs",
     "race",
     "ranks",
     "same",

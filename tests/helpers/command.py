@@ -1,5 +1,6 @@
-"""The command's script, its one line of an error, the checkpoints that a run leaves, and processes that race."""
+"""The command's script, what it prints, the checkpoints that a run leaves, and processes that race."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,19 @@ def error_line(err: str) -> str:
     assert len(lines) == 1, err
     assert "Traceback" not in err
     return lines[0]
+
+
+def printed_epochs(out: str) -> list[dict[str, str]]:
+    """The table that fit prints: each row as a mapping from the names in its header."""
+    header: list[str] = []
+    rows = []
+    for line in out.splitlines():
+        cells = line.split()
+        if cells[:2] in (["epoch", "rate"], ["epoch", "lr"]):
+            header = cells
+        elif re.match(r" *\d+/\d", line):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
 
 
 def last(root: str | Path) -> Any:

@@ -77,7 +77,7 @@ def test_the_wheel_has_the_code_the_configs_and_the_mark_of_types(built):
         names = file.namelist()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lit_lipschitz").rglob("*.py")}
     for folder in ("cli", "configs"):
-        paths = [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]
+        paths = [one for kind in ("py", "yaml", "txt") for one in (ROOT / folder).rglob(f"*.{kind}")]
         sources |= {f"lit_lipschitz/{path.relative_to(ROOT).as_posix()}" for path in paths}
     assert {name for name in names if ".dist-info/" not in name} == {*sources, "lit_lipschitz/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

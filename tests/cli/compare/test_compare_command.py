@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, error_line, loader
+from helpers import CLASSES, WIDTH, error_line, loader, printed_epochs
 from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.nn import functional as F
@@ -80,12 +80,12 @@ def test_a_run_is_what_fit_makes_of_the_options_that_are_named(lit):
     for run in account["runs"]:
         code, out, _ = lit("fit", *DIGITS, *account["options"][run["policy"]], "--trainer.logger", "false")
         assert code == 0
-        found = dict(re.findall(r"(val_acc|test_acc) (\S+)", out))  # the last epoch's
-        assert run["val"] == pytest.approx(float(found["val_acc"]), abs=1e-4)
-        assert run["test"] == pytest.approx(float(found["test_acc"]), abs=1e-4)
-        rates = [float(rate) for rate in re.findall(r"^epoch \d/2  rate (\S+)", out, re.M)]
-        if rates:
-            assert run["rate_last"] == pytest.approx(rates[-1], rel=1e-3)
+        last = printed_epochs(out)[-1]
+        assert last["epoch"] == "2/2"
+        assert run["val"] == pytest.approx(float(last["val_acc"]), abs=1e-4)
+        assert run["test"] == pytest.approx(float(re.search(r"test_acc (\S+)", out)[1]), abs=1e-4)
+        if "rate" in last:
+            assert run["rate_last"] == pytest.approx(float(last["rate"]), rel=1e-3)
         else:
             assert run["rate_first"] == run["rate_last"] == float(run["policy"].partition(":")[2])
 

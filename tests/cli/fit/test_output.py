@@ -10,30 +10,58 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import error_line
+from helpers import error_line, printed_epochs
 from rich.console import Console
 from rich.file_proxy import FileProxy
 
-from lit_lipschitz.cli.fit.epoch_lines import format_value, print_stdout, table
+from lit_lipschitz.cli.fit.epoch_lines import Table, format_value, print_stdout
 from lit_lipschitz.cli.fit.progress_bar import RateBar
 from lit_lipschitz.cli.output import to_json
+from lit_lipschitz.cli.report.panels import panels
+from lit_lipschitz.cli.report.runs import find_runs
 
 FIT = ("fit", "--config", "digits", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2")
 
 
-def test_fit_ends_with_a_table_that_has_the_limit_that_bound(lit):
+def test_an_epoch_is_a_row_below_one_header_with_the_limit_that_bound(lit):
     _, out, _ = lit(*FIT, "--lipschitz.rule", "inverse", "--lipschitz.max_lr", "0.09")
+    (events,) = find_runs(["lightning_logs"])
     lines = out.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["epoch"] and "K_z" in line)
-    assert lines[head].split() == ["epoch", "rate", "lr", "L", "K_z", "W", "train_loss", "train_acc", "val_loss",
-                                   "val_acc", "s", "cap"]  # fmt: skip
-    rows = [line.split() for line in lines[head + 1 : head + 3]]
-    assert [row[0] for row in rows] == ["1", "2"]
-    assert rows[0][-1] == "max_lr"
-    for row in rows:
-        assert float(row[1]) == pytest.approx(min(0.09, 1 / float(row[3])), rel=1e-3)
-        assert f"val_loss {row[8]}" in out
-    assert lines[-1].startswith("test_loss")
+    assert lines[1].split() == ["epoch", "rate", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "s"]
+    rows = printed_epochs(out)
+    assert [row["epoch"] for row in rows] == ["1/2", "2/2"]
+    assert lines[3].strip() == "rate limited by max_lr"
+    assert [line.strip() for line in lines[4:] if "limited" in line] == ["rate no longer limited"]
+    for row, constant in zip(rows, events.curves["lipschitz/constant"].values(), strict=True):
+        assert float(row["rate"]) == pytest.approx(min(0.09, 1 / constant), rel=1e-3)
+    assert max(map(len, lines[1:5])) <= 80
+    assert lines[-3].startswith("test_loss")
+
+
+def test_the_first_line_and_the_last_ones_say_where_things_are(lit):
+    out = lit(*FIT)[1].splitlines()
+    assert out[0] == "run: lightning_logs/version_0; checkpoints: lightning_logs/version_0/checkpoints"
+    assert out[-2:] == [
+        "checkpoint: lightning_logs/version_0/checkpoints/last.ckpt",
+        "curves: lit-lipschitz report lightning_logs/version_0",
+    ]
+    assert Path(out[-2].partition(" ")[2]).is_file()
+    out = lit(*FIT, "--trainer.logger", "false", "--trainer.enable_checkpointing", "null")[1].splitlines()
+    assert out[0] == "run: no logger; checkpoints: checkpoints"
+    assert out[-2:] == ["checkpoint: checkpoints/last.ckpt", "curves: no logger"]
+
+
+def test_rate_and_lr_have_one_name_everywhere(lit):
+    _, out, _ = lit(*FIT, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", ".")
+    printed = printed_epochs(out)[-1]
+    (run,) = find_runs(["lightning_logs"])
+    for name in ("rate", "lr"):
+        assert float(printed[name]) == pytest.approx(run.last(f"lipschitz/{name}"), rel=1e-3)
+    assert run.last("lipschitz/lr") < run.last("lipschitz/rate")
+    keys = {panel.key: panel for panel in panels([run])}
+    assert keys["rate"].title == "rate: learning rate computed from L, before the schedule"
+    assert keys["lr"].title == "lr: learning rate that the optimizer used"
+    assert [line.tag for key in ("rate", "lr") for line in keys[key].lines] == ["lipschitz/rate", "lipschitz/lr"]
 
 
 def test_json_lines_are_all_that_is_on_stdout(lit):
@@ -44,6 +72,7 @@ def test_json_lines_are_all_that_is_on_stdout(lit):
         ("epoch", 1, 40),
         ("epoch", 2, 80),
     ]
+    assert end["run"] == "lightning_logs/version_0"
     assert {"rate", "lr", "constant", "activation_norm", "weight_norm", "caps", "train_loss", "train_acc", "val_loss",
             "val_acc", "seconds"} <= set(first)  # fmt: skip
     assert (end["event"], end["status"], end["step"]) == ("end", "finished", 80)
@@ -70,7 +99,8 @@ def test_quiet_leaves_the_result(lit):
     assert re.fullmatch(r"test_loss \S+  test_acc \S+\n", out)
     assert err == ""
     _, out, _ = lit(*FIT, "--quiet", "--test_after_fit", "false")
-    assert re.fullmatch(r"epoch 2/2 .*\n", out)
+    assert [row["epoch"] for row in printed_epochs(out)] == ["2/2"]
+    assert len(out.splitlines()) == 2
 
 
 def test_both_modes_are_refused(lit):
@@ -92,12 +122,37 @@ def test_values_are_readable():
     assert RateBar()._console_kwargs == {"stderr": True}
 
 
-def test_a_table_leaves_out_what_is_not_there():
-    rows = [{"epoch": 1, "step": 5, "caps": [], "lr": 0.1, "mine": 2.0, "seconds": 1.0},
-            {"epoch": 2, "step": 9, "caps": [], "lr": 0.1, "seconds": 1.0}]  # fmt: skip
-    assert [line.split() for line in table(rows)] == [
-        ["epoch", "lr", "mine", "s"], ["1", "0.1", "2", "1.0"], ["2", "0.1", "-", "1.0"]
-    ]  # fmt: skip
+def test_a_column_that_is_new_comes_with_a_new_header_and_one_that_is_missing_is_a_dash():
+    table = Table()
+    first = {"epoch": 1, "step": 5, "caps": [], "lr": 0.1, "mine": 2.0, "seconds": 1.0}
+    second = {"epoch": 2, "step": 9, "caps": [], "lr": 0.1, "seconds": 120.4}
+    third = {**second, "epoch": 3, "val_acc": 0.5, "caps": ["max_lr"]}
+    assert [line.split() for line in table.lines(first, 9)] == [
+        ["epoch", "lr", "mine", "s"],
+        ["1/9", "0.1", "2", "1.0"],
+    ]
+    assert [line.split() for line in table.lines(second, 9)] == [["2/9", "0.1", "-", "120"]]
+    assert [line.split() for line in table.lines(third, 9)] == [
+        ["epoch", "lr", "val_acc", "mine", "s"],
+        ["3/9", "0.1", "0.5000", "-", "120"],
+        ["rate", "limited", "by", "max_lr"],
+    ]
+    assert table.lines({**third, "caps": []}, 9)[-1].strip() == "rate no longer limited"
+
+
+def test_more_metrics_than_fit_are_left_out():
+    row = {
+        "epoch": 1000,
+        "caps": [],
+        "seconds": 1.0,
+        "rate": 0.1,
+        "lr": 2.38412e-05,
+        "train_loss": 1.0,
+        "val_loss": 9e9,
+    }
+    lines = Table().lines({**row, **{f"metric_{i}": 1.0 for i in range(20)}}, 1000)
+    assert [len(line) <= 80 for line in lines] == [True, True]
+    assert {"rate", "lr", "train_loss", "val_loss", "metric_0"} <= set(lines[0].split())
 
 
 @pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["configs", "--json"], ["report", "."]])

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -95,7 +94,7 @@ def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):
     lit(*FIT, "--trainer.default_root_dir", "whole")
     found, out, _ = lit(*FIT, *send(80, validating=True), "--trainer.default_root_dir", "parts")
     assert found == 143
-    assert "epoch 2/3" in out
+    assert "\n  2/3 " in out
     assert last("parts")["global_step"] == 81
     lit(*FIT, "--trainer.default_root_dir", "parts", "--ckpt_path", "last")
     assert same(last("whole"), last("parts"))
@@ -358,9 +357,8 @@ def test_the_last_checkpoint_is_of_the_last_step(lit, length):
     (last,) = Path("lightning_logs").rglob("last.ckpt")
     made = torch.load(last, weights_only=True)
     assert made["global_step"] == (50 if "steps" in length[0] else 3 * 40)
-    tested = out.splitlines()[-1]
+    tested = out.splitlines()[-3]
     assert tested.startswith("test_loss")
     code, out, _ = lit("test", *FIT[1:-2], "--ckpt_path", str(last))
     assert code == 0
-    (value,) = re.findall(r"test_loss *│ *([0-9.]+)", out)
-    assert f"{float(value):.4f}" == tested.split()[1]
+    assert out.splitlines() == [tested]

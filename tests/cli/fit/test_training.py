@@ -23,7 +23,8 @@ def fit(*arguments):
 
 
 def column(output, name):
-    return [float(value) for value in re.findall(rf"^epoch.*\b{name} +(\S+)", output, re.M)]
+    place = re.search(r"^epoch.*", output, re.M)[0].split().index(name)
+    return [float(line.split()[place]) for line in re.findall(r"^ *\d+/\d.*", output, re.M)]
 
 
 def accuracy(output):

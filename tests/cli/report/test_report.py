@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import SCRIPT, race
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,7 +130,7 @@ def test_runs_are_overlaid_in_a_page_pictures_and_text(report):
         "0.8000", "(epoch", "4)",
     ]  # fmt: skip
     assert "\x1b" not in out
-    assert "Learning rate: 0.0159 to 0.1" in out
+    assert "lr: learning rate that the optimizer used: 0.0159 to 0.1" in out
     assert re.search(r"^  version_2 val +▂.*█  20 > 86.7$", out, re.M)
 
     text = Path("figures/report.html").read_text()
@@ -138,7 +139,7 @@ def test_runs_are_overlaid_in_a_page_pictures_and_text(report):
     assert not re.search(r"https?:|url\(|@import", text)
     assert page.polylines == 3 * (2 + 2 + 4)
     assert "prefers-color-scheme: dark" in text
-    for label in ("version_10", "Accuracy (%)", "Loss", "Learning rate", "L, the Lipschitz constant", "validation"):
+    for label in ("version_10", "Accuracy (%)", "Loss", "lr: learning rate", "L, the Lipschitz constant", "validation"):
         assert any(label in part for part in page.text)
 
 
@@ -243,9 +244,63 @@ def test_a_baseline_without_the_callback_has_accuracies_and_its_monitored_rate(r
     log(writer, 9, **{"lr-SGD": 0.1})
     writer.close()
     drawn = {panel.key: panel for panel in panels(find_runs(["logs"]))}
-    assert [(line.run, line.tag) for line in drawn["rate"].lines] == [(0, "lr-SGD"), (1, "lipschitz/lr")]
+    assert [(line.run, line.tag) for line in drawn["lr"].lines] == [(0, "lr-SGD"), (1, "lipschitz/lr")]
     assert [line.run for line in drawn["constant"].lines] == [1]
     assert report("logs", "--no-png")[0] == 0
+
+
+def test_each_epochs_number_is_below_the_pointer(report):
+    write_run("run")
+    assert report("run", "--no-png")[0] == 0
+    page = Path("report/report.html").read_text()
+    (run,) = find_runs(["run"])
+    for epoch, value in run.curves["val_loss"].items():
+        assert f"<title>run, val_loss, epoch {epoch}: {value:.4g}</title>" in page
+
+
+def test_accuracies_are_never_on_a_logarithmic_axis():
+    for folder, tag in (("one", "val_acc"), ("two", "val_loss")):
+        Path(folder).mkdir()
+        Path(folder, "metrics.csv").write_text(f"epoch,step,{tag}\n0,5,0.001\n1,10,0.9\n")
+    drawn = {panel.key: panel for panel in panels(find_runs(["one", "two"]))}
+    assert (drawn["accuracy"].y.log, drawn["loss"].y.log) == (False, True)
+
+
+def config(folder, optimizer, lr, **others):
+    """A run's folder with its saved configuration."""
+    write_run(folder)
+    init_args = {"optimizer": {"class_path": optimizer, "init_args": {"lr": lr}}}
+    model = {"class_path": "lit_lipschitz.ImageClassifier", "init_args": init_args}
+    Path(folder, "config.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"logger": folder}, **others}))
+
+
+def test_runs_are_named_by_the_settings_that_differ():
+    config("logs/version_0", "torch.optim.SGD", 0.1)
+    config("logs/version_1", "torch.optim.AdamW", 0.1)
+    config("logs/version_2", "torch.optim.AdamW", 0.2)
+    names = [run.name for run in find_runs(["logs"])]
+    assert names == ["optimizer=SGD lr=0.1", "optimizer=AdamW lr=0.1", "optimizer=AdamW lr=0.2"]
+    # Where they do not tell all runs apart, or one has none, the folders do.
+    config("logs/version_3", "torch.optim.AdamW", 0.2)
+    assert [run.name for run in find_runs(["logs"])] == [f"version_{i}" for i in range(4)]
+    Path("logs/version_3/config.yaml").write_text("model: [")
+    assert [run.name for run in find_runs(["logs"])] == [f"version_{i}" for i in range(4)]
+
+
+def test_arguments_of_a_class_that_differs_are_left_out_where_they_follow_from_it():
+    config("logs/version_0", "torch.optim.SGD", 0.1)
+    config("logs/version_1", "torch.optim.AdamW", 0.001)
+    assert [run.name for run in find_runs(["logs"])] == ["optimizer=SGD", "optimizer=AdamW"]
+    config("logs/version_2", "torch.optim.AdamW", 0.002)
+    assert [run.name for run in find_runs(["logs"])] == [
+        "optimizer=SGD lr=0.1", "optimizer=AdamW lr=0.001", "optimizer=AdamW lr=0.002"
+    ]  # fmt: skip
+
+
+def test_settings_whose_keys_end_alike_have_all_of_their_keys():
+    for i in range(2):
+        config(f"logs/version_{i}", "torch.optim.SGD", i, data={"init_args": {"lr": 5 + i}})
+    assert [run.name for run in find_runs(["logs"])] == [f"data.lr={5 + i} model.optimizer.lr={i}" for i in range(2)]
 
 
 # -- what it reads -----------------------------------------------------------------------------------------------------
