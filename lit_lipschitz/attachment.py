@@ -18,7 +18,7 @@ from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.plain_loop import PlainLoop, scaler_of, unwrapped_model, unwrapped_optimizer
 from lit_lipschitz.control.policy import Policy
 from lit_lipschitz.control.rank_states import gather_states
-from lit_lipschitz.control.results import Results
+from lit_lipschitz.control.results import RateProperties, Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
 from lit_lipschitz.control.state import refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError
@@ -28,7 +28,7 @@ from lit_lipschitz.recognition.autograd_nodes import parameters_below
 _controlled = weakref.WeakSet[Optimizer]()  # optimizers that something is attached to
 
 
-class Attachment:
+class Attachment(RateProperties):
     """The controlled learning rate of an optimizer, as :func:`attach` returns it.
 
     The optimizer holds it, so that it lives as long as the optimizer does. As a context manager it detaches at the end.
@@ -59,19 +59,8 @@ class Attachment:
         add_observer(self)
 
     @property
-    def rate(self) -> float | None:
-        """Learning rate of the last optimizer step at a schedule factor of 1; None before the first step."""
-        return self._results.decision.lr if self._results.decision else None
-
-    @property
-    def lr(self) -> float | None:
-        """Learning rate of the first parameter group in the last optimizer step; None before the first step."""
-        return self._results.rates[0] if self._results.rates else None
-
-    @property
-    def constant(self) -> float | None:
-        """Lipschitz constant behind the last optimizer step; None if there is none, as with a fixed rate."""
-        return (self._results.decision.constant or None) if self._results.decision else None
+    def _source(self) -> Controller | Results:
+        return self._results
 
     @property
     def controller(self) -> Controller | Results:
@@ -152,7 +141,7 @@ class Attachment:
     def after_backward(self) -> None:
         """Notes how long the gradients are, which may be clipped, and begins the next batch."""
         controller = self._attached()
-        controller.after_backward(self._loop.now())
+        controller.losses.after_backward(self._loop.now())
         is_complete = not self._loop.automatic and self._losses % self._loop.accumulated == 0
         if not controller.is_stepping and not is_complete:
             controller.begin_batch(self._loop.now())

@@ -26,7 +26,7 @@ from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
 from lit_lipschitz.control.loop_facts import LoopFacts
 from lit_lipschitz.control.rank_states import gather_states
-from lit_lipschitz.control.results import Results
+from lit_lipschitz.control.results import RateProperties, Results
 from lit_lipschitz.control.settings import check_saved, make_settings, saved_settings
 from lit_lipschitz.control.state import refuse_other_versions
 from lit_lipschitz.errors import ConfigurationError
@@ -43,7 +43,7 @@ else:  # so that the command line offers the losses and rules that are registere
     LossOrAuto, RuleOrAuto = Literal[_LOSSES], Literal[_RULES]
 
 
-class LipschitzLR(Callback):
+class LipschitzLR(RateProperties, Callback):
     r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
 
     The norm of the inputs of that layer, the head, gives L (:mod:`lit_lipschitz.bounds`), and the optimizer's rule
@@ -162,23 +162,8 @@ class LipschitzLR(Callback):
         return name if self._attached else f"{name}{id(self)}"
 
     @property
-    def _first(self) -> Controller | Results | None:
+    def _source(self) -> Controller | Results | None:
         return next(iter(self.controllers.values()), None)
-
-    @property
-    def rate(self) -> float | None:
-        """Learning rate of the last optimizer step at a schedule factor of 1; None before the first step."""
-        return self._first.decision.lr if self._first and self._first.decision else None
-
-    @property
-    def lr(self) -> float | None:
-        """Learning rate of the first parameter group in the last optimizer step; None before the first step."""
-        return self._first.rates[0] if self._first and self._first.rates else None
-
-    @property
-    def constant(self) -> float | None:
-        """Lipschitz constant behind the last optimizer step; None if there is none, as with a fixed rate."""
-        return (self._first.decision.constant or None) if self._first and self._first.decision else None
 
     @property
     def controllers(self) -> dict[int, Controller | Results]:
@@ -187,12 +172,7 @@ class LipschitzLR(Callback):
 
     def controls(self, optimizer: Optimizer) -> bool:
         """Whether the properties of this callback are those of an optimizer: the first one that is controlled."""
-        return isinstance(self._first, Controller) and self._first.optimizer is optimizer
-
-    @property
-    def head_name(self) -> str | None:
-        """Name of the head, once the first step has shown which module it is."""
-        return self._first.head_name if self._first else None
+        return isinstance(self._source, Controller) and self._source.optimizer is optimizer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a second LipschitzLR and forgets an earlier fit; a checkpoint's state is loaded after this."""
@@ -295,16 +275,11 @@ class LipschitzLR(Callback):
 
     def _log(self, pl_module: LightningModule, position: int, only_bar: bool) -> None:
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
-        for name, value in self._metrics(position).items():
+        for name, value in self._controllers.metrics(position).items():
             in_bar = name.endswith("/lr")
             if in_bar or not only_bar:
                 tensor = torch.tensor(value, dtype=torch.float64)
                 pl_module.log(name, tensor, prog_bar=in_bar, batch_size=1)
-
-    def _metrics(self, position: int) -> dict[str, float]:
-        """Metrics of a controller for loggers; with several optimizers their names contain its position."""
-        prefix = "lipschitz" if len(self._controllers) == 1 else f"lipschitz/{position}"
-        return {f"{prefix}/{name}": value for name, value in self._controllers[position].metrics().items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the epoch's last losses; gives every logger a point for its last step, however short the epoch."""
@@ -316,7 +291,7 @@ class LipschitzLR(Callback):
         if loop.step % logging_interval(trainer) == 0:
             return
         for position in self._controllers:
-            metrics = self._metrics(position)
+            metrics = self._controllers.metrics(position)
             for logger in trainer.loggers if metrics else ():
                 logger.log_metrics(metrics, step=loop.step - 1)
 

@@ -14,7 +14,7 @@ from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.policy import Decision, Measurement, Policy
 from lit_lipschitz.control.rate_updater import RateUpdater
 from lit_lipschitz.control.results import metrics_of
-from lit_lipschitz.control.step_batches import StepBatches
+from lit_lipschitz.control.step_losses import StepLosses
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.optim.lr_writer import LRWriter
 from lit_lipschitz.recognition.loss_graph import LossGraph
@@ -64,7 +64,7 @@ class Controller:
         # Whether all ranks measure the constant, and so decide by it; else one of them may.
         self._measured_by_all = self._decides_by_measured
         self._batch_open = False  # whether a batch has begun that has made no loss yet
-        self._batches = StepBatches()
+        self.losses = StepLosses(self.updater)
         self._versions = 0  # changes to the weights before this batch
         self.measuring = False  # whether the forwards of this batch are measured
         self._is_unknown = False  # whether the last loss was of a kind that was not measured before
@@ -117,7 +117,7 @@ class Controller:
 
     def begin_epoch(self) -> None:
         """Forgets batches of the last epoch that made no step."""
-        self._batches.clear()
+        self.losses.forget_batches()
 
     def on_short_epoch(self, loop: LoopFacts) -> None:
         """Reports that an epoch has skipped batches that the schedule counts on."""
@@ -126,23 +126,20 @@ class Controller:
     def begin_backward(self) -> None:
         """Forgets the batches and losses since the last step if their gradients are not in the next one."""
         groups = self.optimizer.param_groups
-        if self._batches.pending and all(p.grad is None for group in groups for p in group["params"]):
+        if self.losses.pending and all(p.grad is None for group in groups for p in group["params"]):
             self.discard_losses()
 
     def discard_losses(self) -> None:
         """Forgets the batches and losses since the last step."""
-        self._batches.clear()
-        self._batches.pending = False
+        self.losses.discard()
         self._finder.discard_gradients()
-        if self.updater.estimator is not None:
-            self.updater.estimator.discard()
 
     def begin_batch(self, loop: LoopFacts) -> None:
         """Starts the measurement of a batch; discards a batch that made no loss."""
         self._writer.end_step()
         if self.updater.begin_run(loop):
             self._finder.forget_interval()
-        self._batches.begin()
+        self.losses.begin_batch()
         if not self.due:
             return
         if self._batch_open or not loop.automatic:
@@ -168,7 +165,7 @@ class Controller:
 
     def pass_over_loss(self, loss: Tensor, loop: LoopFacts) -> None:
         """A loss comes of a kind that was measured before, in a step that is not due."""
-        self.observe_loss(loss, loop)
+        self.losses.add(loss, loop)
         self._finder.forget_inputs()
 
     def on_loss(self, graph: LossGraph, loop: LoopFacts) -> None:
@@ -189,16 +186,6 @@ class Controller:
         if loop.automatic:
             self.hooks.set_mode("off")
 
-    def observe_loss(self, loss: Tensor, loop: LoopFacts) -> None:
-        """Counts the batch of a loss of the head, and records whether the loss is finite; shape ()."""
-        self._batches.add_loss()
-        updater = self.updater
-        updater.statistics.nonfinite.update(loss, loop.step)
-        if updater.statistics.residuals.width:
-            updater.statistics.residuals.add_loss(loss, measured=updater.steps.due)
-        if updater.estimator is not None and updater.steps.due:
-            updater.estimator.add_loss(loss, loop.loss_scale() * loop.accumulated)
-
     def _measure_by(self, found: FoundHeads, graph: LossGraph | None, loop: LoopFacts) -> Meter:
         """Measures by a head and a loss that were found, in the graph if there is one, from now on."""
         if self.found is None:
@@ -212,16 +199,6 @@ class Controller:
         self._finder.on_other_optimizer_step()
         if self.updater.estimator is not None:
             self.updater.estimator.logit_grads.on_other_optimizer_step()
-
-    def after_backward(self, loop: LoopFacts) -> None:
-        """A backward of the loop has ended; the gradients may be clipped before the step."""
-        estimator = self.updater.estimator
-        if estimator is None or not self.updater.steps.due:
-            return
-        if loop.automatic or self._batches.with_loss == 1:
-            estimator.after_backward(loop.loss_scale() * loop.accumulated)
-        else:
-            estimator.forget_grad_norm()
 
     def on_step(self, loop: LoopFacts) -> bool:
         """Updates the rate if an update is due, and writes it before the parameters move; returns whether to log it.
@@ -239,7 +216,7 @@ class Controller:
         assert self.found is not None
         if self._finder.differs:
             self._measure_from_now(loop)
-        due, batches = self.due, max(1, self._batches.with_loss or (0 if loop.automatic else self._batches.begun))
+        due, batches = self.due, self.losses.end_step(loop)
         # In the first step, that of a resumed run too, the ranks compare what they found: all of them, due or not.
         if due or self._finder.watching or self.decision is None:
             self._end_measurement(self.found, loop, batches)
@@ -247,8 +224,6 @@ class Controller:
         if before is None or self.decision is None:
             averages = self.updater.info.averages_weights
             self.updater.statistics.decays = averages or self._writer.scheduled or self.schedule.decays(loop)
-        self._batches.clear()
-        self._batches.pending = False
         decision = self.updater.begin_step(self.found, loop, batches, lambda: self._writer.ratios)
         if due:
             self._follow_ranks(loop)

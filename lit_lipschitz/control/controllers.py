@@ -45,7 +45,7 @@ class Controllers(dict[int, Controller]):
             return
         graph = LossGraph(loss, controllers[0].options.loss_name)
         for controller in self._owners(graph):
-            controller.observe_loss(loss, loop)
+            controller.losses.add(loss, loop)
         for controller in new:
             controller.on_loss(graph, loop)
 
@@ -60,7 +60,7 @@ class Controllers(dict[int, Controller]):
     def after_backward(self, loop: LoopFacts) -> None:
         """A backward has ended; the gradients may be clipped before the step."""
         for controller in self.values():
-            controller.after_backward(loop)
+            controller.losses.after_backward(loop)
 
     def before_step_of(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, which may be none of these."""
@@ -76,3 +76,8 @@ class Controllers(dict[int, Controller]):
     def measures_batch(self, loop: LoopFacts) -> bool:
         """Whether one has more to do at the end of a batch than to count it; ``loop`` is at the batch's beginning."""
         return any(one.measures_batch(loop) for one in self.values())
+
+    def metrics(self, position: int) -> dict[str, float]:
+        """Metrics of a controller, for loggers; of several, their names contain its position."""
+        prefix = "lipschitz" if len(self) == 1 else f"lipschitz/{position}"
+        return {f"{prefix}/{name}": value for name, value in self[position].metrics().items()}

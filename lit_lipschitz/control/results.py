@@ -55,6 +55,34 @@ class Results:
         return dict(self._state)
 
 
+class RateProperties:
+    """The numbers that a user reads of what computes the learning rate."""
+
+    @property
+    def _source(self) -> "Controller | Results | None":
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float | None:
+        """Learning rate of the last optimizer step at a schedule factor of 1; None before the first step."""
+        return self._source.decision.lr if self._source and self._source.decision else None
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of the first parameter group in the last optimizer step; None before the first step."""
+        return self._source.rates[0] if self._source and self._source.rates else None
+
+    @property
+    def constant(self) -> float | None:
+        """Lipschitz constant behind the last optimizer step; None if there is none, as with a fixed rate."""
+        return (self._source.decision.constant or None) if self._source and self._source.decision else None
+
+    @property
+    def head_name(self) -> str | None:
+        """Name of the head or of the output layers, once the first step has shown which they are."""
+        return self._source.head_name if self._source else None
+
+
 def metrics_of(controller: "Controller") -> dict[str, float]:
     """Metrics of a controller's last step, for loggers; empty before the first one."""
     decision, updater = controller.decision, controller.updater
