@@ -48,6 +48,7 @@ class Attachment(RateProperties):
         self._losses = 0  # backwards whose gradients are in the coming step
         self._has_decided = False  # on the rate of the step that is being made
         self._parameters: set[Tensor] = set()
+        self._shared: dict[int, Any] | None = None  # the states of all ranks, until the next backward
         self._is_sharded = False  # the graph of a sharded network has other tensors than its optimizer
         self._controller: Controller | None = None  # which has hooks on the optimizer by the time it fails
         controller = Controller(policy, options, target, loop.now(), None, self._before_step, self._after_step)
