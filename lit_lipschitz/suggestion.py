@@ -24,7 +24,7 @@ from lit_lipschitz.measurement.trial_step import TrialError, trial_step
 from lit_lipschitz.optim.lr_writer import LRWriter
 
 CURVE_DECADES = 2  #: The curve goes from the rate over 10 to this power to the rate times it.
-CURVE_POINTS_PER_DECADE = 6
+CURVE_POINTS_PER_DECADE = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def suggest(
     tenfold and more. From few batches it is a rough number; its confidence interval says how rough. The gradients of
     all batches are kept in main memory for it.
 
-    With ``curve``, the optimizer's step from the first batch is made at 25 learning rates, from a hundredth of the
+    With ``curve``, the optimizer's step from the first batch is made at 17 learning rates, from a hundredth of the
     suggested rate to a hundred times it, each from the same weights and state, and the loss of the last batch is
     computed after it, with the same dropout. The suggested rate should lie where that loss falls. It is one step: with
     momentum b a run goes up to 1 / (1 - b) times as far at the same rate. The update is that of a copy of the
