@@ -3,25 +3,21 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 from lit_lipschitz import suggestion
 from lit_lipschitz.callbacks.averaged_weights import AveragedWeights
-from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of, targets_of, training_batches, training_loss
 from lit_lipschitz.cli.explain.command import end_with_this_batch
 from lit_lipschitz.cli.fit.callbacks import remove_callbacks
 from lit_lipschitz.cli.fit.command import run
-from lit_lipschitz.cli.fit.quiet_fit import QuietFit
+from lit_lipschitz.cli.fit.quiet_fit import DryRun
 from lit_lipschitz.cli.help import OptionParser
 from lit_lipschitz.cli.output import fail, to_json, write_whole
 from lit_lipschitz.cli.suggest.picture import png
@@ -37,9 +33,10 @@ _NOT_OF_ATTACH = ("optimizers", "restore", "measure", "dry_run")
 class _Measure(L.Callback):
     """Makes the suggestion when a fit would begin, and ends it."""
 
-    def __init__(self, num_batches: int, curve: bool, settings: dict[str, Any]) -> None:
-        self._arguments = {"num_batches": num_batches, "curve": curve, **settings}
-        self.suggestion: Suggestion | None = None
+    suggestion: Suggestion | None = None
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Model, optimizer and data are on the device by now, as in a fit."""
@@ -49,34 +46,24 @@ class _Measure(L.Callback):
                 "optimization, which makes steps itself; use lit-lipschitz explain"
             )
         (target,) = targets_of(trainer, pl_module, "auto")
+        clipping = target.optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         self.suggestion = suggestion.suggest(
             pl_module,
             target.optimizer,
-            _numbered(trainer),
-            partial(_loss, trainer),
+            ({"batch": batch, "number": number} for number, batch in enumerate(training_batches(trainer))),
+            lambda _, batch: training_loss(trainer, batch["batch"], batch["number"]),
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             schedulers=target.schedulers,
-            clip=lambda: pl_module.configure_gradient_clipping(
-                target.optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            ),
-            **self._arguments,
+            clip=lambda: pl_module.configure_gradient_clipping(*clipping),
+            **self._settings,
         )
         end_with_this_batch(trainer)
 
 
-def _numbered(trainer: L.Trainer) -> Iterator[dict[str, Any]]:
-    """The batches, none of which is a pair, with their numbers."""
-    return ({"batch": batch, "number": number} for number, batch in enumerate(training_batches(trainer)))
-
-
-def _loss(trainer: L.Trainer, module: L.LightningModule, batch: dict[str, Any]) -> Tensor:
-    return training_loss(trainer, batch["batch"], batch["number"])
-
-
-class _Suggest(QuietFit):
+class _Suggest(DryRun):
     """A fit that writes nothing and ends before its first step."""
 
-    SETTINGS = {**QuietFit.SETTINGS, "logger": False, "profiler": None}
+    name = "suggest"
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         super().__init__()
@@ -84,42 +71,27 @@ class _Suggest(QuietFit):
         self.suggestion: Suggestion | None = None  # on rank 0, after the fit
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parses, and turns off what writes."""
+        """Parses, and refuses what is not before training or needs all of the training set."""
         super().parse_arguments(parser, args)
-        config, self.checkpoints = self.options, False
-        strategy = str(config.trainer.strategy)
-        for wrong, reason in (
-            (config.fixed_rate, "--fixed_rate true: the learning rate is the one in the config; leave it out"),
-            (config.ckpt_path, "--ckpt_path: these are rates before training; use lit-lipschitz explain --ckpt_path"),
-            (
-                config.lipschitz.measure == "pass",
-                "--lipschitz.measure pass reads the whole training set; use lit-lipschitz explain, or measure running",
-            ),
-            (
-                strategy.endswith(("_spawn", "_fork", "_notebook")),
-                f"--trainer.strategy {strategy}: expected a strategy that starts each process by a command; pass "
-                "--trainer.strategy ddp",
-            ),
-        ):
-            if wrong:
-                raise ConfigurationError(f"suggest {reason}")
+        if self.options.ckpt_path:
+            raise ConfigurationError("suggest --ckpt_path: it is for the initial weights; use lit-lipschitz explain")
+        if self.options.lipschitz.measure == "pass":
+            raise ConfigurationError(
+                "suggest --lipschitz.measure pass: it reads all of the training set; use lit-lipschitz explain"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Builds a trainer whose callbacks write nothing and set no learning rate."""
+        """Builds a trainer whose learning rate nothing sets."""
         trainer = super().instantiate_trainer(**kwargs)
-        remove_callbacks(trainer, LipschitzAudit, LipschitzLR)
+        remove_callbacks(trainer, LipschitzLR)
         AveragedWeights.ensure(trainer)
         settings = {k: v for k, v in self.options.lipschitz.as_dict().items() if k not in _NOT_OF_ATTACH}
-        self._measure = _Measure(self._chosen.batches, self._chosen.curve, settings)
+        self._measure = _Measure({"num_batches": self._chosen.batches, "curve": self._chosen.curve, **settings})
         callbacks_of(trainer).append(self._measure)
         return trainer
 
     def after_fit(self) -> None:
-        """Keeps the suggestion, on rank 0.
-
-        Raises:
-            ConfigurationError: The fit has not begun.
-        """
+        """Keeps the suggestion, on rank 0."""
         if self._measure.suggestion is None:
             raise ConfigurationError("suggest found no training to begin; raise --trainer.max_epochs or max_steps")
         self.suggestion = self._measure.suggestion if self.trainer.is_global_zero else None
@@ -181,8 +153,6 @@ def _answer(found: Suggestion, chosen: argparse.Namespace) -> None:
     if not chosen.json:
         print(text(found))
         return
-    numbers = asdict(found)
-    content = {"rate": found.rate, "rate_range": found.rate_range, "rates": found.rates, "L": found.constant}
-    content |= {key: value for key, value in numbers.items() if key not in (*content, "constant", "noise", "curve")}
-    content["noise_scale"] = numbers["noise"] and {**numbers["noise"], "confidence": CONFIDENCE}
-    print(to_json({**content, "curve": numbers["curve"], "png": chosen.png and str(chosen.png)}, indent=1))
+    numbers = {"rate": found.rate, "rate_range": found.rate_range, **asdict(found), "confidence": CONFIDENCE}
+    renamed = {"constant": "L", "noise": "noise_scale"}
+    print(to_json({renamed.get(key, key): value for key, value in numbers.items()}, indent=1))

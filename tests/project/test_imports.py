@@ -89,6 +89,7 @@ def run(code):
         ["fit", "--config", "cifr10"],
         ["report", "nothing"],
         ["explain", "--help"],
+        ["suggest", "--help"],
         ["explain", "--config", "cifr10"],
         [],
     ],
