@@ -136,6 +136,11 @@ def suggest(
         S. McCandlish, J. Kaplan, D. Amodei and others: An Empirical Model of Large-Batch Training, arXiv 1812.06162,
         2018. L. N. Smith: Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, 2015, for the curve.
     """
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, Optimizer)):
+        raise ConfigurationError(
+            "suggest(model, optimizer, ...) expected a torch.nn.Module and a torch.optim.Optimizer, and found "
+            f"{type(model).__name__} and {type(optimizer).__name__}"
+        )
     steps = _Steps(model, optimizer, loss_fn, clip, {**settings, "accumulate_grad_batches": accumulate_grad_batches})
     _check(steps.optimizer, num_batches, settings)
     trials: list[_Trial] = []
@@ -188,7 +193,7 @@ def _check(optimizer: Optimizer, num_batches: int, settings: Mapping[str, Any]) 
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), LRWriter) for hook in hooks):
         raise ConfigurationError(
-            "suggest expected an optimizer whose learning rate is not controlled yet, and found one that attach or "
+            "suggest expected an optimizer whose learning rate nothing controls, and found one that attach or "
             "LipschitzLR controls; call suggest before attach, or detach"
         )
 

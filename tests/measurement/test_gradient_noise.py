@@ -20,7 +20,7 @@ def gradients(sizes, repeats=1):
 
 
 def test_the_formula_is_that_of_the_appendix():
-    """Equations A.2 and A.3 of the paper, with B_small a batch and B_big all of them."""
+    """The two estimates of the paper's appendix A.1, with B_small a batch and B_big all of them."""
     (found,) = gradients([16] * 6)
     small, big = 16, 96
     of_small, of_big = found.square().sum(dim=1).mean().item(), found.mean(dim=0).square().sum().item()
