@@ -92,10 +92,10 @@ def suggest(
     no weight moves. Afterwards weights, buffers, gradients, modes, optimizer and random numbers are as before, bit for
     bit, also after an error. Call it before :func:`~lit_lipschitz.attach`.
 
-    The effective batch is the gradient noise scale :math:`n tr(\Sigma) / |G|^2` of McCandlish, Kaplan, Amodei and
-    others (:mod:`lit_lipschitz.measurement.gradient_noise`), at the weights as they are: it grows in training, often
-    tenfold and more. From few batches it is a rough number; its confidence interval says how rough. The gradients of
-    all batches are kept in main memory for it.
+    The effective batch is the gradient noise scale :math:`tr(\Sigma) / |G|^2` of McCandlish, Kaplan, Amodei and others
+    (:mod:`lit_lipschitz.measurement.gradient_noise`), with the expected gradient G and the covariance of one example's
+    gradient, at the weights as they are: it grows in training, often tenfold and more. From few batches it is a rough
+    number; its confidence interval says how rough. The gradients of all batches are kept in main memory for it.
 
     With ``curve``, the optimizer's step from the first batch is made at 17 learning rates, from a hundredth of the
     suggested rate to a hundred times it, each from the same weights and state, and the loss of the last batch is

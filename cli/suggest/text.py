@@ -26,16 +26,16 @@ def text(found: Suggestion) -> str:
 
 
 def effective_batch(found: Suggestion) -> str:
-    """The noise scale in a sentence, as far as the batches tell it."""
+    """The noise scale in a sentence, as certain as the batches make it."""
     noise, count = found.noise, len(found.rates)
     if noise is None:
         return "from 2 batches on, the noise scale is estimated"
     if noise.value is None:
         return (
-            f"larger ones pay, up to at least {_rounded(noise.low)} examples: the mean gradient of {count} batches is "
-            "not told from noise; more batches tell it"
+            f"larger ones pay, up to at least {_rounded(noise.low)} examples; {count} batches are too few to separate "
+            "the mean gradient from noise"
         )
-    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "upwards; more batches tell it better"
+    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "upwards; more batches give an upper end"
     return (
         f"batches beyond about {_rounded(noise.value)} examples no longer pay: the noise scale is "
         f"{_rounded(noise.value)} at these weights, and grows in training ({CONFIDENCE:.0%} interval by {count} "

@@ -15,14 +15,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """The gradient noise scale tr(Sigma) / |G|^2 in examples, and what it is estimated from.
+    r"""The gradient noise scale :math:`tr(\Sigma) / |G|^2` in examples, and what it is estimated from.
 
     Attributes:
-        value: The estimate; None where that of |G|^2 is not positive, so that the batches only give a lower limit.
+        value: The estimate; None where ``grad_square`` is not positive, so that the batches only give a lower limit.
         low: Lower end of a confidence interval (:data:`CONFIDENCE`).
-        high: Upper end; infinity where the batches can't tell G from 0.
-        grad_square: Unbiased estimate of |G|^2, the squared norm of the expected gradient; may be negative.
-        covariance_trace: Unbiased estimate of tr(Sigma), the trace of the covariance of one example's gradient.
+        high: Upper end; infinity where the batches are too few to separate G from noise.
+        grad_square: Unbiased estimate of :math:`|G|^2`, the squared norm of the expected gradient; may be negative.
+        covariance_trace: Unbiased estimate of :math:`tr(\Sigma)`, with the covariance of one example's gradient.
     """
 
     value: float | None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,12 +191,12 @@ def found(noise, curve=None):
         (
             NoiseScale(1234.0, 876.0, math.inf, 1.0, 1234.0),
             "batches beyond about 1,200 examples no longer pay: the noise scale is 1,200 at these weights, and grows "
-            "in training (95% interval by 3 batches: 880 upwards; more batches tell it better)",
+            "in training (95% interval by 3 batches: 880 upwards; more batches give an upper end)",
         ),
         (
             NoiseScale(None, 876.0, math.inf, -1.0, 1234.0),
-            "larger ones pay, up to at least 880 examples: the mean gradient of 3 batches is not told from noise; more "
-            "batches tell it",
+            "larger ones pay, up to at least 880 examples; 3 batches are too few to separate the mean gradient from "
+            "noise",
         ),
         (None, "from 2 batches on, the noise scale is estimated"),
     ],
@@ -255,3 +256,26 @@ def test_ranks_are_counted():
     assert answer["batch_size"] == 64
     assert answer["noise_scale"]["covariance_trace"] > 0
     assert list(Path(".").iterdir()) == []
+
+
+@pytest.mark.real_data
+def test_resnet20_takes_less_than_10_seconds_on_two_cores(real_data, figure):
+    command = [
+        sys.executable,
+        "-m",
+        "lit_lipschitz.cli.main",
+        "suggest",
+        "--config",
+        "cifar10",
+        "--trainer.accelerator",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [*command, "cpu", "--data.data_dir", str(real_data), "--data.verify", "false"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    figure(f"suggest with ResNet-20 and CIFAR-10: {seconds:.1f} CPU seconds")
+    assert seconds < 20
