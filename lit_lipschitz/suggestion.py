@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,9 @@ class Suggestion:
     Attributes:
         rate: Learning rate of the first step with the first batch, at a schedule factor of 1.
         rates: The same with each of the batches.
-        constant: L, the Lipschitz constant of the loss with the first batch.
-        is_measured: Whether L is measured, an estimate; else it is a proven bound.
+        constant: L with the first batch.
+        kind: What L is: a proven ``"bound"``, ``"measured"``, or the paper's ``"estimate"``.
+        meaning: The same in words, such as the Lipschitz constant of the loss in the head's weights.
         loss: Name of the loss that was recognised, or ``"measured"``.
         output_layers: Name of the output layer, or of several.
         batch_size: n, the number of examples that an optimizer step averages over.
@@ -61,7 +62,8 @@ class Suggestion:
     rate: float
     rates: tuple[float, ...]
     constant: float
-    is_measured: bool
+    kind: Literal["bound", "measured", "estimate"]
+    meaning: str
     loss: str
     output_layers: str
     batch_size: int
@@ -162,7 +164,7 @@ def suggest(
     noise = None
     if len(trials) > 1:
         noise = noise_scale(gram_matrix([one.gradient for one in trials]), [one.size for one in trials])
-    found = first.decision.constant, first.decision.is_measured, first.loss, first.output_layers
+    found = first.decision.constant, first.kind, first.meaning, first.loss, first.output_layers
     return Suggestion(rates[0], rates, *found, first.size, noise, drawn)
 
 
@@ -171,10 +173,16 @@ class _Trial:
     """What one optimizer step would have been made with."""
 
     decision: Decision
+    kind: Literal["bound", "measured", "estimate"]  # of constant
     loss: str
     output_layers: str
     size: int  # examples
     gradient: list[Tensor | None]  # of each parameter, on the CPU, before it is clipped
+
+    @property
+    def meaning(self) -> str:
+        """What the constant is, in words."""
+        return next(term.meaning for term in self.decision.terms if term.symbol == "L")
 
 
 class _StepEnded(Exception):
@@ -270,7 +278,10 @@ class _Steps:
             )
         size = sum(_num_examples(batch) or 0 for batch in group) * measurement.ranks
         loss_name = "measured" if found.measured else found.loss.name
-        return _Trial(decision, loss_name, found.hook.name, size or measurement.batch_size, gradient)
+        kind: Literal["bound", "measured", "estimate"] = "estimate" if controller.policy.bound == "paper" else "bound"
+        if decision.is_measured:
+            kind = "measured"
+        return _Trial(decision, kind, loss_name, found.hook.name, size or measurement.batch_size, gradient)
 
     def _begin_step(self) -> None:
         """Lets the optimizer begin a step, and ends it before a parameter moves."""

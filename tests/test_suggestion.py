@@ -66,7 +66,7 @@ def test_the_rate_is_the_first_one_of_lipschitzlr(optimizer, loss, own, lightnin
     found = suggest(net, OPTIMIZERS[optimizer](net.parameters()), loader(BATCH), loss, **own)
     assert (found.rate, found.constant) == (expected.rate, expected.constant)
     assert found.output_layers == expected.head_name.removeprefix("net.")
-    assert found.is_measured == (loss is margin)
+    assert found.kind == ("measured" if loss is margin else "bound")
     assert found.loss == {F.cross_entropy: "cross_entropy", squared: "mean_squared_error", margin: "measured"}[loss]
     assert found.batch_size == BATCH * own.get("accumulate_grad_batches", 1)
 

@@ -13,11 +13,10 @@ def text(found: Suggestion) -> str:
     """The suggestion as text of at most 80 columns."""
     low, high = found.rate_range
     over = f", {low:.4g} to {high:.4g} over {len(found.rates)} batches" if len(found.rates) > 1 else ""
-    kind = "measured, an estimate and not a bound" if found.is_measured else "Lipschitz constant of the loss, a bound"
     loss = "not recognised" if found.loss == "measured" else found.loss
     rows = [
         ("rate", f"{found.rate:.6g}, of the first step, before a schedule's factor{over}"),
-        ("L", f"{found.constant:.6g}, {kind}"),
+        ("L", f"{found.constant:.6g}, {found.meaning}{', a bound' if found.kind == 'bound' else ''}"),
         ("loss", f"{loss}, by the output of {found.output_layers}"),
         ("batch", f"{found.batch_size} examples in an optimizer step; {effective_batch(found)}"),
     ]

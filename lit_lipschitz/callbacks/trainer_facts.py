@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor
@@ -96,7 +97,8 @@ def targets_of(trainer: Trainer, module: LightningModule, optimizers: Literal["a
 
 def training_batches(trainer: Trainer) -> Iterator[Any]:
     """The batches of an epoch of a fit that has begun, on the host."""
-    return (batch for batch, _, _ in iter(trainer.fit_loop._combined_loader))  # type: ignore[arg-type]
+    count, loader = trainer.num_training_batches, iter(trainer.fit_loop._combined_loader)  # type: ignore[arg-type]
+    return (batch for batch, _, _ in islice(loader, None if math.isinf(count) else int(count)))
 
 
 def training_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:

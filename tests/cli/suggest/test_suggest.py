@@ -52,6 +52,7 @@ def explained_rate(lit, *arguments):
         ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.05"],
         ["--lipschitz.bound", "smooth", "--lipschitz.max_lr", "0.01"],
         ["--lipschitz.loss", "measured"],
+        ["--lipschitz.bound", "paper", "--model.optimizer.momentum", "0"],
     ],
 )
 def test_the_rate_is_that_of_explain(suggested, lit, more):
@@ -61,7 +62,7 @@ def test_the_rate_is_that_of_explain(suggested, lit, more):
     assert answer["rate_range"] == [min(answer["rates"]), max(answer["rates"])]
     assert len(answer["rates"]) == 3
     assert answer["output_layers"] == "network.head"
-    assert answer["is_measured"] == ("measured" in more)
+    assert answer["kind"] == ("measured" if "measured" in more else "estimate" if "paper" in more else "bound")
     assert answer["batch_size"] == (64 if "--trainer.accumulate_grad_batches" in more else 32)
     noise = answer["noise_scale"]
     assert noise["value"] == pytest.approx(noise["covariance_trace"] / noise["grad_square"])
@@ -117,6 +118,10 @@ def test_a_module_of_somebodys_own(suggested, own):
     assert answer["curve"]["rates"][8] == answer["rate"]
 
 
+def test_no_more_batches_than_an_epoch_has(suggested):
+    assert len(suggested(*DIGITS, "--trainer.limit_train_batches", "3")["rates"]) == 3
+
+
 def test_text_and_picture(lit):
     pytest.importorskip("matplotlib")
     code, out, err = lit("suggest", *DIGITS, "--png", "curve.png")
@@ -126,7 +131,7 @@ def test_text_and_picture(lit):
     joined = " ".join(out.split())
     for part in (
         "over 8 batches",
-        "Lipschitz constant of the loss, a bound",
+        "Lipschitz constant of the loss in the head's weights, a bound",
         "cross_entropy, by the output of network.head",
         "32 examples in an optimizer step; batches beyond about",
         "no longer pay: the noise scale is",
@@ -177,7 +182,9 @@ def test_a_picture_needs_matplotlib(lit, monkeypatch):
 
 
 def found(noise, curve=None):
-    return Suggestion(0.1, (0.1, 0.2, 0.1), 10.0, False, "cross_entropy", "head", 32, noise, curve)
+    return Suggestion(
+        0.1, (0.1, 0.2, 0.1), 10.0, "bound", "Lipschitz constant", "cross_entropy", "head", 32, noise, curve
+    )
 
 
 @pytest.mark.parametrize(
