@@ -8,7 +8,8 @@ from typing import NoReturn
 from lit_lipschitz.errors import ConfigurationError
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "export", "configs", "validate-config", "explain", "compare", "report"
+    "fit", "validate", "test", "predict", "export", "configs", "validate-config", "explain", "suggest", "compare",
+    "report"
 )  # fmt: skip
 _TEXTS = resources.files("lit_lipschitz.cli") / "help_texts"
 

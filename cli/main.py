@@ -16,8 +16,8 @@ from lit_lipschitz.cli.options import check_options
 from lit_lipschitz.cli.output import fail
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
 
-_HOMES = {"validate-config": "check_config", "explain": "explain.command", "compare": "compare.command",
-          "export": "export"}  # fmt: skip
+_HOMES = {"validate-config": "check_config", "explain": "explain.command", "suggest": "suggest.command",
+          "compare": "compare.command", "export": "export"}  # fmt: skip
 """Modules of the commands that are functions of their own."""
 
 

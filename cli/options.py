@@ -16,7 +16,7 @@ _CLASSES = {
     "lipschitz": ("lit_lipschitz", "callbacks/lipschitz_lr.py", "LipschitzLR"),
 }
 """Package, file and class whose arguments are the options below a name."""
-_SWITCHES = ("quiet", "json_lines", "json")
+_SWITCHES = ("quiet", "json_lines", "json", "curve")
 _FIT = ("config", "print_config", "help", "help_all", "seed_everything", "model", "data", *_CLASSES, "optimizer",
         "lr_scheduler", "ckpt_path", "weights_only", "test_after_fit", "fixed_rate", "audit", "matmul_precision",
         "quiet", "json_lines", "no_quiet", "no_json_lines")  # fmt: skip
@@ -25,6 +25,7 @@ _MORE = {
     "test": ("verbose",),
     "predict": ("return_predictions", "output"),
     "explain": ("json",),
+    "suggest": ("batches", "curve", "png", "json"),
     "export": ("output", "format"),
     "compare": ("policies", "seeds", "output", "metric", "jobs", "engine", "engine_options", "json"),
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_lipschitz.module import ImageClassifier
     from lit_lipschitz.optim.schedules import LinearWarmupDecay, TimeDecay
     from lit_lipschitz.optim.zero_start_sgd import ZeroStartSGD
+    from lit_lipschitz.suggestion import Suggestion, suggest
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,10 +44,12 @@ __all__ = [
     "ResNet9",
     "ResNetV1",
     "ResNetV2",
+    "Suggestion",
     "TimeDecay",
     "ZeroStartSGD",
     "attach",
     "named_network",
+    "suggest",
 ]
 
 _HOMES = {
@@ -60,6 +63,7 @@ _HOMES = {
     "AveragedWeights": "callbacks.averaged_weights",
     "LipschitzAudit": "callbacks.lipschitz_audit",
     "LipschitzLR": "callbacks.lipschitz_lr",
+    **dict.fromkeys(["Suggestion", "suggest"], "suggestion"),
 }
 
 

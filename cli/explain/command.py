@@ -8,13 +8,12 @@ from typing import Any
 
 import lightning as L
 
-from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.callbacks.lipschitz_lr import LipschitzLR
 from lit_lipschitz.callbacks.trainer_facts import callbacks_of
 from lit_lipschitz.cli.explain.text import text
-from lit_lipschitz.cli.fit.callbacks import find_callback, remove_callbacks
+from lit_lipschitz.cli.fit.callbacks import find_callback
 from lit_lipschitz.cli.fit.command import run
-from lit_lipschitz.cli.fit.quiet_fit import QuietFit
+from lit_lipschitz.cli.fit.quiet_fit import DryRun
 from lit_lipschitz.cli.output import fail, to_json
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.results import Results
@@ -57,30 +56,15 @@ def end_with_this_batch(trainer: L.Trainer) -> None:
         setattr(owner, name, lambda *_: None)
 
 
-class _Explain(QuietFit):
+class _Explain(DryRun):
     """A fit that writes nothing and ends with its first step."""
 
-    SETTINGS = {**QuietFit.SETTINGS, "logger": False, "profiler": None}
+    name = "explain"
     account: dict[str, Any] | None = None  # on rank 0, after the fit
 
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parses, and turns off what writes."""
-        super().parse_arguments(parser, args)
-        config, self.checkpoints = self.options, False
-        if config.fixed_rate:
-            raise ConfigurationError(
-                "explain --fixed_rate true: the learning rate is the one in the config; leave the option out"
-            )
-        if str(config.trainer.strategy).endswith(("_spawn", "_fork", "_notebook")):
-            raise ConfigurationError(
-                f"explain --trainer.strategy {config.trainer.strategy}: expected a strategy that starts each process "
-                "by a command; pass --trainer.strategy ddp, which has the same learning rate"
-            )
-
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Builds a trainer whose callbacks write nothing."""
+        """Builds a trainer with the callback that explains."""
         trainer = super().instantiate_trainer(**kwargs)
-        remove_callbacks(trainer, LipschitzAudit)
         self.step = _OneStep()
         callbacks_of(trainer).insert(0, self.step)
         return trainer

@@ -1,12 +1,14 @@
-"""A fit that prints nothing, for the commands that only need its numbers: `explain` and `compare`."""
+"""Fits that print nothing, for the commands that only need their numbers: `explain`, `suggest` and `compare`."""
 
 from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary
 
+from lit_lipschitz.callbacks.lipschitz_audit import LipschitzAudit
 from lit_lipschitz.cli.fit.callbacks import remove_callbacks
 from lit_lipschitz.cli.fit.command import Command, silence_lightning
+from lit_lipschitz.errors import ConfigurationError
 
 
 class QuietFit(Command):
@@ -50,4 +52,31 @@ class QuietFit(Command):
             remove_callbacks(trainer, LearningRateMonitor, DeviceStatsMonitor)
         if not self.checkpoints:
             remove_callbacks(trainer, Checkpoint)
+        return trainer
+
+
+class DryRun(QuietFit):
+    """A fit that writes nothing, for a command whose ``name`` is in the messages."""
+
+    SETTINGS: ClassVar[dict[str, Any]] = {**QuietFit.SETTINGS, "logger": False, "profiler": None}
+    name: ClassVar[str]
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parses, and turns off what writes."""
+        super().parse_arguments(parser, args)
+        config, self.checkpoints = self.options, False
+        if config.fixed_rate:
+            raise ConfigurationError(
+                f"{self.name} --fixed_rate true: the learning rate is the one in the config; leave the option out"
+            )
+        if str(config.trainer.strategy).endswith(("_spawn", "_fork", "_notebook")):
+            raise ConfigurationError(
+                f"{self.name} --trainer.strategy {config.trainer.strategy}: expected a strategy that starts each "
+                "process by a command; pass --trainer.strategy ddp, which has the same learning rate"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Builds a trainer without an audit."""
+        trainer = super().instantiate_trainer(**kwargs)
+        remove_callbacks(trainer, LipschitzAudit)
         return trainer

@@ -1,8 +1,10 @@
 """What the controllers need to know of Lightning's Trainer; all private attributes that are read stand here."""
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor
@@ -91,6 +93,25 @@ def targets_of(trainer: Trainer, module: LightningModule, optimizers: Literal["a
         label = f" of optimizer {position}" if len(set(optimizers)) > 1 else ""
         targets.append(Target(module, optimizer, own, position, count, label))
     return targets
+
+
+def training_batches(trainer: Trainer) -> Iterator[Any]:
+    """The batches of an epoch of a fit that has begun, on the host."""
+    count, loader = trainer.num_training_batches, iter(trainer.fit_loop._combined_loader)  # type: ignore[arg-type]
+    return (batch for batch, _, _ in islice(loader, None if math.isinf(count) else int(count)))
+
+
+def training_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
+    """The loss of a batch, by the module's training_step, as a fit calls it."""
+    loop, module, precision = trainer.fit_loop.epoch_loop, trainer.lightning_module, trainer.precision_plugin
+    batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    before, module._current_fx_name = module._current_fx_name, "training_step"  # what is logged there is allowed
+    try:
+        output = trainer.strategy.training_step(*loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
+    finally:
+        module._current_fx_name = before
+    return output["loss"] if isinstance(output, Mapping) else output  # type: ignore[return-value]
 
 
 def logging_interval(trainer: Trainer) -> int:

@@ -1,8 +1,6 @@
 """Measures an optimizer whose formula is not known, by steps of a copy of it that leave the training untouched."""
 
 import math
-import random
-import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.measurement.norms import as_real
+from lit_lipschitz.measurement.random_state import kept_random_state
 
 _SIZE = 4  # rows and columns of the weight that small copies train
 _GRADIENTS = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)  # in their steps, times one; RAdam's first five are linear
@@ -240,20 +239,10 @@ def _set(group: dict[str, Any], rate: float, weight_decay: Any) -> None:
 
 def _step(optimizer: Any) -> None:
     """Makes a step with the gradients that there are."""
-    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
-    forked = [device for device in devices if device.type != "cpu"]
     step = type(optimizer).step
     closure = {"closure": _closure(optimizer)} if "closure" in signature(step).parameters else {}
-    numpy, python_state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    # "cuda" is torch's default; without devices to fork it has no effect, and earlier versions do not take None.
-    with torch.random.fork_rng(forked, device_type=forked[0].type if forked else "cuda"):
-        try:
-            step(optimizer, **closure)
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+    with kept_random_state(parameter.device for group in optimizer.param_groups for parameter in group["params"]):
+        step(optimizer, **closure)
 
 
 def _closure(optimizer: Any) -> Callable[[], Tensor]:

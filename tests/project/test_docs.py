@@ -24,6 +24,7 @@ from lit_lipschitz.bounds import LOSSES
 from lit_lipschitz.cli.compare.command import parse_options
 from lit_lipschitz.cli.compare.policies import parse_policies
 from lit_lipschitz.cli.main import main
+from lit_lipschitz.cli.suggest.command import parse_options as parse_suggest_options
 from lit_lipschitz.measurement import optimizer_updates
 from lit_lipschitz.rules.registry import RULES
 
@@ -45,9 +46,9 @@ NOT_RUN = {
     r"python docs/reference/config_page\.py": "writes into the checkout; a test here compares what it would write",
     r"python docs/tensorboard_picture\.py": "needs Chromium; test_tensorboard.py runs it where that is",
     r"python -m pytest": "is tests, which run anyway",
-    r"lit-lipschitz (fit|compare) --config my\.yaml": "the reader's own config",
+    r"lit-lipschitz (fit|compare|suggest) --config my\.yaml": "the reader's own config",
     r"lit-lipschitz compare .*--seeds": "takes a minute or more; shorter ones in test_compare_command.py",
-    r"lit-lipschitz (fit|explain|test|predict|validate|compare|report)$": "names the command",
+    r"lit-lipschitz (fit|explain|suggest|test|predict|validate|compare|report)$": "names the command",
     r"lit-lipschitz fit --audit 100$": "names the option; it runs with a config",
 }
 """Commands that the tests here do not run, by how they begin, and why. They are parsed all the same."""
@@ -179,6 +180,7 @@ def test_the_pages_have_the_blocks_that_are_looked_for():
                 "extending.md",
                 "schedules.md",
                 "any_loop.md",
+                "suggest.md",
                 *names_of(HOWTO),
             ):
                 assert block.kind not in ("python", "yaml"), f"{block}: nothing runs this; say here how"
@@ -290,6 +292,19 @@ def test_the_page_on_any_loop_runs():
     assert torch.autograd.backward is before
 
 
+def test_the_page_on_suggest_runs_and_prints_what_it_shows(lit):
+    names, printed = {}, ""
+    for block in blocks(ROOT / "docs" / "guide" / "suggest.md"):
+        if block.kind == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+        elif block.kind == "text":
+            check_shown(block, printed)
+        for command in commands_of(block):
+            code, printed = lit(*arguments_of(command), "--trainer.accelerator", "cpu")
+            assert code == 0, command
+    assert names["found"].rate > 0
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs_and_prints_what_it_shows(monkeypatch, lit):
     """All but `compare`, which is below."""
@@ -339,9 +354,11 @@ def test_every_command_of_ours_parses(command, lit):
     if name == "compare" and "--help" not in rest:
         chosen, rest = parse_options(rest)
         assert parse_policies(chosen.policies)
-    if name in ("fit", "validate", "test", "predict", "explain", "compare") and "--help" not in rest:
+    if name == "suggest":
+        _, rest = parse_suggest_options(rest)
+    if name in ("fit", "validate", "test", "predict", "explain", "suggest", "compare") and "--help" not in rest:
         ends = any(word.endswith(".help") or word == "--print_config" for word in rest)
-        name = "fit" if name in ("explain", "compare") else name
+        name = "fit" if name in ("explain", "suggest", "compare") else name
         code, out = lit(name, *rest, *([] if ends else ["--print_config"]))
         assert code == 0
         assert len(out.splitlines()) > 5

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.nn import functional as F
 
-from lit_lipschitz import LipschitzAudit, LipschitzLR, attach
+from lit_lipschitz import LipschitzAudit, LipschitzLR, attach, suggest
 from lit_lipschitz.errors import LitLipschitzError
 
 # Nothing is measured with it, so that a loss or a head that is not recognised is an error.
@@ -166,6 +166,26 @@ def plain(backwards=1, scaler=None, late=None, before=None):
         _ = scaler.step(optimizer) if scaler else optimizer.step()
 
 
+def suggested(batches=None, loss_fn=F.cross_entropy, make=torch.optim.SGD, controlled=False, **arguments):
+    """A suggestion for a plain loop."""
+    net = nn.Linear(WIDTH, CLASSES)
+    optimizer = make(net.parameters(), lr=0.1)
+    if controlled:
+        attach(net, optimizer, notify=lambda message: None)
+    suggest(net, optimizer, loader() if batches is None else batches, loss_fn, **arguments)
+
+
+class StepsItself(torch.optim.SGD):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.identity = id(self)
+
+    def step(self, closure=None):
+        if self.identity != id(self):
+            raise TypeError("a copy")
+        return super().step(closure)
+
+
 class Wrapped(torch.optim.Optimizer):
     """A wrapper around AdamW that does not call its base class."""
 
@@ -283,6 +303,16 @@ MISTAKES = {
     "A loss of several modules": lambda: plain(before=nn.Linear(WIDTH, WIDTH)),
     "Arguments in another order": lambda: attach(torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1)),
     "An optimizer that is attached": lambda: plain(late=lambda optimizer: attach(nn.Linear(1, 1), optimizer)),
+    "The model and the optimizer in another order": lambda: suggest(
+        torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1), loader(), F.cross_entropy
+    ),
+    "A number of batches that is not positive": lambda: suggested(num_batches=0),
+    "Too few batches": lambda: suggested(accumulate_grad_batches=10),
+    "A loss of several numbers": lambda: suggested(loss_fn=lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "A loss that is not finite before training": lambda: suggested(loss_fn=lambda z, y: math.nan * z.sum()),
+    "An argument without a use before training": lambda: suggested(grad_scaler=torch.amp.GradScaler("cpu")),
+    "An optimizer that is controlled already": lambda: suggested(controlled=True),
+    "An optimizer of which no copy can step": lambda: suggested(make=StepsItself),
     "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
     ),

@@ -20,6 +20,7 @@ ORDER = {
     "optim": {"torch"},
     "control": {"torch"},
     "attachment": {"torch"},
+    "suggestion": {"torch"},
     "integrations": {"torch", "transformers"},
     "lightning_api": {"lightning", "pytorch_lightning"},
     "training_pass": {"torch"},
@@ -88,6 +89,7 @@ def run(code):
         ["fit", "--config", "cifr10"],
         ["report", "nothing"],
         ["explain", "--help"],
+        ["suggest", "--help"],
         ["explain", "--config", "cifr10"],
         [],
     ],
@@ -104,6 +106,7 @@ def test_the_core_does_not_import_lightning():
     result = run(
         "import sys\n"
         "from lit_lipschitz import attachment, audit, bounds, control, measurement, models, optim, recognition, rules\n"
+        "from lit_lipschitz import suggestion\n"
         "assert 'lightning' not in sys.modules and 'torchvision' not in sys.modules\n"
     )
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,81 @@
+"""The text of `lit-lipschitz suggest`, with the loss against the learning rate in characters."""
+
+import math
+import textwrap
+
+from lit_lipschitz.measurement.gradient_noise import CONFIDENCE
+from lit_lipschitz.suggestion import LossCurve, Suggestion
+
+_ROWS, _STEP = 11, 3
+
+
+def text(found: Suggestion) -> str:
+    """The suggestion as text of at most 80 columns."""
+    low, high = found.rate_range
+    over = f", {low:.4g} to {high:.4g} over {len(found.rates)} batches" if len(found.rates) > 1 else ""
+    loss = "not recognised" if found.loss == "measured" else found.loss
+    rows = [
+        ("rate", f"{found.rate:.6g}, of the first step, before a schedule's factor{over}"),
+        ("L", f"{found.constant:.6g}, {found.meaning}{', a bound' if found.kind == 'bound' else ''}"),
+        ("loss", f"{loss}, by the output of {found.output_layers}"),
+        ("batch", f"{found.batch_size} examples in an optimizer step; {effective_batch(found)}"),
+    ]
+    lines = [textwrap.fill(f"{name:6} {words}", 80, subsequent_indent=" " * 7) for name, words in rows]
+    return "\n".join([*lines, *(["", *plot(found.curve)] if found.curve is not None else [])])
+
+
+def effective_batch(found: Suggestion) -> str:
+    """The noise scale in a sentence, as certain as the batches make it."""
+    noise, count = found.noise, len(found.rates)
+    if noise is None:
+        return "from 2 batches on, the noise scale is estimated"
+    if noise.value is None:
+        return (
+            f"larger ones pay, up to at least {_rounded(noise.low)} examples; {count} batches are too few to separate "
+            "the mean gradient from noise"
+        )
+    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "upwards; more batches give an upper end"
+    return (
+        f"batches beyond about {_rounded(noise.value)} examples no longer pay: the noise scale is "
+        f"{_rounded(noise.value)} at these weights, and grows in training ({CONFIDENCE:.0%} interval by {count} "
+        f"batches: {_rounded(noise.low)} {upper})"
+    )
+
+
+def _rounded(value: float) -> str:
+    """A number of examples, with two digits that count."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 1 else f"{value:.2g}"
+
+
+def plot(curve: LossCurve) -> list[str]:
+    """The curve as lines of characters, with a column of bars at the suggested rate."""
+    low, high = loss_range(curve)
+    middle = len(curve.rates) // 2
+    width = _STEP * (len(curve.rates) - 1) + 1
+
+    def row_of(loss: float) -> int:
+        return round((high - loss) / (high - low) * (_ROWS - 1)) if loss <= high else 0
+
+    cells = [["|" if column == _STEP * middle else " " for column in range(width)] for _ in range(_ROWS)]
+    for i, loss in enumerate(curve.losses):
+        cells[row_of(loss)][_STEP * i] = "O" if i == middle else "*" if loss <= high else "^"
+    labels = {0: high, _ROWS - 1: low, row_of(curve.loss): curve.loss}
+    lines = [f"{f'{labels[i]:.4g}' if i in labels else '':>10} {''.join(row)}".rstrip() for i, row in enumerate(cells)]
+    first, rate, last = (f"{curve.rates[i]:.3g}" for i in (0, middle, -1))
+    half = _STEP * middle - len(rate) // 2
+    axis = f"{first:{half}}{rate:{width - half - len(last)}}{last}"
+    return [
+        f"loss of a held-out batch after one step at each rate; {curve.loss:.4g} before it",
+        *lines,
+        f"{'':10} {'-' * width}",
+        f"{'':10} {axis}",
+        f"{'':10} O the suggested rate" + (", ^ above the picture" if any("^" in row for row in cells) else ""),
+    ]
+
+
+def loss_range(curve: LossCurve) -> tuple[float, float]:
+    """The losses that a picture shows: from the lowest one to as far above the loss before the step, or a bit more."""
+    finite = [loss for loss in (curve.loss, *curve.losses) if math.isfinite(loss)]
+    low = min(finite)
+    high = min(max(finite), curve.loss + max(curve.loss - low, 0.1 * abs(curve.loss)))
+    return low, high if high > low else low + 1
