@@ -152,7 +152,7 @@ def test_text_and_picture(lit):
         (["--lipschitz.bound", "paper", "--lipschitz.measure", "pass"], "it reads all of the training set"),
         (["--lipschitz.initial_lr", "0.1"], "initial_lr=...): it is the first learning rate"),
         (["--trainer.strategy", "ddp_spawn"], "pass --trainer.strategy ddp"),
-        (["--trainer.limit_train_batches", "0", "--model.scheduler", "null"], "suggest found no training to begin"),
+        (["--trainer.limit_train_batches", "0", "--model.scheduler", "null"], "suggest found no batch to train on"),
         (["--batches", "4", "--trainer.accumulate_grad_batches", "1000"], "expected at least 1000 batches"),
         (["--png", "nowhere/curve.png"], "expected a file in a folder that exists"),
         (["--png"], "argument --png: expected one argument"),
