@@ -93,7 +93,7 @@ class _Suggest(DryRun):
     def after_fit(self) -> None:
         """Keeps the suggestion, on rank 0."""
         if self._measure.suggestion is None:
-            raise ConfigurationError("suggest found no batch to train on; look at the length of the run and of the data")
+            raise ConfigurationError("suggest found no batch to train on; check the length of the run and the data")
         self.suggestion = self._measure.suggestion if self.trainer.is_global_zero else None
 
 
