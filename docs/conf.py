@@ -20,7 +20,7 @@ nitpick_ignore_regex = [
     # Names of other projects, types as napoleon splits them, and internal classes.
     (
         r"py:.*",
-        r"(torch|lightning|collections|argparse|pathlib|typing|nn|L|Tensor|Optimizer|Path|Iterable|dict|array)\b.*",
+        r"(torch|lightning|collections|argparse|pathlib|typing|nn|L|Tensor|Optimizer|Path|Iterable|dict|list|array)\b.*",
     ),
     (r"py:class", r"lit_lipschitz\.recognition\.loss_patterns\..*"),
 ]

@@ -77,7 +77,7 @@ class ImageClassifier(L.LightningModule):
 
     Args:
         network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes); or the name of a
-            classifier, ``timm:NAME`` or ``torchvision:NAME``, which :func:`~lit_lipschitz.models.named_network` makes,
+            classifier, ``timm:NAME`` or ``torchvision:NAME``, which :func:`~lit_lipschitz.named_network` makes,
             in a config with the channels and the classes of the data.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate scheduler from the optimizer. If it has an argument ``total_steps`` that is

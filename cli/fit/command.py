@@ -77,6 +77,8 @@ def _load_value(text: str) -> Any:
 
 _load_yaml = get_loader("yaml")
 set_loader("yaml", _load_value, (yaml.YAMLError,))
+# The name of a network is a string of a type of its own.
+yaml.SafeDumper.add_multi_representer(str, yaml.representer.SafeRepresenter.represent_str)
 
 
 class OneLineParser(LightningArgumentParser):
