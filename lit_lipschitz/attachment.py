@@ -275,7 +275,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         epoch_steps: Optimizer steps of an epoch, such as ``len(loader)``, after which ``update="epoch"`` updates the
             rate; None makes the whole run one epoch, with updates after 1, 2, 4, 8, ... steps.
         accumulate_grad_batches: Backward passes that make one optimizer step.
-        schedulers: The optimizer's schedulers; only cyclic ones (OneCycleLR, CyclicLR) have to be given.
+        schedulers: The optimizer's schedulers; only CyclicLR, and those created after this call, have to be given.
         grad_scaler: The GradScaler that multiplies the loss; those of Fabric and Accelerate are found.
         others: The other optimizers of the loop, if losses depend on the parameters of several.
         name: Part of the names of the metrics, if several optimizers are attached.

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -516,6 +517,51 @@ def test_several_attachments_share_the_observed_backward():
         loop.control.detach()
     assert torch.autograd.backward is not BACKWARD
     loops[2].control.detach()
+
+
+def test_threads_that_train_do_not_disturb_each_other():
+    expected = Loop(OPTIMIZERS["AdamW"]).run()
+    loops = [Loop(OPTIMIZERS["AdamW"]) for _ in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(Loop.run, loops))
+    assert [one[0] for one in found] == [expected[0]] * 8
+
+
+def test_a_one_cycle_scheduler_need_not_be_passed():
+    rates = []
+    for passed in (False, True):
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+        control = attach(net, optimizer, schedulers=[scheduler] if passed else [], notify=lambda message: None)
+        for inputs, targets in loader(BATCH):
+            F.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+            scheduler.step()
+            rates.append(control.lr)
+    assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda *batch: F.cross_entropy(*batch) + batch[0].square().mean()])
+def test_two_optimizers_of_one_loss_step_in_any_order(loss):
+    rates = []
+    for order in ((0, 1), (1, 0)):
+        net = network()
+        first, rest = [net[0].weight], [net[0].bias, *net[2].parameters()]
+        both = torch.optim.SGD(first, lr=0.1), torch.optim.AdamW(rest)
+        controls = [
+            attach(net, one, others=[other], name=name, total_steps=40, notify=lambda message: None)
+            for one, other, name in ((*both, "matrices"), (*both[::-1], "rest"))
+        ]
+        for inputs, targets in loader(BATCH):
+            for optimizer in both:
+                optimizer.zero_grad()
+            loss(net(inputs), targets).backward()
+            for i in order:
+                both[i].step()
+        rates.append([control.rate for control in controls])
+        assert all(0 < rate < 10 for rate in rates[-1])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
 
 
 def test_a_compiled_network_has_the_numbers_of_the_compiled_one_in_lightning():

@@ -21,7 +21,6 @@ class BackwardObserver(Protocol):
 
 _observers: list[weakref.ref[Any]] = []
 _original: Callable[..., Any] | None = None  # torch.autograd.backward while there are observers
-_running = False  # whether a backward runs; activation checkpointing and custom functions begin others within it
 
 
 def add_observer(observer: BackwardObserver) -> None:
@@ -56,22 +55,18 @@ def _install() -> None:
 
 
 def _observed_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-    global _running
     assert _original is not None
-    if _running:
+    # Activation checkpointing and custom functions begin backwards within another one, in any of its threads.
+    if torch._C._current_graph_task_id() >= 0:
         return _original(tensors, *args, **kwargs)
-    _running = True
-    try:
-        losses, inputs = _tensors(tensors), kwargs.get("inputs", args[4] if len(args) > 4 else None)
-        limited = None if inputs is None else _tensors(inputs)
-        observers = [observer for one in _observers if (observer := one()) is not None]
-        interested = [observer for observer in observers if observer.before_backward(losses, limited)]
-        result = _original(tensors, *args, **kwargs)
-        for observer in interested:
-            observer.after_backward()
-        return result
-    finally:
-        _running = False
+    losses, inputs = _tensors(tensors), kwargs.get("inputs", args[4] if len(args) > 4 else None)
+    limited = None if inputs is None else _tensors(inputs)
+    observers = [observer for one in _observers if (observer := one()) is not None]
+    interested = [observer for observer in observers if observer.before_backward(losses, limited)]
+    result = _original(tensors, *args, **kwargs)
+    for observer in interested:
+        observer.after_backward()
+    return result
 
 
 def _tensors(tensors: Any) -> list[Tensor]:

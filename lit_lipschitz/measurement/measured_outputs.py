@@ -66,8 +66,8 @@ class MeasuredOutputs:
 
     @property
     def watching(self) -> bool:
-        """Whether backwards of the coming optimizer step were watched."""
-        return bool(self._sums)
+        """Whether backwards of the coming optimizer step were watched, before another one's step too."""
+        return bool(self._sums or self._others)
 
     def restart(self) -> None:
         """Begins an interval with the coming step."""

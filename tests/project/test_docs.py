@@ -347,7 +347,9 @@ def test_the_tutorials_comparison_runs(monkeypatch, lit):
 def test_every_command_of_ours_parses(command, lit):
     name, *rest = arguments_of(command)
     for file in ("my.yaml", "mine.yaml"):  # of the reader
-        Path(file).write_text("seed_everything: 0\nmodel:\n  class_path: lightning.pytorch.demos.boring_classes.BoringModel\n")
+        Path(file).write_text(
+            "seed_everything: 0\nmodel:\n  class_path: lightning.pytorch.demos.boring_classes.BoringModel\n"
+        )
     if not rest:
         assert lit(name, "--help")[0] == 0
         return
