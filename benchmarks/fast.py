@@ -64,7 +64,7 @@ def fit(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]
         ]
         code, out, err = command(["fit", *arguments, *options])
         if code:
-            raise SystemExit(f"fast.py: lit-lipschitz ended with code {code}: {err[-2000:]}")
+            raise SystemExit(f"fast.py: lit-lipschitz ended with code {code}: {' '.join(err.splitlines()[-1:])}")
         return [json.loads(line) for line in out.splitlines()], json.loads(watch.read_text())
 
 

@@ -25,7 +25,7 @@ import torch
 from lit_lipschitz import CIFAR10DataModule, ResNetV2, bounds
 
 COMMAND = Path(sys.executable).with_name("lit-lipschitz")
-LINE = re.compile(r"epoch +(\d+)/\S+ +rate (\S+) +lr (\S+) .*train_acc (\S+)")
+LINE = re.compile(r"^ *(\d+)/\d+ +(\S+) +(\S+) +\S+ +(\S+)", re.M)  # epoch, rate, lr, train_loss, train_acc
 TESTED = re.compile(r"test_acc (\S+)")
 
 

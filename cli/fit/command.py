@@ -118,11 +118,11 @@ class SaveConfig(SaveConfigCallback):
         folder = trainer.logger.log_dir if trainer.logger is not None else None
         if trainer.logger is not None and folder is None and checkpoints is not None and checkpoints.dirpath:
             folder = str(Path(checkpoints.dirpath).parent)  # of a logger that keeps its own files elsewhere
-        if folder is not None:
-            if trainer.is_global_zero:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            self.config_filename = str(free_path(Path(folder, self.config_filename)).absolute())
-            super().setup(trainer, pl_module, "fit")
+        # Lightning's own method knows no other folder than that of the logger.
+        if folder is not None and trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path = str(free_path(Path(folder, self.config_filename)).absolute())
+            self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
 
 
 class Command(LightningCLI):

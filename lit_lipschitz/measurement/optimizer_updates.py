@@ -191,6 +191,7 @@ def register_optimizer(info: OptimizerInfo) -> None:
     """Adds an optimizer, or replaces what is known of it.
 
     Example:
+        >>> from torch import nn
         >>> class Halved(SGD):
         ...     "An optimizer of another package, with a step of its own."
         ...     def step(self, closure=None): ...

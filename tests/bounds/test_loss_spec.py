@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, bounds
 from lit_lipschitz.bounds import Loss, LossSpec
+from lit_lipschitz.bounds.loss_spec import ALIASES
 from lit_lipschitz.recognition.loss_graph import LossGraph
 
 SIGNS = torch.linspace(-3, 3, ROWS * CLASSES).reshape(ROWS, CLASSES).sign()
@@ -104,7 +105,7 @@ def test_a_registered_loss_is_a_choice_of_the_signature():
         "print(*typing.get_args(inspect.signature(LipschitzLR).parameters['loss'].annotation))\n"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert printed.stdout.split() == ["auto", "measured", *bounds.LOSSES, "soft_margin"]
+    assert printed.stdout.split() == ["auto", "measured", *bounds.LOSSES, "soft_margin", *ALIASES]
 
 
 @pytest.mark.parametrize(

@@ -166,8 +166,8 @@ def test_predictions_do_not_replace_earlier_ones(lit):
     Path("predictions.csv").write_text("of last week")
     printed = [lit(*PREDICT, "--seed_everything", seed)[1] for seed in (1, 2)]
     assert [Path(re.search(r"^predictions: (.+)$", out, re.M)[1]).name for out in printed] == [
-        "predictions-v1.csv",
-        "predictions-v2.csv",
+        "predictions-v1.csv (predictions.csv exists and is kept)",
+        "predictions-v2.csv (predictions.csv exists and is kept)",
     ]
     assert Path("predictions.csv").read_text() == "of last week"
     assert Path("predictions-v1.csv").read_bytes() != Path("predictions-v2.csv").read_bytes()
