@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CLASSES, WIDTH, Classifier, Steps, loader, trainer
+from helpers import CLASSES, WIDTH, Classifier, Steps, loader, trainer, without_address
 from helpers.loops import BATCH, BATCHES, EPOCHS, OPTIMIZERS, Loop, network
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -109,7 +109,7 @@ def masked(outputs, targets):
             )
         ],
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_a_plain_loop_has_the_numbers_of_the_callback(optimizer, own, lightnings):
     make = OPTIMIZERS[optimizer]
@@ -160,7 +160,9 @@ def test_a_disabled_scaler_is_none():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("own", [{}, {"scheduler": halving}, {"k": 2, "loss": squared}, {"loss": masked}], ids=str)
+@pytest.mark.parametrize(
+    "own", [{}, {"scheduler": halving}, {"k": 2, "loss": squared}, {"loss": masked}], ids=without_address
+)
 @pytest.mark.parametrize("stop", [1, 6, BATCHES, 2 * BATCHES + 2])
 def test_a_resumed_loop_continues_bit_for_bit(optimizer, own, stop):
     stop *= own.get("k", 1) if stop == 1 else 1
@@ -353,7 +355,7 @@ def test_numbers_of_steps_are_checked(name, value):
         ({"initial_lr": 1.0, "max_lr": 0.1}, r"initial_lr=1\.0"),
         ({"update": 0}, r"update=0"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_arguments_are_checked_as_those_of_the_callback(settings, message):
     net = network()

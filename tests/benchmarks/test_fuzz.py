@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, without_address
 
 from lit_lipschitz import DataError
 
@@ -43,7 +43,7 @@ def test_ten_thousand_damaged_files_are_read_or_refused(fuzz, seed):
         (lambda *_: (_ for _ in ()).throw(DataError("a\nb")), "several lines"),
         (lambda *_: len(bytearray(1 << 28)), "MB"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_a_fault_of_a_reader_is_counted(fuzz, monkeypatch, fails, message):
     monkeypatch.setattr(fuzz.Files, "next", lambda files, chance: ("file", fails))

@@ -16,7 +16,14 @@ from helpers.optimizers import (
     stepping,
 )
 from helpers.runs import Curves, Keep, Slices, ranks, two_ranks
-from helpers.tables import ADAPTIVE_DEFAULTS, ADAPTIVE_OPTIMIZERS, OPTIMIZERS, SCHEDULER_STEPS, SCHEDULERS
+from helpers.tables import (
+    ADAPTIVE_DEFAULTS,
+    ADAPTIVE_OPTIMIZERS,
+    OPTIMIZERS,
+    SCHEDULER_STEPS,
+    SCHEDULERS,
+    without_address,
+)
 from helpers.task import (
     CLASSES,
     EXAMPLES,

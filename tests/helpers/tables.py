@@ -1,11 +1,17 @@
 """Tables for parametrised tests: optimizers and learning-rate schedulers, by name."""
 
+import re
 from functools import partial
 from typing import Any
 
 import torch
 from schedulefree import AdamWScheduleFree
 from torch.optim import lr_scheduler as schedulers
+
+
+def without_address(value: Any) -> str:
+    """The text of a parameter as the name of a test, the same in each process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _momentum(parameters: Any) -> Any:
