@@ -90,6 +90,7 @@ __all__ = [
     "stepping",
     "trainer",
     "two_ranks",
+    "without_address",
     "write_cifar",
     "write_idx",
 ]
