@@ -204,6 +204,11 @@ class Attachment(RateProperties):
                 "attach expected all schedulers to be there and found one that was created afterwards; create the "
                 "scheduler of an optimizer before attach(model, optimizer)"
             )
+        if not controller.schedulers and any({"initial_lr", "max_lr", "min_lr"} <= set(group) for group in groups):
+            raise ConfigurationError(
+                "attach expected a OneCycleLR among schedulers=, since the parameter groups have its max_lr, and found "
+                "none; pass attach(..., schedulers=[scheduler])"
+            )
         if not self._loop.scales_loss and _called_by_scaler():
             raise ConfigurationError(
                 "attach expected no factor on the loss and found a GradScaler; pass attach(..., grad_scaler=scaler)"
@@ -275,7 +280,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         epoch_steps: Optimizer steps of an epoch, such as ``len(loader)``, after which ``update="epoch"`` updates the
             rate; None makes the whole run one epoch, with updates after 1, 2, 4, 8, ... steps.
         accumulate_grad_batches: Backward passes that make one optimizer step.
-        schedulers: The optimizer's schedulers; only CyclicLR, and those created after this call, have to be given.
+        schedulers: The optimizer's schedulers; only OneCycleLR, CyclicLR and ReduceLROnPlateau have to be given.
         grad_scaler: The GradScaler that multiplies the loss; those of Fabric and Accelerate are found.
         others: The other optimizers of the loop, if losses depend on the parameters of several.
         name: Part of the names of the metrics, if several optimizers are attached.

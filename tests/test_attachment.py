@@ -529,19 +529,20 @@ def test_threads_that_train_do_not_disturb_each_other():
     assert [one[0] for one in found] == [expected[0]] * 8
 
 
-def test_a_one_cycle_scheduler_need_not_be_passed():
-    rates = []
-    for passed in (False, True):
+def test_a_one_cycle_scheduler_has_to_be_passed():
+    for passed in (True, False):
         net = network()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
         control = attach(net, optimizer, schedulers=[scheduler] if passed else [], notify=lambda message: None)
-        for inputs, targets in loader(BATCH):
-            F.cross_entropy(net(inputs), targets).backward()
+        inputs, targets = next(iter(loader(BATCH)))
+        F.cross_entropy(net(inputs), targets).backward()
+        if passed:
             optimizer.step()
-            scheduler.step()
-            rates.append(control.lr)
-    assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]
+            assert control.lr == pytest.approx(control.rate / 25)
+        else:
+            with pytest.raises(ConfigurationError, match=r"pass attach\(\.\.\., schedulers=\[scheduler\]\)"):
+                optimizer.step()
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, lambda *batch: F.cross_entropy(*batch) + batch[0].square().mean()])

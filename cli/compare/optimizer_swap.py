@@ -43,8 +43,7 @@ class SwapOptimizer(L.Callback):
 
 def swapped(old: Optimizer, policy: ComparedPolicy) -> Optimizer:
     """A policy's optimizer for the parameter groups of another, with their lr and what schedulers keep in them."""
-    left_out = {*old.defaults, *(("max_lr", "min_lr") if policy.unscheduled else ())}  # of OneCycleLR
-    groups = [{key: value for key, value in group.items() if key not in left_out} for group in old.param_groups]
+    groups = [{key: value for key, value in group.items() if key not in old.defaults} for group in old.param_groups]
     decays = any(group.get("weight_decay") for group in old.param_groups)
     same = isinstance(old, torch.optim.AdamW) == policy.adam
     for group, own in zip(groups, old.param_groups, strict=True):

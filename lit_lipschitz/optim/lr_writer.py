@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_lipschitz.errors import ConfigurationError
 
@@ -210,8 +210,8 @@ def _flatten(schedulers: Sequence[Any]) -> Iterator[Any]:
 def _configured_lr(group: dict[str, Any], index: int, schedulers: Sequence[Any]) -> float:
     """The configured lr of a group: initial_lr of most schedulers, the maximum of cyclic ones."""
     for scheduler in schedulers:
+        if isinstance(scheduler, OneCycleLR):
+            return float(group["max_lr"])
         if isinstance(scheduler, CyclicLR):
             return float(scheduler.max_lrs[index])
-    if {"initial_lr", "max_lr", "min_lr"} <= set(group):  # of OneCycleLR, which may not be among those that are known
-        return float(group["max_lr"])
     return float(group.get("initial_lr", group["lr"]))

@@ -151,10 +151,11 @@ def dead():
     return module
 
 
-def plain(backwards=1, scaler=None, late=None, before=None):
+def plain(backwards=1, scaler=None, early=None, late=None, before=None):
     """A step of a plain loop."""
     net = nn.Linear(WIDTH, CLASSES)
     optimizer = torch.optim.AdamW(net.parameters())
+    _ = early and early(optimizer)
     with attach(net, optimizer, notify=lambda message: None):
         _ = late and late(optimizer)
         inputs, targets = next(iter(loader()))
@@ -298,6 +299,9 @@ MISTAKES = {
     "A GradScaler that was not passed": lambda: plain(scaler=torch.amp.GradScaler("cpu")),
     "A scheduler that was created after attach": lambda: plain(
         late=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    ),
+    "A OneCycleLR that was not passed": lambda: plain(
+        early=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
     ),
     "No backward pass before the step": lambda: plain(backwards=0),
     "A loss of several modules": lambda: plain(before=nn.Linear(WIDTH, WIDTH)),

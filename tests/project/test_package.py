@@ -104,7 +104,7 @@ def test_what_an_index_shows(metadata):
     # Where the sources are is not known to themselves.
     urls = dict(one.split(", ", 1) for one in metadata.get_all("Project-URL"))
     assert urls == {"Paper": "https://arxiv.org/abs/1902.07399"}
-    extras = {"digits", "plots", "docs", "dev", "joblib", "ray", "submitit"}
+    extras = {"digits", "plots", "completion", "onnx", "joblib", "transformers", "ray", "submitit", "docs", "dev"}
     assert extras == set(metadata.get_all("Provides-Extra"))
 
 
