@@ -40,6 +40,7 @@ NOT_RUN = {
     r".*--trainer\.devices 8": "needs 8 devices",
     r".*--config (mnist|cifar10|paper_)": "downloads MNIST or CIFAR-10, and takes minutes; run in test_training.py, "
     "test_distributed.py and test_paper_configs.py with what is there",
+    r".*WandbLogger": "needs the package wandb",
     r"make ": "makes an environment of its own; .ci/run runs check, docs, test, train and slow",
     r"python benchmarks/": "takes minutes to hours, and figures are not what a test is for",
     r"python examples/": "run in tests/examples",
