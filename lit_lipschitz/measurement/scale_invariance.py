@@ -55,11 +55,11 @@ class ScaleInvariance:
         the first measurement, if the former is not known or the cosine is above a tenth of the limit (in a first
         measurement a hundredth), as may happen by chance.
         """
-        values, slopes = ([as_real(one.detach()) for one in tensors] for tensors in (weights, grads))
-        weight_norm, grad_norm = norms(values), norms(slopes)
-        pairs = list(zip(values, slopes, strict=True))
+        values, gradients = ([as_real(one.detach()) for one in tensors] for tensors in (weights, grads))
+        weight_norm, grad_norm = norms(values), norms(gradients)
+        pairs = list(zip(values, gradients, strict=True))
         # Rows without a gradient, as an embedding's, are not orthogonal to it.
-        touched = norms([value * (slope != 0) for value, slope in pairs])
+        touched = norms([value * (gradient != 0) for value, gradient in pairs])
         product = torch.stack([inner_product(*pair).to(weight_norm) for pair in pairs])
         if self._places is None or self._places.indices != list(indices):
             self._places = _Places.of(weights, indices, self._init_norms, weight_norm.device)
