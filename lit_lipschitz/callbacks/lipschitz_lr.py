@@ -15,11 +15,11 @@ from lit_lipschitz.callbacks.trainer_facts import (
     TrainerFacts,
     callbacks_of,
     ends_batch,
-    is_between_steps,
     is_lightnings,
     logging_interval,
     shortens_run,
     targets_of,
+    why_inexact,
 )
 from lit_lipschitz.control.argument_types import check_type, describe_call
 from lit_lipschitz.control.controller import Controller
@@ -309,12 +309,9 @@ class LipschitzLR(RateProperties, Callback):
             state = self.state_dict()
             state["optimizers"] = gather_states(state["optimizers"], trainer.world_size)
             checkpoint["callbacks"][self.state_key] = state
-        if self.controllers and not (self._told or is_between_steps(trainer)):
+        if self.controllers and not self._told and (why := why_inexact(trainer)):
             self._told = True
-            rank_zero_info(
-                "LipschitzLR: this checkpoint is saved within an optimizer step, whose batches Lightning leaves out of "
-                "the resumed run, so that it differs a little from this one; save in on_train_batch_end, after a step"
-            )
+            rank_zero_info(f"LipschitzLR: this checkpoint is saved {why}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of :meth:`state_dict`.

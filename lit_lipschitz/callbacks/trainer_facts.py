@@ -125,14 +125,26 @@ def ends_batch(trainer: Trainer) -> bool:
     return bool(batches.ready == batches.processed)
 
 
-def is_between_steps(trainer: Trainer) -> bool:
-    """Whether Lightning resumes exactly from a checkpoint that is saved now.
+def why_inexact(trainer: Trainer) -> str:
+    """Why Lightning does not resume exactly from a checkpoint that is saved now; "" if it does.
 
     It saves neither gradients nor a batch that has begun, nor an epoch that is about to begin.
     """
     loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress.current
     accumulates = trainer.lightning_module.automatic_optimization and loop.epoch_loop._should_accumulate()
-    return ends_batch(trainer) and not accumulates and epochs.ready == epochs.started  # type: ignore[attr-defined]
+    if not ends_batch(trainer) or accumulates or epochs.ready != epochs.started:  # type: ignore[attr-defined]
+        return (
+            "within an optimizer step, whose batches Lightning leaves out of the resumed run, so that it differs a "
+            "little from this one; save in on_train_batch_end, after a step"
+        )
+    by_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+    if by_clock and trainer.validating and trainer.is_last_batch:
+        return (
+            "in a validation by the clock after the last batch of an epoch, to which Lightning adds a batch in the "
+            "resumed run, so that it differs a little from this one; set val_check_interval as a number of batches, "
+            "or save with ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True)"
+        )
+    return ""
 
 
 def shortens_run(trainer: Trainer) -> bool:

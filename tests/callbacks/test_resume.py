@@ -8,12 +8,14 @@ import time
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from helpers import CLASSES, OPTIMIZERS, Classifier, Keep, Slices, examples, ranks, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional as F
 
@@ -21,7 +23,6 @@ from lit_lipschitz import LipschitzLR
 from lit_lipschitz.cli.fit.signals import CheckpointOnSignal
 from lit_lipschitz.data import DeviceLoader
 
-CLOCK = timedelta(seconds=0.15)
 EPOCHS, BATCHES = 3, 12  # batches of 4 examples on two ranks, of 8 on one
 
 
@@ -49,6 +50,18 @@ class UnevenSquares(Uneven):
         time.sleep(0.004)
         targets = F.one_hot(batch[1], CLASSES) + batch[0].sum(dim=1, keepdim=True).mul(1e4).sin()
         return F.mse_loss(self.net(batch[0]), targets * (3.0 if self.global_rank == 1 else 1.0))
+
+
+class Clock(L.Callback):
+    """The clock of Lightning's validations, which goes on by a second with each batch."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0
+        for loop in (fit_loop, training_epoch_loop, evaluation_loop):
+            monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def on_train_batch_start(self, *_):
+        self.now += 1
 
 
 class Validated(Slices):
@@ -115,6 +128,10 @@ class Stops(L.Callback):
             raise RuntimeError("stopped")
 
 
+def by_clock(seconds):
+    return {"val_check_interval": timedelta(seconds=seconds), "check_val_every_n_epoch": None}
+
+
 def kept(**settings):
     return ModelCheckpoint("kept", filename="{step}", save_top_k=-1, **settings)
 
@@ -126,7 +143,7 @@ WAYS = {
     "time": (lambda: kept(train_time_interval=timedelta(seconds=0.05)), {}),
     "validations": (lambda: kept(), {"val_check_interval": 5}),
     "validations across epochs": (lambda: kept(), {"val_check_interval": 7, "check_val_every_n_epoch": None}),
-    "validations by the clock": (lambda: kept(), {"val_check_interval": CLOCK, "check_val_every_n_epoch": None}),
+    "validations by the clock": (lambda: kept(), by_clock(5)),
     "by hand after a step": (lambda: ByHand("on_train_batch_end", 6, 17), {}),
     "by hand in a validation": (lambda: ByHand("on_validation_batch_end", 6, 17), {"val_check_interval": 5}),
     "by hand at the end": (lambda: ByHand("on_train_epoch_end", 6, 17), {}),
@@ -157,14 +174,15 @@ def cases():
 
 @pytest.mark.filterwarnings(NONFINITE)
 @pytest.mark.parametrize(("kind", "way", "count"), list(cases()))
-def test_a_resumed_run_is_the_run_that_never_saved(kind, way, count, undisturbed):
+def test_a_resumed_run_is_the_run_that_never_saved(kind, way, count, undisturbed, monkeypatch):
     make, settings = WAYS[way]
     whole = undisturbed(kind, count)
     assert len(whole[0]["rates"]) == EPOCHS * BATCHES
-    assert_same(fit(kind, count, make(), **settings), whole, 0)
+    clock = Clock(monkeypatch)
+    assert_same(fit(kind, count, make(), clock, **settings), whole, 0)
     saved = [one for one in steps_kept() if one[0] < EPOCHS * BATCHES]
     for step, path in {saved[0], saved[-1]}:
-        assert_same(fit(kind, count, path=path, **settings), whole, step)
+        assert_same(fit(kind, count, clock, path=path, **settings), whole, step)
 
 
 @pytest.mark.filterwarnings(NONFINITE)
@@ -237,6 +255,17 @@ def test_a_checkpoint_within_a_step_which_lightning_does_not_resume_exactly_says
     fit("classes", 1, ByHand(hook, 0, 0, 0, 0), accumulate_grad_batches=accumulated)
     assert len(steps_kept()) >= 1
     assert said("is saved within an optimizer step") == times
+
+
+@pytest.mark.filterwarnings(NONFINITE)
+@pytest.mark.parametrize(("seconds", "times"), [(5, 0), (6, 1)])  # the epochs end after 12 and 24
+def test_a_checkpoint_of_a_validation_by_the_clock_at_the_end_of_an_epoch_says_so(seconds, times, said, monkeypatch):
+    settings = by_clock(seconds)
+    fit("classes", 1, kept(), Clock(monkeypatch), **settings)
+    assert said("in a validation by the clock after the last batch of an epoch") == times
+    for step, path in steps_kept()[:-1]:
+        resumed = fit("classes", 1, Clock(monkeypatch), path=path, **settings)
+        assert len(resumed[0]["rates"]) == EPOCHS * BATCHES - step + (step % BATCHES == 0)  # Lightning adds a batch
 
 
 @pytest.mark.filterwarnings(NONFINITE)
