@@ -16,6 +16,7 @@ from lit_lipschitz.callbacks.trainer_facts import (
     callbacks_of,
     ends_batch,
     is_lightnings,
+    logged_step,
     logging_interval,
     shortens_run,
     targets_of,
@@ -140,7 +141,7 @@ class LipschitzLR(RateProperties, Callback):
         self._facts: TrainerFacts  # of the fit
         self._loop: LoopFacts  # at the start of the batch
         self._logging_interval = 1
-        self._unlogged: dict[int, bool] = {}  # optimizers with new metrics, and whether an interval has begun
+        self._stepped = self._changed = False  # in this batch: whether an optimizer has, and whether a rate has
         self._controllers = Controllers()  # by the optimizer's position
         self._finished: dict[int, Results] = {}  # likewise, after the fit
         self._attached = False  # to a trainer
@@ -158,8 +159,7 @@ class LipschitzLR(RateProperties, Callback):
     def state_key(self) -> str:
         """The key of the state in a checkpoint."""
         # Lightning refuses equal keys with a message on saving; until setup refuses them, each instance has its own.
-        name = type(self).__qualname__
-        return name if self._attached else f"{name}{id(self)}"
+        return type(self).__qualname__ if self._attached else f"{type(self).__qualname__}{id(self)}"
 
     @property
     def _source(self) -> Controller | Results | None:
@@ -252,17 +252,17 @@ class LipschitzLR(RateProperties, Callback):
         """
         loop = self._loop_now()
         changed = self._controllers[position].on_step(loop)
-        if changed or (loop.step + 1) % self._logging_interval == 0:
-            self._unlogged[position] = changed or self._unlogged.get(position, False)
+        self._stepped, self._changed = True, self._changed or changed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs, and ends the interval with its last step, so that an epoch's checkpoint has what all ranks share."""
-        for position, changed in self._unlogged.items():
-            # Without a logger the progress bar alone shows a step.
-            self._log(pl_module, position, only_bar=not (changed or trainer.loggers))
-        self._unlogged.clear()
+        step = logged_step(trainer)
+        is_point = self._stepped and (step + 1) % self._logging_interval == 0
+        if is_point or self._changed:
+            self._log(trainer, pl_module, step if is_point else None)
+        self._stepped = self._changed = False
         self._end_batch(trainer)
 
     def _end_batch(self, trainer: Trainer) -> None:
@@ -273,13 +273,24 @@ class LipschitzLR(RateProperties, Callback):
         if before.world_size > 1 or trainer.is_last_batch or self._controllers.measures_batch(before):
             self._controllers.end_batch(self._facts.now())
 
-    def _log(self, pl_module: LightningModule, position: int, only_bar: bool) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: int | None) -> None:
+        """Logs as LearningRateMonitor does, since what log() was given costs time in every batch.
+
+        The loggers get a point at ``step``, or none.
+        """
+        metrics = self._metrics()
         # As CPU tensors: Lightning would copy numbers to the device, and wait.
-        for name, value in self._controllers.metrics(position).items():
-            in_bar = name.endswith("/lr")
-            if in_bar or not only_bar:
-                tensor = torch.tensor(value, dtype=torch.float64)
-                pl_module.log(name, tensor, prog_bar=in_bar, batch_size=1)
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        trainer.callback_metrics.update(tensors)
+        if trainer.progress_bar_callback is not None:
+            in_bar = {name: value for name, value in tensors.items() if name.endswith("/lr")}
+            pl_module.log_dict(in_bar, prog_bar=True, logger=False, batch_size=1)
+        for logger in trainer.loggers if step is not None else ():
+            logger.log_metrics(metrics, step=step)
+
+    def _metrics(self) -> dict[str, float]:
+        """The metrics of all controllers."""
+        return {name: one for i in self._controllers for name, one in self._controllers.metrics(i).items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the epoch's last losses; gives every logger a point for its last step, however short the epoch."""
@@ -288,12 +299,10 @@ class LipschitzLR(RateProperties, Callback):
             controller.updater.check_remaining_losses(loop)
             if shortens_run(trainer):
                 controller.on_short_epoch(loop)
-        if loop.step % logging_interval(trainer) == 0:
-            return
-        for position in self._controllers:
-            metrics = self._controllers.metrics(position)
+        step, metrics = logged_step(trainer), self._metrics()
+        if step % self._logging_interval:
             for logger in trainer.loggers if metrics else ():
-                logger.log_metrics(metrics, step=loop.step - 1)
+                logger.log_metrics(metrics, step=step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values that torch.load(weights_only=True) admits."""

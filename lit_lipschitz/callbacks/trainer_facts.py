@@ -119,6 +119,12 @@ def logging_interval(trainer: Trainer) -> int:
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
+def logged_step(trainer: Trainer) -> int:
+    """Batches before this one that ended with an optimizer step, which are the steps of Lightning's loggers."""
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return steps
+
+
 def ends_batch(trainer: Trainer) -> bool:
     """Whether no batch is being processed: none has begun, or the callbacks learn of its end."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current

@@ -96,8 +96,7 @@ class LRWriter:
         self._rate = rate
         if self.scheduled and self._scheduled_lrs is None:
             return self.rates(rate)
-        self._set(self.rates(rate))
-        self._written = self._current()
+        self._written = self._set(self.rates(rate))
         return self._written
 
     def close(self) -> None:
@@ -108,10 +107,10 @@ class LRWriter:
 
     def rates(self, rate: float | None) -> list[float]:
         """The groups' learning rates now, for a rate of the first group at a factor of 1; None leaves them as is."""
+        if rate is not None and not self.scheduled:
+            return [rate * (lr / self.reference) for lr in self.references]
         scheduled = self._scheduled_lrs or self._current()
-        if rate is None:
-            return scheduled
-        return [rate * (lr / self.reference) for lr in (scheduled if self.scheduled else self.references)]
+        return scheduled if rate is None else [rate * (lr / self.reference) for lr in scheduled]
 
     def _current(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -119,6 +118,8 @@ class LRWriter:
     def _sync_groups(self) -> None:
         """Takes over groups that were added, or given another lr, since the last step."""
         current = self._current()
+        if current == self._written and len(current) == len(self.references):
+            return
         self.references += self._stored[len(self.references) : len(current)]
         if self._written and self._rate is not None and not self.scheduled:
             self.overwritten |= self._written[0] != current[0]
@@ -186,12 +187,16 @@ class LRWriter:
             self._set(self._scheduled_lrs)
             self._scheduled_lrs = None
 
-    def _set(self, lrs: Sequence[float]) -> None:
+    def _set(self, lrs: list[float]) -> list[float]:
+        """Sets the learning rates; returns them as the groups hold them."""
+        is_tensor = False
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
+                is_tensor = True
             else:
                 group["lr"] = lr
+        return self._current() if is_tensor else lrs
 
 
 def _wrapped(optimizer: Optimizer) -> list[Optimizer]:

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import CLASSES, WIDTH, Classifier, Lion, Steps, due_steps, examples, loader, trainer
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -647,8 +647,8 @@ def test_a_stored_rate_can_be_ignored():
 
 def test_every_logger_and_the_progress_bar_get_the_values():
     logger = CSVLogger(".")
-    callbacks = (LipschitzLR(schedule="none"), LearningRateMonitor("step"), steps := Steps())
-    run = trainer(*callbacks, logger=logger, log_every_n_steps=4, max_epochs=2)
+    callbacks = (LipschitzLR(schedule="none"), LearningRateMonitor("step"), steps := Steps(), ProgressBar())
+    run = trainer(*callbacks, logger=logger, log_every_n_steps=4, max_epochs=2, enable_progress_bar=True)
     run.fit(Classifier(), loader())
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
