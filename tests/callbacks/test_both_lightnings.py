@@ -99,6 +99,7 @@ def run(code):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_each_package_alone_gives_the_same_numbers_and_messages():
     names, expected = run(RUN.format(package="lightning.pytorch", hidden="pytorch_lightning"))
     assert names == ["lightning"]

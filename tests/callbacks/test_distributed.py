@@ -392,6 +392,7 @@ def two_nodes(*arguments):
     return [[Path(f"{name}{rank}").read_text() for rank in range(2)] for name in ("stdout", "stderr")]
 
 
+@pytest.mark.slow
 def test_the_command_on_two_processes_and_on_two_nodes_is_the_same_run():
     arguments, environment = command(*FIT, "--config", "ddp.yaml")
     ddp = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)

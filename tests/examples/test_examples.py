@@ -22,7 +22,9 @@ def test_every_example_is_run_here():
     assert {path.name for path in scripts if "L.Trainer(" not in path.read_text()} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "plain_loop.py" else pytest.mark.slow) for name in EXAMPLES]
+)
 def test_an_example_runs_and_learns(name):
     needed, arguments = EXAMPLES[name]
     pytest.importorskip(needed)

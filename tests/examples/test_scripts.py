@@ -30,7 +30,11 @@ def run_script(path):
         pytest.skip(f"{error.name} is not installed")
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(one, marks=() if one.name == "regression.py" else pytest.mark.slow) for one in SCRIPTS],
+    ids=lambda path: path.name,
+)
 def test_a_script_trains_and_prints_its_result(path, capsys):
     run_script(path)
     last = capsys.readouterr().out.strip().splitlines()[-1]
@@ -55,6 +59,7 @@ def test_every_expected_result_is_of_a_script():
     assert set(RESULTS) == {path.name for path in SCRIPTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs(path, capsys, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")

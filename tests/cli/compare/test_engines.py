@@ -85,7 +85,8 @@ class Killed(Fixed):
         return super().configure_optimizers()[0]
 
 
-@pytest.mark.parametrize("engine", ["joblib", pytest.param("submitit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["joblib", "submitit"])
 def test_a_run_whose_process_is_killed_is_an_error_and_the_finished_rows_stay(lit, monkeypatch, engine):
     pytest.importorskip(engine)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path])))
@@ -174,6 +175,7 @@ def test_each_run_of_this_machine_has_a_gpu_of_its_own(monkeypatch):
 # -- several commands --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_commands_that_share_a_file_make_each_run_once():
     runs = race(*[["-m", "lit_lipschitz", *COMPARE]] * 3)
     assert [run.returncode for run in runs] == [0, 0, 0], [run.stderr for run in runs]

@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(lit):
     assert not list(Path("lightning_logs").rglob("*.part"))
 
 
-@pytest.mark.parametrize("size", [500, 3000])
+@pytest.mark.parametrize("size", [500, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_for_curves_is_one_line(lit, size):
     """The checkpoints are in another folder, and none is due before the end."""
     lit(*FIT[:-1], "1")
