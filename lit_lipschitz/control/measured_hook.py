@@ -31,6 +31,7 @@ class MeasuredHook:
     def __init__(self, target: Target, device: torch.device, stored: dict[str, Any] | None) -> None:
         self._target, self.name = target, _HEAD
         self._owned = None if target.is_only else target.parameters
+        self._names: dict[int, str] = {}  # of the network's parameters, by their id
         self.statistic = MeasuredOutputs(device)
         self._compiled = CompiledLayers(target.model, self._owned)
         self.load_state_dict(stored)
@@ -102,12 +103,15 @@ class MeasuredHook:
 
     def name_layers(self, layers: Sequence[OutputLayer | HiddenLayers]) -> None:
         """Takes the names of the output layers' modules, or of their parameters."""
-        names = {id(parameter): name for name, parameter in self._target.model.named_parameters()}
         last = [self._compiled.last_of(layer) if isinstance(layer, HiddenLayers) else None for layer in layers]
         parts = [
             module.parameters() if module else layer.parameters for module, layer in zip(last, layers, strict=True)
         ]
-        found = [name_without_compile(names[id(p)]) for part in parts for p in part if id(p) in names]
+        parameters = [id(parameter) for part in parts for parameter in part]
+        if not self._names.keys() >= set(parameters):
+            self._names = {id(parameter): name for name, parameter in self._target.model.named_parameters()}
+        names = self._names
+        found = [name_without_compile(names[one]) for one in parameters if one in names]
         self.name = ", ".join(dict.fromkeys(map(_module_of, found))) or _HEAD
 
     def owns(self, weight: Tensor) -> bool:
