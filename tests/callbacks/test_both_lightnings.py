@@ -133,7 +133,7 @@ print(json.dumps(trainers))
     [
         ("import lightning, pytorch_lightning", "LipschitzLR()"),
         ("import pytorch_lightning, lightning", "[LipschitzLR()]"),
-        ("import pytorch_lightning", "[LipschitzLR()]"),
+        pytest.param("import pytorch_lightning", "[LipschitzLR()]", marks=pytest.mark.slow),
         ("", "[LipschitzLR()]"),
     ],
 )

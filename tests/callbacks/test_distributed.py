@@ -285,7 +285,9 @@ def test_no_collective_outside_of_training_steps():
 
 
 @pytest.mark.parametrize(
-    ("settings", "optimizer"), [({}, "momentum"), ({"bound": "smooth"}, "momentum"), ({}, "adamw")], ids=str
+    ("settings", "optimizer"),
+    [({}, "momentum"), pytest.param({"bound": "smooth"}, "momentum", marks=pytest.mark.slow), ({}, "adamw")],
+    ids=str,
 )
 def test_a_sharded_network_has_the_rate_of_a_whole_one(settings, optimizer):
     expected = two_ranks(LipschitzLR(**settings), model(optimizer), 8, max_epochs=2)[0]["rates"]

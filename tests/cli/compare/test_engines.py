@@ -41,10 +41,8 @@ def trials(count):
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["joblib", pytest.param("ray", marks=pytest.mark.slow), pytest.param("submitit", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["joblib", "ray", "submitit"])
 def test_an_engine_makes_the_rows_that_one_process_makes(lit, engine):
     pytest.importorskip(engine)
     assert lit(*COMPARE, "--output", "one.csv", "--seeds", "1")[0] == 0

@@ -94,7 +94,7 @@ class Terminal:
         return [line for line in self.lines if BAR.match(line)]
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [pytest.param(60, marks=pytest.mark.slow), 80, 200])
 def test_the_bar_is_one_line_and_none_of_it_stays(width):
     terminal = Terminal([*FIT, "--trainer.max_epochs", "3"], width)
     assert terminal.run() == 0
