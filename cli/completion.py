@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from lit_lipschitz.cli.configs import bundled_configs
+from lit_lipschitz.cli.configs import SUBCOMMANDS, bundled_configs
 from lit_lipschitz.cli.help import COMMANDS
 from lit_lipschitz.cli.options import known_options
 
@@ -23,7 +23,7 @@ def complete() -> None:
             if option != "help":
                 command.add_argument(f"--{option}").completer = _configs if option == "config" else None
         if name == "configs":
-            command.add_argument("action", choices=["show", "copy"])
+            command.add_argument("action", choices=SUBCOMMANDS)
         if name in ("configs", "validate-config"):
             command.add_argument("name").completer = _configs
     argcomplete.autocomplete(parser)

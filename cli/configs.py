@@ -10,6 +10,7 @@ from typing import Any
 from lit_lipschitz.cli.help import OptionParser
 from lit_lipschitz.errors import ConfigurationError
 
+SUBCOMMANDS = ("list", "show", "copy")  #: Of ``lit-lipschitz configs``.
 _PACKAGE = resources.files("lit_lipschitz.configs")
 
 
@@ -31,9 +32,14 @@ def list_configs(arguments: list[str]) -> int:
     """Runs `lit-lipschitz configs`: lists the bundled configs, one a line or as JSON, shows or copies one; returns 0.
 
     Raises:
-        ConfigurationError: There is no such config, or the copy would overwrite a file.
+        ConfigurationError: There is no such subcommand or config, or the copy would overwrite a file.
     """
     parser = OptionParser("configs")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in SUBCOMMANDS:
+        close = difflib.get_close_matches(arguments[0], SUBCOMMANDS, n=1, cutoff=0.0)
+        raise ConfigurationError(
+            f"configs {arguments[0]}: no such subcommand; closest: {close[0]}; all of them: {', '.join(SUBCOMMANDS)}"
+        )
     if arguments[:1] in (["show"], ["copy"]):
         parser.add_argument("action")
         parser.add_argument("name", metavar="NAME")
@@ -48,7 +54,7 @@ def list_configs(arguments: list[str]) -> int:
         return 0
     parser.add_argument("--json", action="store_true")
     known = bundled_configs()
-    if parser.parse_args(arguments).json:
+    if parser.parse_args(arguments[arguments[:1] == ["list"] :]).json:
         entries = [{"name": name, "description": known[name], "paper": is_papers(name)} for name in known]
         print(json.dumps(entries, indent=1))
         return 0
@@ -69,7 +75,7 @@ def _copy(path: Path, target: Path) -> None:
             file.write(path.read_bytes())
     except FileExistsError:
         raise ConfigurationError(f"configs copy: {target} exists and is kept; pass another FILE") from None
-    print(f"{target}: train with lit-lipschitz fit --config {target}")
+    print(f"{target}: written; train with lit-lipschitz fit --config {target}")
 
 
 def is_config(name: str) -> bool:

@@ -269,26 +269,26 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
 ) -> Attachment:
     """Sets the learning rate of an optimizer to that of :class:`~lit_lipschitz.LipschitzLR`, in any training loop.
 
-    Call it before the first forward, when the optimizer and its schedulers exist. From then on each
-    ``loss.backward()`` measures, and each ``optimizer.step()`` begins by writing the rate: after unscaling and
-    clipping. On several ranks of ``torch.distributed``, which must be initialised before, all have the same rate.
+    Call it after the optimizer and its schedulers are created and before the first forward pass. From then on, each
+    ``loss.backward()`` is measured, and each ``optimizer.step()`` first sets the learning rate, when the gradients are
+    unscaled and clipped. If ``torch.distributed`` is initialised before, all ranks use the same learning rate.
 
     Args:
         model: The network, also wrapped by DistributedDataParallel, ``torch.compile`` or Fabric.
         optimizer: Its optimizer, also wrapped by Fabric or Accelerate.
-        total_steps: Optimizer steps of the run, for the built-in schedule's decay; None if unknown.
-        epoch_steps: Optimizer steps of an epoch, such as ``len(loader)``, after which ``update="epoch"`` updates the
-            rate; None makes the whole run one epoch, with updates after 1, 2, 4, 8, ... steps.
-        accumulate_grad_batches: Backward passes that make one optimizer step.
-        schedulers: The optimizer's schedulers; only OneCycleLR, CyclicLR and ReduceLROnPlateau have to be given.
-        grad_scaler: The GradScaler that multiplies the loss; those of Fabric and Accelerate are found.
+        total_steps: Optimizer steps of the run, for the decay of the built-in schedule; None if unknown.
+        epoch_steps: Optimizer steps of an epoch, such as ``len(loader)``: how often ``update="epoch"`` updates the
+            rate. None treats the run as one epoch, with updates after 1, 2, 4, 8, ... steps.
+        accumulate_grad_batches: Number of backward passes in one optimizer step.
+        schedulers: The schedulers of the optimizer; needed for OneCycleLR, CyclicLR and ReduceLROnPlateau only.
+        grad_scaler: The GradScaler of the loop; those of Fabric and Accelerate are found.
         others: The other optimizers of the loop, if losses depend on the parameters of several.
         name: Part of the names of the metrics, if several optimizers are attached.
-        notify: Prints a message, on the first rank.
+        notify: Function that gets messages, on the first rank.
         loss: This and all other arguments are those of :class:`~lit_lipschitz.LipschitzLR`.
 
     Raises:
-        ConfigurationError: An argument is out of its range; in training, the loop is not as described.
+        ConfigurationError: An argument is out of its range, or, during training, the loop differs from the arguments.
 
     Example:
         >>> import torch

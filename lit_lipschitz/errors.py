@@ -2,14 +2,14 @@
 
 
 class LitLipschitzError(Exception):
-    """Something failed while running; the message is one line and says what to do.
+    """A failure while running, with a message of one line that says what to do.
 
     The command prints it without a traceback and exits with code 1.
     """
 
 
 class ConfigurationError(LitLipschitzError, ValueError):
-    """A value that was configured cannot work; the command exits with code 2."""
+    """A mistake in the configuration; the command exits with code 2."""
 
 
 class DataError(LitLipschitzError, RuntimeError):

@@ -72,30 +72,29 @@ class ImageClassifier(L.LightningModule):
 
     Logs train_loss, train_acc, val_loss, val_acc, test_loss and test_acc once an epoch, the same on all ranks. Random
     numbers in the network (dropout) depend on the seed, the epoch, the batch and the rank, so that a resumed run draws
-    the same numbers as an uninterrupted one. With a Schedule-Free optimizer the averaged weights are evaluated and
-    saved, by the callback :class:`~lit_lipschitz.AveragedWeights`, which the module adds itself.
+    the same numbers as an uninterrupted one. With a Schedule-Free optimizer, the module adds the callback
+    :class:`~lit_lipschitz.AveragedWeights`, which evaluates and saves the averaged weights.
 
     Args:
-        network: Images of shape (batch, channels, height, width) to logits of shape (batch, classes); or the name of a
-            classifier, ``timm:NAME`` or ``torchvision:NAME``, which :func:`~lit_lipschitz.named_network` makes,
-            in a config with the channels and the classes of the data.
+        network: Maps images of shape (batch, channels, height, width) to logits of shape (batch, classes). In a config
+            it can be the name of a classifier, ``timm:NAME`` or ``torchvision:NAME``
+            (:func:`~lit_lipschitz.named_network`), which gets the channels and classes of the data.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate scheduler from the optimizer. If it has an argument ``total_steps`` that is
-            not set, it is given the number of optimizer steps of the run.
-        scheduler_interval: When the scheduler steps; ``"auto"`` is every optimizer step for one that has an argument
-            ``total_steps`` and every epoch for others.
-        monitor: The logged value that ReduceLROnPlateau looks at.
-        label_smoothing: Probability that is spread over all classes, in [0, 1].
-        clip_probabilities: Clip the probabilities of the training loss to at least this number and at most 1 minus it,
-            so that an example beyond has a gradient of 0, as Keras' loss does with 1e-7; 0 turns clipping off. Can't be
-            combined with label smoothing.
-        decayed: Shell patterns (``*conv*.weight``) of the names of the network's parameters that the optimizer's weight
-            decay applies to; None is all of them.
+            not set, this is set to the number of optimizer steps of the run.
+        scheduler_interval: When the scheduler is stepped; ``"auto"`` is every optimizer step if it has an argument
+            ``total_steps``, otherwise every epoch.
+        monitor: The logged metric that ReduceLROnPlateau uses.
+        label_smoothing: Label smoothing of the training loss, in [0, 1].
+        clip_probabilities: Clip the probabilities p in the training loss to [c, 1 - c], with c this number. Beyond, the
+            gradient is 0, as in Keras' loss, where c is 1e-7. 0 turns clipping off. Can't be combined with label
+            smoothing.
+        decayed: Shell patterns, such as ``*conv*.weight``, of the names of the parameters that the weight decay applies
+            to; None is all parameters.
         mix: Applied to the images and labels of a training batch, such as ``torchvision.transforms.v2.MixUp`` or
             ``CutMix``, which make labels into probabilities. Can't be combined with ``clip_probabilities``.
         channels_last: Keep images and convolutions in the channels-last order, which is faster on most GPUs.
-        compile: Compile the network by ``torch.compile`` in this mode; ``"reduce-overhead"`` replays CUDA graphs. None
-            runs it eagerly.
+        compile: Mode of ``torch.compile``; ``"reduce-overhead"`` uses CUDA graphs. None does not compile.
 
     Raises:
         ConfigurationError: An argument is out of its range.

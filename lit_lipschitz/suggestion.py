@@ -1,4 +1,4 @@
-"""``suggest``: the learning rate before training, from a few batches, without a step that stays."""
+"""``suggest``: estimates the learning rate before training, from a few batches."""
 
 import math
 import sys
@@ -44,14 +44,14 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What :func:`suggest` has found.
+    """The result of :func:`suggest`.
 
     Attributes:
         rate: Learning rate of the first step with the first batch, at a schedule factor of 1.
-        rates: The same with each of the batches.
+        rates: The learning rate from each of the batches.
         constant: L with the first batch.
-        kind: What L is: a proven ``"bound"``, ``"measured"``, or the paper's ``"estimate"``.
-        meaning: The same in words, such as the Lipschitz constant of the loss in the head's weights.
+        kind: Whether L is a proven ``"bound"``, ``"measured"``, or the paper's ``"estimate"``.
+        meaning: What L is, in words.
         loss: Name of the loss that was recognised, or ``"measured"``.
         output_layers: Name of the output layer, or of several.
         batch_size: n, the number of examples that an optimizer step averages over.
@@ -88,39 +88,40 @@ def suggest(
     clip: Callable[[], Any] | None = None,
     **settings: Any,
 ) -> Suggestion:
-    r"""The learning rate that :class:`~lit_lipschitz.LipschitzLR` would start with, before any training.
+    r"""Estimates the learning rate that :class:`~lit_lipschitz.LipschitzLR` would start with, before training.
 
-    Each batch makes a forward and a backward in training mode, and the optimizer's step ends when the rate is decided:
-    no weight moves. Afterwards weights, buffers, gradients, modes, optimizer and random numbers are as before, bit for
-    bit, also after an error. Call it before :func:`~lit_lipschitz.attach`.
+    For each batch there is a forward and a backward pass in training mode; the optimizer's step ends as soon as the
+    rate is known, so no weight moves. Afterwards, also after an error, weights, buffers, gradients, modes, optimizer
+    and random numbers are exactly as before. Call it before :func:`~lit_lipschitz.attach`.
 
-    The effective batch is the gradient noise scale :math:`tr(\Sigma) / |G|^2` of McCandlish, Kaplan, Amodei and others
-    (:mod:`lit_lipschitz.measurement.gradient_noise`), with the expected gradient G and the covariance of one example's
-    gradient, at the weights as they are: it grows in training, often tenfold and more. From few batches it is a rough
-    number; its confidence interval says how rough. The gradients of all batches are kept in main memory for it.
+    It also estimates the gradient noise scale :math:`tr(\Sigma) / |G|^2` of McCandlish, Kaplan, Amodei and others
+    (:mod:`lit_lipschitz.measurement.gradient_noise`), where G is the expected gradient and :math:`\Sigma` the
+    covariance of the gradient of one example. Batches much larger than this save few steps. It is the value at the current
+    weights; during training it grows, often tenfold or more. The estimate from a few batches is rough and has a
+    confidence interval. The gradients of all batches are kept in main memory for it.
 
-    With ``curve``, the optimizer's step from the first batch is made at 17 learning rates, from a hundredth of the
-    suggested rate to a hundred times it, each from the same weights and state, and the loss of the last batch is
-    computed after it, with the same dropout. The suggested rate should lie where that loss falls. It is one step: with
-    momentum b a run goes up to 1 / (1 - b) times as far at the same rate. The update is that of a copy of the
+    With ``curve``, one optimizer step with the first batch is tried at 17 learning rates, from a hundredth of the
+    suggested rate to a hundred times it. Each starts from the same weights and state, and the loss of the last batch is
+    computed after it, with the same dropout. The suggested rate should lie where this loss falls. With momentum b, a
+    run moves up to 1 / (1 - b) times as far at the same rate as this single step. The update is that of a copy of the
     optimizer at a small rate, scaled.
 
     Args:
-        model: The network; one that is compiled runs uncompiled.
+        model: The network; a compiled one runs without compilation.
         optimizer: Its optimizer.
-        batches: Batches such as a DataLoader gives, from which the first ones are taken; they are moved to the device
-            of the parameters.
-        loss_fn: Called as ``loss_fn(model(inputs), targets)`` for a batch that is a pair, and as
-            ``loss_fn(model, batch)`` for any other; returns the loss, shape ().
-        num_batches: Number of optimizer steps that batches are taken for.
+        batches: A DataLoader or other iterable of batches, of which the first ones are used; they are moved to the
+            device of the parameters.
+        loss_fn: Called as ``loss_fn(model(inputs), targets)`` if a batch is a pair, otherwise as
+            ``loss_fn(model, batch)``; returns the loss, shape ().
+        num_batches: Number of optimizer steps to measure; fewer if there are not enough batches.
         curve: Whether to compute the curve.
-        accumulate_grad_batches: Batches that make one optimizer step, the mean of whose losses is minimized.
+        accumulate_grad_batches: Number of batches in one optimizer step, which minimizes the mean of their losses.
         clip: Clips the gradients as the training loop does; called before each optimizer step.
-        settings: ``total_steps``, ``schedulers`` and all arguments of LipschitzLR that ``attach`` has.
+        settings: ``total_steps``, ``schedulers``, and the arguments of LipschitzLR that ``attach`` also has.
 
     Raises:
         ConfigurationError: An argument is out of its range, or a loss is not finite.
-        LitLipschitzError: A batch gives no rate, as if its gradient is 0.
+        LitLipschitzError: A batch gives no rate, for example because its gradient is 0.
 
     Example:
         >>> import torch

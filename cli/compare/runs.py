@@ -113,5 +113,5 @@ def _line(row: Row) -> str:
     parts = [f"val_{row.metric} {row.val:.4f}"]
     parts += [f"test_{row.metric} {row.test:.4f}"] if row.test is not None else []
     parts += [f"(best {row.best_val:.4f} in epoch {row.best_epoch})" if row.best_epoch else "(no finite value)"]
-    parts += [f"rate {row.rate_first:.4g} > {row.rate_last:.4g}", f"{row.seconds:.1f} s"]
+    parts += [f"rate {row.rate_first:.4g} -> {row.rate_last:.4g}", f"{row.seconds:.1f} s"]
     return "  ".join([*parts, f"diverged, ended after epoch {row.epochs}"] if row.diverged else parts)

@@ -21,7 +21,7 @@ def verdict(found: Sequence[Summary]) -> str:
     if reference is not None:
         lines += _hint_at_edge(reference, fixed)
     if found and max(one.n for one in found) == 1:
-        lines.append("With one seed there is no standard error, so the difference cannot be judged; pass --seeds 3.")
+        lines.append("One seed has no standard error, so the difference cannot be judged; pass --seeds 3.")
     return "\n".join(lines)
 
 
@@ -32,8 +32,8 @@ def _sentence(one: Summary, reference: Summary | None, fixed: int) -> str:
     start = f"{one.policy.name}: {_text(one.final, one.metric)}{unit} on the {stage} set{diverged}"
     if reference is None or one.difference is None:
         return f"{start}; there is no fixed rate to compare it with."
-    choice = f"the best of the {fixed} fixed rates by validation" if fixed > 1 else "the fixed rate"
-    other = f"{choice}, {reference.policy.name}: {_text(reference.final, one.metric)}{unit}"
+    choice = f"the best of the {fixed} fixed rates by validation is" if fixed > 1 else "the fixed rate is"
+    other = f"{choice} {reference.policy.name}: {_text(reference.final, one.metric)}{unit}"
     difference = _text(one.difference, one.metric, sign=True)
     return f"{start}; {other}. The difference, {difference}, is {_judgement(one.difference, one.metric)}."
 
@@ -42,7 +42,7 @@ def _judgement(difference: Estimate, metric: str) -> str:
     if not math.isfinite(difference.mean):
         return "not a number"
     if difference.interval is None or difference.standard_error is None:
-        return "that of one seed each"
+        return "from a single seed"
     size = abs(difference.mean)
     kind = "an improvement" if (difference.mean < 0) == Metric(metric).lower else "a deterioration"
     if size > 0 and difference.standard_error <= _ROUNDING * size:
@@ -62,12 +62,13 @@ def _judgement(difference: Estimate, metric: str) -> str:
 
 def _hint_at_edge(reference: Summary, fixed: Sequence[Summary]) -> list[str]:
     """A hint if the best rate is the largest or smallest of its kind, so that a better one may lie beyond."""
-    rates = [one.policy.rate or 0.0 for one in fixed if one.policy.kind == reference.policy.kind]
+    kind = reference.policy.kind
+    rates = [one.policy.rate or 0.0 for one in fixed if one.policy.kind == kind]
     rate, name = reference.policy.rate, reference.policy.name
     if len(rates) > 1 and rate == max(rates):
-        return [f"{name} is the largest of its rates that were tried; a larger one may be better still."]
+        return [f"{name} is the largest {kind} rate that was tried; a larger one may be better still."]
     if len(rates) > 1 and rate == min(rates):
-        return [f"{name} is the smallest of its rates that were tried; a smaller one may be better still."]
+        return [f"{name} is the smallest {kind} rate that was tried; a smaller one may be better still."]
     return []
 
 
@@ -97,16 +98,16 @@ def print_summaries(found: Sequence[Summary], failures: Mapping[str, str], said:
     for one in found:
         tests = [_text(one.test, metric)] if tested else []
         best = _text(Estimate(one.best_epoch_val.mean, None), metric)
-        difference = "it is" if one.best_fixed_rate_by_validation else _text(one.difference, metric, sign=True)
+        difference = "best fixed" if one.best_fixed_rate_by_validation else _text(one.difference, metric, sign=True)
         counts = [f"{one.seconds:.1f}", str(one.n), str(one.diverged)]
         rows.append([one.policy.name, _text(one.val, metric), *tests, best, difference, *counts])
     print("\n".join(align(rows, left=0)))
     for name, reason in failures.items():
         print(f"{name}: failed: {reason}")
     print(
-        "mean +- standard error over the seeds, with the weights after the last epoch; the best fixed rate is chosen "
-        f"by val_{metric}, the difference is on the {'test' if tested else 'validation'} set, "
-        "paired by seed\n"
-        "* the best epoch of each run by the validation set, for information: nothing is chosen or reported by it\n"
+        "\nEntries are means +- standard errors over the seeds, with the weights of the last epoch.\n"
+        f"The best fixed rate is the one with the best val_{metric}. Differences to it are on the "
+        f"{'test' if tested else 'validation'} set,\npaired by seed.\n"
+        f"* best val_{metric} of any epoch; it is shown only, and nothing is chosen by it\n"
     )
     print(said)

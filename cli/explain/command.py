@@ -162,7 +162,7 @@ def _head(controller: Controller) -> dict[str, Any] | None:
     head = hook.head
     width, outputs = head_size(head)
     bias = getattr(head, "bias", None) is not None
-    how = "found" if controller.options.head == "auto" else "named by head="
+    how = "found in the autograd graph" if controller.options.head == "auto" else "named by head="
     return {"name": hook.name, "class": type(head).__name__, "inputs": width, "bias": bias,
             "outputs": outputs, "how": how}  # fmt: skip
 

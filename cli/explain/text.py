@@ -35,13 +35,13 @@ def _found(one: dict[str, Any]) -> list[Row]:
     if _is_measured(one):
         return [("layers", f"{one['head']['name']}, {one['head']['how']}"), ("loss", one["loss"]["how"])]
     if head := one["head"]:
-        bias = "a bias" if head["bias"] else "no bias"
-        rows.append(("head", f"{head['name']}, a {head['class']} of {head['inputs']} inputs, {head['outputs']} outputs "
-                             f"and {bias}, {head['how']}"))  # fmt: skip
+        bias = "with bias" if head["bias"] else "no bias"
+        rows.append(("head", f"{head['name']}: {head['class']}, {head['inputs']} inputs, {head['outputs']} outputs, "
+                             f"{bias}; {head['how']}"))  # fmt: skip
     if loss := one["loss"]:
         details = [f"{name} {value:g}" for name, value in loss["arguments"].items() if isinstance(value, float)]
         details += ["with class weights"] if "class_weights" in loss["arguments"] else []
-        rows.append(("loss", ", ".join([f"{loss['name']}, a {loss['reduction']}", *details, loss["how"]])))
+        rows.append(("loss", ", ".join([f"{loss['name']}: {loss['reduction']}", *details]) + f"; {loss['how']}"))
     return rows
 
 
@@ -56,7 +56,7 @@ def _constant(one: dict[str, Any]) -> list[Row]:
     return [
         *(_row(term, notes.get(term["symbol"], "")) for term in before if term["symbol"] not in ("data", "l2")),
         ("", ""),
-        ("L", constant["meaning"] if _is_measured(one) else f"{constant['meaning']}, the {one['bound']} family"),
+        ("L", constant["meaning"] if _is_measured(one) else f"{constant['meaning']}, bound={one['bound']}"),
         ("", f"= {one['formula']}"),
         ("", f"= {filled}"),
         ("", f"= {values['data']} + {values['l2']}"),
@@ -66,7 +66,7 @@ def _constant(one: dict[str, Any]) -> list[Row]:
 
 def _notes(one: dict[str, Any]) -> dict[str, str]:
     """What the run adds to the meanings of the terms."""
-    notes = {"W": f" ({one['weights']})"}
+    notes = {"W": " that is decayed" if one["weights"] == "decayed" else f" (weights={one['weights']})"}
     if not _is_measured(one):
         ones = " and ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
         notes["K_z"] = ones + (", in a pass over the training set" if one["measure"] == "pass" else "")
@@ -86,17 +86,17 @@ def _row(term: dict[str, Any], note: str = "") -> Row:
 def _rate(one: dict[str, Any]) -> list[Row]:
     rows = []
     if one["initial_lr"] is not None:
-        rows.append(("rule", "none yet: initial_lr is a fixed rate; --lipschitz.initial_lr null has one measured"))
+        rows.append(("rule", "none yet: the first rate is initial_lr; with --lipschitz.initial_lr null it is computed"))
     elif one["rule"]:
         rows.append(("rule", f"{one['rule']}, for {one['optimizer']}: {one['rule_description']}"))
         rows += [_row(term) for term in _split_at_constant(one["terms"])[2]]
         if one["num_scale_invariant"]:
-            many = f"{one['num_scale_invariant']} scale-invariant weights, as in front of a normalisation"
-            rows.append(("invariant", f"{many}: their norm does not enter scale"))
+            many = f"{one['num_scale_invariant']} scale-invariant weights (followed by a normalisation)"
+            rows.append(("invariant", f"{many}: their norms do not enter s"))
     if one["fraction_unexplained"] is not None:
         rows.append(("u", f"{one['fraction_unexplained']:.6g}, fraction of the targets' variance unexplained in "
-                          f"the last epoch: {one['damping']:.6g} is in the factor"))  # fmt: skip
-    limit = f", by the limit {one['limit']}" if one["limit"] else ""
+                          f"the last epoch; it damps the factor by {one['damping']:.6g}"))  # fmt: skip
+    limit = f", limited by {one['limit']}" if one["limit"] else ""
     by = f", from {' and '.join(one['schedulers'])}" if one["schedulers"] else ", without a scheduler"
     rows += [
         ("rate", f"{one['rate']:.6g}{limit}"),
@@ -104,7 +104,9 @@ def _rate(one: dict[str, Any]) -> list[Row]:
         ("lr", f"{one['lr']:.6g} = {one['rate']:.6g} * {one['factor']:.6g}"),
     ]
     if len(one["lr_of_groups"]) > 1:
-        rows.append(("groups", ", ".join(f"{lr:.6g}" for lr in one["lr_of_groups"]) + ": lr of each parameter group"))
+        rows.append(
+            ("groups", ", ".join(f"{lr:.6g}" for lr in one["lr_of_groups"]) + ", the lr of each parameter group")
+        )
     if one["dry_run"]:
-        rows.append(("dry_run", "nothing of this is written into the optimizer"))
+        rows.append(("dry_run", "the optimizer keeps its own learning rate"))
     return rows

@@ -38,7 +38,7 @@ from lit_lipschitz.cli.fit.progress_bar import RateBar
 from lit_lipschitz.cli.fit.run_folders import RunFolders
 from lit_lipschitz.cli.fit.signals import CheckpointOnSignal
 from lit_lipschitz.cli.fit.tensorboard_summary import TensorBoardSummary
-from lit_lipschitz.cli.output import fail, free_path
+from lit_lipschitz.cli.output import fail, free_path, printable
 from lit_lipschitz.data import DigitsDataModule, ImageDataModule
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.module import ImageClassifier
@@ -46,12 +46,12 @@ from lit_lipschitz.module import ImageClassifier
 _LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "test_after_fit": (bool, True, "Test the final weights at the end of fit."),
-    "fixed_rate": (bool, False, "Train at the optimizer's own learning rate, without LipschitzLR: for baselines."),
-    "audit": (int, 0, "Audit the gradients every so many optimizer steps of fit; 0 is off."),
+    "fixed_rate": (bool, False, "Train at the optimizer's own learning rate, without LipschitzLR, as a baseline."),
+    "audit": (int, 0, "Compare the gradient of each layer with L every N optimizer steps of fit; 0 is off."),
     "matmul_precision": (
         Literal["highest", "high", "medium"],
         "highest",
-        "Precision of float32 matrix products, as torch.set_float32_matmul_precision has it: high is TF32.",
+        "Precision of float32 matrix products (torch.set_float32_matmul_precision); high is TF32.",
     ),
 }
 """Type, default and meaning."""
@@ -64,8 +64,8 @@ _LEAST = {
 }
 """Settings of the trainer that it takes without a look, with the smallest value that has a meaning."""
 _SWITCHES = {
-    "quiet": "Show warnings, errors and the final result alone.",
-    "json_lines": "Print a JSON object an epoch and one at the end of fit on stdout, and nothing else there.",
+    "quiet": "Print only warnings, errors and the final result.",
+    "json_lines": "Print only JSON on stdout: an object for each epoch and one at the end of fit.",
 }
 
 
@@ -186,15 +186,20 @@ class Command(LightningCLI):
             raise ConfigurationError("--ckpt_path: expected a path, or last, found an empty text")
         if path == "last":
             config["ckpt_path"] = path = str(newest_checkpoint(Path(config.trainer.default_root_dir or ".")))
+        if self.config["subcommand"] != "fit":
+            if not path:
+                raise ConfigurationError(
+                    f"{self.config['subcommand']} expected --ckpt_path and found none; pass last for the newest run, "
+                    "the path of a checkpoint, or initial for the weights before training"
+                )
+            if path == "initial":
+                config["ckpt_path"] = path = None
+            if config.trainer.logger is None:
+                config.trainer.logger = False  # an evaluation has no curves
         if path == "best":
             raise ConfigurationError("--ckpt_path best: this process has trained nothing yet; pass last, or a path")
         if path and path not in ("hpc", "registry"):
             check_checkpoint(Path(path))
-        if self.config["subcommand"] != "fit":
-            if not path:
-                print("lit-lipschitz: warning: no --ckpt_path: these are the initial weights", file=sys.stderr)
-            if config.trainer.logger is None:
-                config.trainer.logger = False  # an evaluation has no curves
 
     def before_instantiate_classes(self) -> None:
         """Gives a network that is named, and the mixing of batches, the classes and the channels of the data."""
@@ -226,6 +231,8 @@ class Command(LightningCLI):
         torch.set_float32_matmul_precision(self.options.matmul_precision)
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": self.output_callbacks()}
         kwargs = {"enable_progress_bar": self._shows_bar(), **kwargs}
+        if self.options.trainer.enable_checkpointing is False:
+            kwargs["enable_checkpointing"] = None  # the trainer would refuse the command's ModelCheckpoint
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -242,6 +249,8 @@ class Command(LightningCLI):
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if self.options.fixed_rate:
             remove_callbacks(trainer, LipschitzLR)
+        if self.options.trainer.enable_checkpointing is False:
+            remove_callbacks(trainer, ModelCheckpoint)
         if self.options.audit:
             callbacks_of(trainer).append(LipschitzAudit(self.options.audit))
         if self.config["subcommand"] == "fit":
@@ -454,6 +463,8 @@ def _filtered_messages() -> Iterator[None]:
         "args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", f".*{message}.*")
+    with_place = warnings.formatwarning
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_of_use)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -463,10 +474,16 @@ def _filtered_messages() -> Iterator[None]:
     try:
         yield
     finally:
+        warnings.formatwarning = with_place
         for handler, stream in zip(handlers, streams, strict=True):
             handler.setStream(stream or sys.stderr)
         for logger, level in zip(_LOGGERS, levels, strict=True):
             logger.setLevel(level)
+
+
+def _one_line(message: Warning | str, *_: Any) -> str:
+    """A warning as the command prints it, without the place in the code where it was raised."""
+    return f"lit-lipschitz: warning: {printable(' '.join(str(message).split()))}\n"
 
 
 class _CurrentStderr(io.TextIOBase):

@@ -41,6 +41,8 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
     """
     if isinstance(error, LitLipschitzError):
         return condense(str(error)), 2 if isinstance(error, ConfigurationError) else 1
+    if isinstance(error, Warning):  # of python -W error
+        return str(error), 1
     if isinstance(error, MisconfigurationException):
         return str(error), 1 if running else 2
     if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:

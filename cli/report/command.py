@@ -42,17 +42,19 @@ def report(arguments: list[str]) -> int:
     runs = [run for run in runs if run.curves]
     drawn, rows = panels(runs), table(runs)
     content = {"report.html": page(runs, drawn, rows).encode()}
-    files = _write(options.output, content)
+    files, replaced = _write(options.output, content)
     if not options.json:
         # Before the pictures: matplotlib takes more time than all the rest.
         print(picture(runs, drawn, rows, Terminal()), flush=True)
     if not options.no_png:
         # The page once more: page and pictures are of the same runs, whoever else writes there.
-        files = _write(options.output, {**content, **_pictures(runs, drawn)})
+        files, older = _write(options.output, {**content, **_pictures(runs, drawn)})
+        replaced += [file for file in older if file not in (str(options.output / name) for name in content)]
     if options.json:
-        print(to_json({"runs": [_plain(run) for run in runs], "files": files}))
+        print(to_json({"runs": [_plain(run) for run in runs], "files": files, "replaced": replaced}))
     else:
-        print("\n".join(map(printable, files)))
+        for file in files:
+            print(printable(file) + (" (replaces an earlier file)" if file in replaced else ""))
     return 0
 
 
@@ -68,18 +70,23 @@ def _pictures(runs: list[Run], drawn: list[Panel]) -> dict[str, bytes]:
         return {}
 
 
-def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
-    """Writes files into a folder, all of them before another report writes there; returns their paths."""
+def _write(folder: Path, files: dict[str, bytes]) -> tuple[list[str], list[str]]:
+    """Writes files into a folder, all of them before another report writes there.
+
+    Returns:
+        Their paths, and those of them where there was a file before.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "report"):
+            replaced = [str(folder / name) for name in files if (folder / name).exists()]
             for name, content in files.items():
                 write_whole(folder / name, content)
     except OSError as error:
         raise LitLipschitzError(
             f"report --output {folder}: can't be written: {error.strerror}; pass another folder"
         ) from None
-    return [str(folder / name) for name in files]
+    return [str(folder / name) for name in files], replaced
 
 
 def _plain(run: Run) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Terminal:
 def picture(runs: list[Run], drawn: list[Panel], rows: list[list[str]], terminal: Terminal) -> str:
     """The diagrams as lines of blocks, all lines of a diagram on one scale, and the table with its header."""
     width = max((len(_label(runs, line)) for panel in drawn for line in panel.lines), default=0)
-    room = max(10, min(60, terminal.width - width - 24))
+    room = max(10, min(60, terminal.width - width - 25))
     lines = []
     for panel in drawn:
         values = [value for line in panel.lines for _, value in line.points]
@@ -42,7 +42,7 @@ def picture(runs: list[Run], drawn: list[Panel], rows: list[list[str]], terminal
         for line in sorted(panel.lines, key=lambda line: (line.dashed, line.run)):
             curve = terminal.paint(line.run, _curve(line, panel, room, terminal.blocks))
             first, last = (_short(value) for _, value in (line.points[0], line.points[-1]))
-            lines.append(f"  {_label(runs, line):{width}}  {curve}  {first} > {last}")
+            lines.append(f"  {_label(runs, line):{width}}  {curve}  {first} -> {last}")
         lines.append("")
     return "\n".join([*lines, *align(rows, left=0), ""])
 

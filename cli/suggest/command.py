@@ -150,6 +150,12 @@ def _answer(found: Suggestion, chosen: argparse.Namespace) -> None:
             write_whole(chosen.png, png(found.curve))
         except OSError as error:
             raise ConfigurationError(f"suggest --png {chosen.png}: can't be written: {error.strerror}") from None
+    if len(found.rates) < chosen.batches:
+        print(
+            f"lit-lipschitz: warning: suggest: --batches is {chosen.batches} and an epoch has {len(found.rates)} "
+            "optimizer steps; all of them are used",
+            file=sys.stderr,
+        )
     if not chosen.json:
         print(text(found))
         return

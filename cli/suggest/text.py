@@ -12,12 +12,12 @@ _ROWS, _STEP = 11, 3
 def text(found: Suggestion) -> str:
     """The suggestion as text of at most 80 columns."""
     low, high = found.rate_range
-    over = f", {low:.4g} to {high:.4g} over {len(found.rates)} batches" if len(found.rates) > 1 else ""
+    over = f"; {low:.4g} to {high:.4g} over {len(found.rates)} batches" if len(found.rates) > 1 else ""
     loss = "not recognised" if found.loss == "measured" else found.loss
     rows = [
-        ("rate", f"{found.rate:.6g}, of the first step, before a schedule's factor{over}"),
-        ("L", f"{found.constant:.6g}, {found.meaning}{', a bound' if found.kind == 'bound' else ''}"),
-        ("loss", f"{loss}, by the output of {found.output_layers}"),
+        ("rate", f"{found.rate:.6g}, the learning rate of the first step, before the schedule's factor{over}"),
+        ("L", f"{found.constant:.6g}, {found.meaning}{', a proven bound' if found.kind == 'bound' else ''}"),
+        ("loss", f"{loss}, of the output of {found.output_layers}"),
         ("batch", f"{found.batch_size} examples in an optimizer step; {effective_batch(found)}"),
     ]
     lines = [textwrap.fill(f"{name:6} {words}", 80, subsequent_indent=" " * 7) for name, words in rows]
@@ -25,20 +25,20 @@ def text(found: Suggestion) -> str:
 
 
 def effective_batch(found: Suggestion) -> str:
-    """The noise scale in a sentence, as certain as the batches make it."""
+    """The noise scale in words, with its confidence interval."""
     noise, count = found.noise, len(found.rates)
     if noise is None:
-        return "from 2 batches on, the noise scale is estimated"
+        return "the gradient noise scale needs at least 2 batches"
+    low = _rounded(noise.low)
     if noise.value is None:
         return (
-            f"larger ones pay, up to at least {_rounded(noise.low)} examples; {count} batches are too few to separate "
-            "the mean gradient from noise"
+            f"the gradient noise scale is at least {low}: larger batches save steps up to there. {count} batches are "
+            "too few to estimate it"
         )
-    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "upwards; more batches give an upper end"
+    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "or more; more batches narrow it"
     return (
-        f"batches beyond about {_rounded(noise.value)} examples no longer pay: the noise scale is "
-        f"{_rounded(noise.value)} at these weights, and grows in training ({CONFIDENCE:.0%} interval by {count} "
-        f"batches: {_rounded(noise.low)} {upper})"
+        f"the gradient noise scale is about {_rounded(noise.value)} ({100 * CONFIDENCE:.0f} % interval from {count} "
+        f"batches: {low} {upper}) and grows during training; larger batches save few steps"
     )
 
 
@@ -65,11 +65,11 @@ def plot(curve: LossCurve) -> list[str]:
     half = _STEP * middle - len(rate) // 2
     axis = f"{first:{half}}{rate:{width - half - len(last)}}{last}"
     return [
-        f"loss of a held-out batch after one step at each rate; {curve.loss:.4g} before it",
+        f"loss of a held-out batch after one step at each learning rate; {curve.loss:.4g} before",
         *lines,
         f"{'':10} {'-' * width}",
         f"{'':10} {axis}",
-        f"{'':10} O the suggested rate" + (", ^ above the picture" if any("^" in row for row in cells) else ""),
+        f"{'':10} O: the suggested rate" + (", ^: off scale" if any("^" in row for row in cells) else ""),
     ]
 
 

@@ -25,11 +25,11 @@ START = """\
 
 The keys of a YAML file for `lit-lipschitz fit`, and their meaning. Each key is also an option of the command:
 `bound: smooth` below `lipschitz:` in a file is `--lipschitz.bound smooth` on the command line. The command line
-overrides files, and a later file an earlier one. `lit-lipschitz fit --config digits.yaml --print_config` prints the
-whole config of a run. Arguments in Python, as in `LipschitzLR(bound="smooth")`, are listed under the key of their
-class.
+overrides files, and a later file overrides an earlier one. `lit-lipschitz fit --config digits.yaml --print_config`
+prints the whole config of a run. Arguments in Python, as in `LipschitzLR(bound="smooth")`, have the same names as the
+keys.
 
-This page is written by `python docs/reference/config_page.py` from signatures and docstrings; a test compares them.
+`python docs/reference/config_page.py` writes this page from signatures and docstrings; a test compares them.
 """
 TOP = """
 ## The run
@@ -43,7 +43,7 @@ TOP_KEYS = {
     "ckpt_path": (
         "str or null",
         "null",
-        "Checkpoint to resume from; `last` is that of the newest run below `lightning_logs`.",
+        "Checkpoint to resume from; `last` is the last one of the newest run below `lightning_logs`.",
     ),
 }
 GROUPS: list[tuple[str, type, str]] = [
@@ -56,7 +56,7 @@ GROUPS: list[tuple[str, type, str]] = [
         "`scheduler` are classes of torch or your own, given by `class_path` and `init_args`; parameters and "
         "optimizer are filled in.",
     ),
-    ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; any `torch.nn.Module` will do."),
+    ("model.network", lit_lipschitz.MLP, "With `class_path: lit_lipschitz.MLP`; every `torch.nn.Module` works."),
     ("model.network", lit_lipschitz.MNISTCNN, "With `class_path: lit_lipschitz.MNISTCNN`."),
     ("model.network", lit_lipschitz.ResNetV1, "With `class_path: lit_lipschitz.ResNetV1`."),
     ("model.network", lit_lipschitz.ResNetV2, "With `class_path: lit_lipschitz.ResNetV2`."),
@@ -76,10 +76,10 @@ OTHERS: list[tuple[str, type, str]] = [
     (
         "model.optimizer",
         torch.optim.SGD,
-        "With `class_path: torch.optim.SGD`; any optimizer of torch is written likewise, and "
-        "[its documentation](https://docs.pytorch.org/docs/stable/optim.html) explains its arguments. "
-        "`lit_lipschitz.ZeroStartSGD` has the same ones. The callback sets the learning rate, so that the size of `lr` "
-        "has no effect, except with [`fixed_rate`](#fixed_rate).",
+        "With `class_path: torch.optim.SGD`; other optimizers of torch are configured in the same way "
+        "([documentation](https://docs.pytorch.org/docs/stable/optim.html)). `lit_lipschitz.ZeroStartSGD` has the same "
+        "arguments. The callback sets the learning rate, so the size of `lr` has no effect, except with "
+        "[`fixed_rate`](#fixed_rate).",
     ),
     (
         "checkpoint",

@@ -29,17 +29,17 @@ KEY = "schedule_free"
 class AveragedWeights(Callback):
     """Evaluates and saves the averaged weights of Schedule-Free optimizers, for any LightningModule.
 
-    An optimizer is Schedule-Free where it has methods ``train`` and ``eval`` and a ``train_mode`` in its parameter
-    groups, like those of the package schedulefree. It is in evaluation mode from the start of a validation or the end
-    of an epoch until the next training batch. Other optimizers are left alone, and a module may switch modes itself.
-    BatchNorm layers that train have their statistics measured again for the averaged weights
+    An optimizer counts as Schedule-Free if it has methods ``train`` and ``eval`` and a ``train_mode`` in its parameter
+    groups, as those of the package schedulefree. It is in evaluation mode from the start of a validation or the end of
+    an epoch until the next training batch. Other optimizers are not changed, and the module may switch modes itself.
+    The statistics of BatchNorm layers that train are re-estimated for the averaged weights
     (:func:`~lit_lipschitz.training_pass.reestimate_batch_norm`).
 
-    The ``state_dict`` of every checkpoint holds the averaged weights. One that is saved between two evaluations holds
-    the training weights too, so that a resumed run continues bit for bit; its BatchNorm statistics belong to the
-    training weights, and evaluating it gives a warning.
+    The ``state_dict`` of every checkpoint contains the averaged weights. A checkpoint that is saved between two
+    evaluations also contains the training weights, so that a resumed run continues bit for bit. The BatchNorm
+    statistics of such a checkpoint belong to the training weights, and a warning says so when it is evaluated.
 
-    :class:`~lit_lipschitz.LipschitzLR` and :class:`~lit_lipschitz.ImageClassifier` add this callback themselves. It
+    :class:`~lit_lipschitz.LipschitzLR` and :class:`~lit_lipschitz.ImageClassifier` add this callback automatically. It
     runs before the other callbacks.
 
     Example:

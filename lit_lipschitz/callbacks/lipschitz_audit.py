@@ -17,23 +17,23 @@ _SHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class LipschitzAudit(Callback):
-    """Audits the premise of the papers while a network trains with :class:`~lit_lipschitz.LipschitzLR`.
+    """Checks the assumption of the method while a network trains with :class:`~lit_lipschitz.LipschitzLR`.
 
-    Is the gradient of the last layer the largest, and does L bound the gradients, in how many steps, by what factor?
-    The first optimizer step and every ``every``-th after it are audited: for each layer (a module that owns trainable
-    parameters directly), the Euclidean norm of its gradient over all of these and its largest absolute entry are
-    compared with the constant L from which this step's learning rate is computed. This costs one host read per audited
-    step; other steps cost nothing.
+    In how many steps is the gradient of the last layer the largest, in how many does L bound the gradients, and by what
+    factor? The first optimizer step and every ``every``-th step after it are audited. A layer is a module that directly
+    owns trainable parameters. For each layer, the Euclidean norm of its gradient and its largest absolute entry are
+    compared with the constant L of this step's learning rate. This costs one host read per audited step; other steps
+    cost nothing.
 
     Every logger of the trainer gets ``audit/<layer>/ratio`` (norm / L), ``audit/largest_is_head`` (1 or 0, by norm) and
-    ``audit/largest_layer``, the index of the largest one among the rows of the table, from 0. In a step without an L,
-    or with one that bounds the Hessian (``bound="smooth"``), ``audit/<layer>/gradient``, the norm, replaces the ratio.
-    A table of the layers and the conclusions are printed on stderr at the end of fit; :meth:`summary` has the numbers.
+    ``audit/largest_layer``, the row of the layer with the largest norm in the table, counted from 0. In a step without
+    L, or if L bounds the Hessian (``bound="smooth"``), ``audit/<layer>/gradient``, the norm, replaces the ratio. At the
+    end of fit a table of the layers and the conclusions are printed on stderr; :meth:`summary` returns the numbers.
 
-    - Gradients are read as the optimizer's step begins: accumulated, unscaled, averaged over the ranks, before
-      clipping. Coupled weight decay, which the optimizer adds inside its step, is included in L alone.
-    - A layer without a gradient in a step, such as a frozen one, does not count in it. A step with non-finite gradients
-      is counted as such and nowhere else. Parameters that two layers share count in both.
+    - Gradients are read at the start of the optimizer's step: accumulated, unscaled and averaged over the ranks, but
+      not yet clipped. Coupled weight decay, which the optimizer adds in its step, is included in L only.
+    - A layer without a gradient in a step, such as a frozen one, is not counted in that step. Steps with non-finite
+      gradients are only counted as such. Parameters that two layers share count in both.
     - Nothing is saved in checkpoints: a resumed run starts a new audit.
 
     Args:

@@ -45,59 +45,61 @@ else:  # so that the command line offers the losses and rules that are registere
 
 
 class LipschitzLR(RateProperties, Callback):
-    r"""Sets the learning rate to 1/L, with L the Lipschitz constant of the loss in the weights of the output layer.
+    r"""Computes the learning rate from L, the Lipschitz constant of the loss in the weights of the output layer.
 
-    The norm of the inputs of that layer, the head, gives L (:mod:`lit_lipschitz.bounds`), and the optimizer's rule
-    turns L into a learning rate (:mod:`lit_lipschitz.rules`), every epoch or N optimizer steps, the same on all ranks.
+    L follows from the norm of the inputs of the output layer, also called the head (:mod:`lit_lipschitz.bounds`). A
+    rule for the optimizer turns L into a learning rate (:mod:`lit_lipschitz.rules`), every epoch or every N optimizer
+    steps. All ranks use the same learning rate.
 
-    The rate is decided in the optimizer's step, once the gradients are final and before a parameter moves, so the first
-    one comes from the first batch and applies to the step made with it; until a gradient gives a rate it is 0. Other
-    callbacks see the numbers of a step from its end on (``on_train_batch_end``), not before (as in
-    ``on_before_optimizer_step``). During the first interval the constant is updated after 1, 2, 4, 8, ... steps; each
-    later interval uses the maximum of the previous one. Each parameter group gets the rate times its configured lr over
-    the first group's. The value of a scheduler over its configured one is a factor.
+    The rate is computed in the optimizer's step, when the gradients are final and no parameter has moved. So the first
+    batch already determines the rate of its own step; the rate is 0 until there is a usable gradient. Other callbacks
+    see the numbers of a step in ``on_train_batch_end``, not in ``on_before_optimizer_step``. In the first interval the
+    constant is updated after 1, 2, 4, 8, ... steps; each later interval uses the maximum of the previous one. The
+    ratios between the configured learning rates of the parameter groups are kept. The rate is multiplied by the value
+    of the scheduler divided by the configured learning rate.
 
     Args:
-        loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which measured gradients
-            check. From a batch on whose loss is another one or not recognised, L is measured, an estimate from the
-            gradient norm in the outputs; ``"measured"`` does so from the start. With other bounds and norms than the
-            default such a loss is an error. With a name of ``lit_lipschitz.bounds.LOSSES`` (or ``"ce"``, ``"bce"``,
-            ``"mse"``, ``"mae"``) only terms of that loss in a sum are considered; if there are none, the loss is
-            assumed to be its mean with torch's defaults.
+        loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which is checked against
+            measured gradients. If the loss is not recognised, or changes during training, L is measured: an estimate
+            from the gradient norm in the outputs. With a ``bound`` or ``norm`` other than the default, this is an error
+            instead. ``"measured"`` always measures. A name of ``lit_lipschitz.bounds.LOSSES`` (or ``"ce"``, ``"bce"``,
+            ``"mse"``, ``"mae"``) uses only the terms of that loss in a sum; if there are none, the loss is assumed to
+            be the mean of that loss with torch's defaults.
         head: ``"auto"``, or the name of the affine layer that computes the outputs, as in ``named_modules()``.
         bound: Family of constants: ``"strict"`` bounds the gradient, ``"smooth"`` the Hessian, ``"paper"`` estimates L.
         norm: Norm of the head's inputs: ``"frobenius"`` (of the batch), ``"sample"`` (largest row) or ``"spectral"``;
-            ``"auto"`` is the default of the family.
+            ``"auto"`` is the default of ``bound``.
         update: ``"epoch"``, or the number of optimizer steps between updates.
-        rule: ``"auto"`` is the default of the optimizer. A name of :mod:`lit_lipschitz.rules` forces a rule:
-            ``"bounded"``, the default but for ``bound="paper"``, makes steps of any optimizer as long as noise,
-            gradient and descent allow (:mod:`lit_lipschitz.rules.bounded`); ``"inverse"`` is 1/L; others are the
-            papers'.
-        weight_decay: Coefficient of the L2 term in L; None for the optimizer's, if it is added to the gradient.
+        rule: ``"auto"`` is ``"bounded"``, or with ``bound="paper"`` the paper's rule for the optimizer. ``"bounded"``
+            limits the steps of any optimizer by noise, gradient and descent (:mod:`lit_lipschitz.rules.bounded`);
+            ``"inverse"`` is 1/L; the others are the paper's.
+        weight_decay: Coefficient of the L2 term in L; None uses the optimizer's if it is added to the gradient.
         min_lr: Lower limit of the learning rate, before a schedule's factor.
         max_lr: Upper limit of the learning rate, before a schedule's factor.
-        max_growth: Upper limit of the learning rate over the previous one.
-        optimizers: Position of the optimizer to control in what configure_optimizers returns, or a list of positions,
-            each with its own head and loss. ``"auto"`` is the only optimizer; manual optimization needs a position.
-        dry_run: Measure, compute and log, but write nothing: training is the same as without the callback.
+        max_growth: Upper limit of the ratio of the learning rate to the previous one.
+        optimizers: Position of the optimizer to control in the list that configure_optimizers returns, or several
+            positions; each optimizer has its own head and loss. ``"auto"`` is for a single optimizer; manual
+            optimization needs a position.
+        dry_run: Measure, compute and log without changing the training.
         restore: Continue from the state in a checkpoint; False measures again.
-        on_nonfinite: If the loss, the activations or L are not finite, or L is 0: ``"keep"`` the last rate and warn
-            once, or ``"raise"``, for the optimizers whose heads the loss goes through. All ranks notice at the next
-            update or the end of the epoch; one process on the CPU notices a loss before the parameters move.
-        schedule: ``"auto"``: without a scheduler, linear warm-up over the first tenth of the run, at most 2,000 steps,
-            and linear decay to 0 (:class:`~lit_lipschitz.LinearWarmupDecay`), except with ``bound="paper"``. A run of
-            unknown length (``EarlyStopping``, ``max_time``, no ``max_epochs``) warms up over its first epoch and does
-            not decay. Schedule-Free AdamW has the warm-up alone, and none if it has ``warmup_steps``. With a squared
-            error the rate is damped once only noise is left (:mod:`lit_lipschitz.control.noise_damping`). ``"none"``:
-            constant.
-        measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first of an interval are
-            measured too. ``"auto"`` is 31, and 1 with ``bound="paper"``. Constants are the largest of the measured
+        on_nonfinite: What to do if the loss, the activations or L are not finite, or L is 0: ``"keep"`` the last rate
+            and warn once, or ``"raise"`` an error. All ranks notice it at the next update or at the end of the epoch. A
+            single process on the CPU notices a non-finite loss before the parameters move.
+        schedule: ``"auto"`` adds a schedule if there is no scheduler and ``bound`` is not ``"paper"``: linear warm-up
+            over the first tenth of the run, at most 2,000 steps, then linear decay to 0
+            (:class:`~lit_lipschitz.LinearWarmupDecay`). If the length of the run is unknown (``EarlyStopping``,
+            ``max_time``, no ``max_epochs``), the warm-up takes the first epoch and there is no decay. Schedule-Free
+            AdamW gets only the warm-up, and none if it has ``warmup_steps``. With a squared error the rate is also
+            damped once only noise is left to fit (:mod:`lit_lipschitz.control.noise_damping`). ``"none"`` adds nothing.
+        measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first step of each interval
+            are measured too. ``"auto"`` is 31, or 1 with ``bound="paper"``. L is the largest value of the measured
             batches.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
-        weights: For the paper's method. Weights whose largest norm is W in the L2 term: the ``"decayed"`` or all
-            ``"parameters"`` of the optimizer, or ``"all"`` tensors with moving statistics, as in the authors' scripts.
-        second_moment: For the paper's method. Its estimate of L^2 (:func:`lit_lipschitz.bounds.second_moment`).
+        weights: For the paper's method. The weights whose largest norm is W in the L2 term: ``"decayed"`` or all
+            ``"parameters"`` of the optimizer, or ``"all"`` tensors including moving statistics, as in the authors'
+            scripts.
+        second_moment: For the paper's method. How L^2 is estimated (:func:`lit_lipschitz.bounds.second_moment`).
         initial_lr: For the paper's method. Fixed rate of the first interval; the authors' momentum rule starts from it.
 
     Raises:

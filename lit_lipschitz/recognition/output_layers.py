@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_lipschitz.recognition.affine import same_weight, weight_of
-from lit_lipschitz.recognition.autograd_nodes import CHECKPOINT, GraphReader
+from lit_lipschitz.recognition.autograd_nodes import CHECKPOINT, VIEWS, GraphReader
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class OutputLayerSearch:
         self._layers: dict[frozenset[Tensor] | None, Sequence[OutputLayer | HiddenLayers]] = {}
         self._calls: dict[Any, OutputLayer | None] = {}  # by the node
         self._made_of_parameters: dict[Any, bool] = {}  # by the node
+        self._biased = set[Any]()  # nodes of products to which a bias is added
 
     def layers(self, owned: Set[Tensor] | None = None) -> Sequence[OutputLayer | HiddenLayers]:
         """The calls of affine maps that the graph meets first on each path.
@@ -134,6 +135,7 @@ class OutputLayerSearch:
             if (hidden := self._hidden(node, owned)) is not None:
                 layers.append(hidden)
                 return False
+            self._find_bias(node)
             layer = self._call(node)
             if layer is not None and (owned is None or any(p in owned for p in layer.parameters)):
                 layers.append(layer)
@@ -145,6 +147,18 @@ class OutputLayerSearch:
 
         self._visit(is_passed)
         return layers or leaves
+
+    def _find_bias(self, node: Any) -> None:
+        """Notes the product that a node adds a bias to, as a linear layer whose inputs are not contiguous has it."""
+        if node.name() != "AddBackward0":
+            return
+        summands = self._graph.below(node)
+        products = [part for part in summands if getattr(self._graph.leaf(part), "ndim", 0) != 1]
+        if len(products) == 1 < len(summands):
+            product = products[0]
+            while product.name() in VIEWS:
+                product = self._graph.below(product)[0]
+            self._biased.add(product)
 
     def _hidden(self, node: Any, owned: frozenset[Tensor] | None) -> HiddenLayers | None:
         """The code of a node that hides layers; None for other nodes, and for compiled code without a weight."""
@@ -215,7 +229,7 @@ class OutputLayerSearch:
             _inputs_of(node, saved, outputs_dim),
             outputs_dim,
             _copies(node, self._graph.edges(node)[position]) if node.name() == "ConvolutionBackward0" else 1,
-            has_bias=hasattr(added, "variable"),
+            has_bias=hasattr(added, "variable") or node in self._biased,
         )
 
     def _parameters_of(self, weight: Any) -> tuple[Tensor, ...]:

@@ -76,18 +76,18 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
     mean = "root mean square" if inputs.decays else "maximum"
     terms = [
         Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
-        Term("s", inputs.step_scale, "norm of a gradient over that of the displacement by it at lr = 1"),
+        Term("s", inputs.step_scale, "norm of a gradient divided by the norm of its long-run displacement at lr = 1"),
         constant,
         *([examples] if examples else ()),
-        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), for noise and gradient"),
+        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)): the limits by noise and by a single gradient"),
         Term("K", now, "C / (c s)"),
-        Term("past", past, f"{mean} of K over all updates, its least value"),
-        Term("P", inputs.descent, "decrease of the loss per unit of the learning rate, over the loss"),
+        Term("past", past, f"{mean} of K over all updates"),
+        Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),
     ]
     rate = 1 / max(now, past, inputs.descent)
     if rate > (most := MAX_GROWTH * state.rate):
         rate = most
-        terms.append(Term("most", most, "a quarter above the last rate, which limits this one"))
+        terms.append(Term("most", most, "1.25 times the last rate, the largest growth at once"))
     return RuleResult(rate, state._replace(rate=rate), tuple(terms))
 
 
@@ -107,7 +107,9 @@ def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
     if inputs.is_curvature:
         return Term("C", inputs.constant, "L"), None
     if inputs.observed_constant:
-        constant = Term("C", inputs.observed_constant, "O: L with what was measured instead of the largest possible")
+        constant = Term(
+            "C", inputs.observed_constant, "O: L with the measured gradient norms instead of the largest possible ones"
+        )
         return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
     return Term("C", inputs.constant, "L"), Term("n", inputs.batch_size, "m")
 

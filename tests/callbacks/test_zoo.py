@@ -30,19 +30,29 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+def gradient_norm(module, layers):
+    """Norm of autograd's gradient in the parameters of the named layers, without those of a tied weight."""
+    names = [id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False)]
+    own = {p for name in layers.split(", ") for p in module.get_submodule(name).parameters(recurse=False)}
+    return math.hypot(*(p.grad.norm().item() for p in own if p.grad is not None and names.count(id(p)) == 1))
+
+
 def rates_of(network, loss, batch):
-    """The rates of two steps on one batch."""
+    """Trains two steps on one batch. In both L bounds the gradient in the output layers, as autograd computes it."""
     callback = LipschitzLR(schedule="none")
 
     class Rates(L.Callback):
-        def on_train_batch_end(self, *_):
+        def on_train_batch_end(self, trainer, pl_module, *_):
             rates.append(callback.rate)
+            constants.append(callback.constant)
+            gradients.append(gradient_norm(pl_module, callback.head_name))
 
-    rates = []
+    rates, constants, gradients = [], [], []
     loader = DataLoader([batch, batch], batch_size=None)
     trainer(callback, Rates(), max_epochs=1).fit(Model(network, loss), loader)
     assert len(rates) == 2
     assert all(0 < rate < math.inf for rate in rates), rates
+    assert all(g <= 1.02 * constant for g, constant in zip(gradients, constants, strict=True)), (gradients, constants)
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     return callback
 

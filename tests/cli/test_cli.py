@@ -3,9 +3,12 @@
 import csv
 import itertools
 import json
+import math
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +77,9 @@ def test_all_ways_to_write_it_are_resolved_and_nothing_else():
         (["fit", "--config", "nothing/like/it.yaml"], "no such file and no bundled config of that name"),
         (["fit", "--config"], "expected the name of a config"),
         (["ft"], "no such command; closest: fit"),
-        (["configs", "all"], "configs: unrecognized arguments: all; see lit-lipschitz configs --help"),
+        (["configs", "sho"], "configs sho: no such subcommand; closest: show; all of them: list, show, copy"),
+        (["configs", "all"], "configs all: no such subcommand; closest: list; all of them: list, show, copy"),
+        (["configs", "list", "all"], "configs: unrecognized arguments: all; see lit-lipschitz configs --help"),
         (["--config", "digits", "fit"], "expected a command first, as in lit-lipschitz fit --config"),
         (["fit", "--config", "."], "expected a file, found a folder"),
     ],
@@ -156,11 +161,44 @@ def test_fit_prints_rates_writes_curves_and_tests_and_runs_again_in_the_same_fol
     assert len(list(Path("lightning_logs").iterdir())) == 2
 
 
-def test_evaluating_initial_weights_is_said(lit):
-    code, _, err = lit("validate", "--config", "digits", "--trainer.accelerator", "cpu")
-    assert code == 0
-    assert "warning: no --ckpt_path: these are the initial weights" in err
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_without_a_checkpoint_is_refused(lit, command):
+    code, out, err = lit(command, "--config", "digits", "--trainer.accelerator", "cpu")
+    assert (code, out) == (2, "")
+    assert f"{command} expected --ckpt_path and found none; pass last for the newest run" in error_line(err)
     assert list(Path(".").iterdir()) == []
+
+
+def test_initial_weights_are_evaluated_where_they_are_asked_for(lit):
+    code, out, _ = lit("validate", "--config", "digits", "--trainer.accelerator", "cpu", "--ckpt_path", "initial")
+    assert code == 0
+    assert float(re.search(r"val_loss (\S+)", out)[1]) == pytest.approx(math.log(10), rel=0.1)
+    assert list(Path(".").iterdir()) == []
+
+
+def test_warnings_are_one_line_each(lit):
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_lipschitz", "fit", "--config", "digits", *SHORT, "--lipschitz.min_lr", "1e9",
+         "--quiet", "--trainer.logger", "false"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "non-finite loss" in line]
+    assert line.startswith("lit-lipschitz: warning: LipschitzLR: a non-finite loss in step ")
+    assert ".py" not in result.stderr
+    # Raised as an error, as by python -W error and in these tests, it is one line too.
+    code, _, err = lit("fit", "--config", "digits", *SHORT, "--lipschitz.min_lr", "1e9")
+    assert code == 1
+    assert "a non-finite loss in step" in error_line(err)
+
+
+def test_checkpoints_can_be_switched_off(lit):
+    off = ("--trainer.enable_checkpointing", "false")
+    code, out, err = lit("fit", "--config", "digits", *SHORT, *off, "--test_after_fit", "false")
+    assert code == 0, err
+    assert "checkpoints: none" in out
+    assert "checkpoint: none" in out
+    assert not list(Path(".").rglob("*.ckpt"))
 
 
 def test_without_a_logger_no_file_of_the_users_is_overwritten(lit):
@@ -425,7 +463,13 @@ def test_a_truncated_data_file_is_one_line_with_code_1_and_leaves_nothing(lit, v
     file = write_idx(Path("data")) / victim
     file.write_bytes(file.read_bytes()[:keep])
     code, _, err = lit(
-        "fit" if "train" in victim else "test", "--config", "mnist", "--data.batch_size", "4", *SHORT[:2]
+        "fit" if "train" in victim else "test",
+        "--config",
+        "mnist",
+        "--data.batch_size",
+        "4",
+        *SHORT[:2],
+        *([] if "train" in victim else ["--ckpt_path", "initial"]),
     )
     assert code == 1
     assert f"{victim} can't be read: it is truncated" in error_line(err)

@@ -157,7 +157,7 @@ def test_a_config_is_shown_and_copied_and_no_file_is_overwritten(lit):
     content = (ROOT / "configs" / "digits.yaml").read_text()
     assert lit("configs", "show", "digits") == (0, content, "")
     code, out, _ = lit("configs", "copy", "digits.yaml")
-    assert (code, out) == (0, "digits.yaml: train with lit-lipschitz fit --config digits.yaml\n")
+    assert (code, out) == (0, "digits.yaml: written; train with lit-lipschitz fit --config digits.yaml\n")
     assert Path("digits.yaml").read_text() == content
     Path("digits.yaml").write_text("mine")
     code, _, err = lit("configs", "copy", "digits")
@@ -255,7 +255,7 @@ def test_a_config_saved_from_a_pipe_leaves_the_bar_to_the_terminal(lit):
 
 
 def test_predictions_have_the_true_class_and_never_replace_a_file(lit):
-    arguments = ("predict", "--config", "digits", "--trainer.accelerator", "cpu")
+    arguments = ("predict", "--config", "digits", "--trainer.accelerator", "cpu", "--ckpt_path", "initial")
     code, out, _ = lit(*arguments)
     assert code == 0
     header, *rows = Path("predictions.csv").read_text().split()
@@ -307,6 +307,7 @@ def complete(line):
         ("lit-lipschitz fit --lipschitz.max", ["--lipschitz.max_lr", "--lipschitz.max_growth"]),
         ("lit-lipschitz fit --config dig", ["digits.yaml"]),
         ("lit-lipschitz configs show dig", ["digits.yaml"]),
+        ("lit-lipschitz configs l", ["list"]),
         ("lit-lipschitz fit --config my", ["my.yaml"]),
     ],
 )

@@ -39,6 +39,21 @@ def test_a_linear_layer_and_not_those_below_it(bias, shape):
     assert (layer.outputs_dim, layer.copies, layer.has_bias) == (-1, 1, bias)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda head, hidden: head(hidden.transpose(0, 1)),  # not contiguous: torch makes a product and a sum of it
+        lambda head, hidden: hidden @ head.weight.T + (0 if head.bias is None else head.bias),
+        lambda head, hidden: (head.bias if head.bias is not None else 1) + hidden.flatten(0, 1) @ head.weight.T,
+    ],
+)
+def test_a_bias_that_is_added_to_a_product_is_seen(bias, call):
+    head = nn.Linear(4, 3, bias=bias)
+    _, (layer,) = found(call(head, body()(rows(5, 3, 6))).softmax(-1).square().mean())
+    assert layer.has_bias is bias
+
+
 @pytest.mark.parametrize(("stride", "copies"), [(1, 9), (2, 4), (3, 1)])
 def test_a_convolution_counts_in_how_many_patches_a_value_is(stride, copies):
     head = nn.Conv2d(2, 3, 3, stride=stride, padding=1)

@@ -56,7 +56,7 @@ def test_two_policies_and_two_seeds_end_to_end_and_nothing_is_made_twice(lit):
             assert f"{statistics.mean(values):.2f} +- {error:.2f}" in line
     assert "\x1b" not in out
     assert re.search(
-        r"^lipschitz: \S+ \+- \S+ % on the test set; the fixed rate, sgd:0.1: \S+ \+- \S+ %. The ", out, re.M
+        r"^lipschitz: \S+ \+- \S+ % on the test set; the fixed rate is sgd:0.1: \S+ \+- \S+ %. The ", out, re.M
     )
 
     # The same command has nothing to do, and one seed more is one run more of each.
@@ -253,12 +253,12 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     assert found["lipschitz"].difference.standard_error == pytest.approx(error)
     said = verdict(list(found.values()))
     assert (
-        "lipschitz: 97.10 +- 0.05 % on the test set; the best of the 3 fixed rates by validation, sgd:0.3: 96.10"
+        "lipschitz: 97.10 +- 0.05 % on the test set; the best of the 3 fixed rates by validation is sgd:0.3: 96.10"
         in said
     )
     interval = "the 95 % confidence interval of +- 0.15 (3 seeds, paired)."
     assert f"+1.00 +- 0.03, is an improvement outside {interval}" in said
-    assert "sgd:0.3 is the largest of its rates that were tried" in said
+    assert "sgd:0.3 is the largest sgd rate that was tried" in said
 
 
 def test_differences_are_of_runs_with_the_same_seed():
@@ -318,8 +318,8 @@ def test_it_is_honest_about_noise_and_about_one_seed():
     single = verdict(summarize([one for one in noisy if one.seed == 0], policies))
     assert "+-" not in single
     assert "the noise" not in single
-    assert "The difference, +1.00, is that of one seed each." in single
-    assert "With one seed there is no standard error" in single
+    assert "The difference, +1.00, is from a single seed." in single
+    assert "One seed has no standard error" in single
     alone = verdict(summarize(noisy[:2], policies))
     assert alone == "lipschitz: 97.50 +- 1.50 % on the test set; there is no fixed rate to compare it with."
     losses = [row(name, seed, loss, loss + slope * seed, metric="loss")
@@ -428,6 +428,6 @@ def test_help_says_what_it_is(lit):
         "--policies",
         "--seeds",
         "lipschitz-adamw",
-        "chosen by the validation",
+        "chosen on the validation",
     ):
         assert part in out

@@ -75,12 +75,12 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
     assert list(Path(".").iterdir()) == []
     for part in (
         "optimizer step 1, in epoch 1",
-        "network.head, a Linear of 128 inputs, 10 outputs and a bias",
-        "cross_entropy, a mean, found in the autograd graph",
+        "network.head: Linear, 128 inputs, 10 outputs, with bias; found",
+        "cross_entropy: mean; found in the autograd graph",
         "k         10,",
         "m         32, examples that an optimizer step averages over: 32 in a batch x 1 accumulated batches x 1 ranks",
         "Frobenius norm of a batch of the head's inputs and ones for the bias",
-        "Lipschitz constant of the loss in the head's weights, the strict family",
+        "Lipschitz constant of the loss in the head's weights, bound=strict",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest gradient norm",
         "bounded, for SGD: Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K =",
@@ -156,12 +156,12 @@ def test_a_checkpoint_at_the_end_of_its_run_has_no_next_step(lit):
 def test_limits_and_fixed_rates_are_named(lit):
     code, out, _ = lit("explain", *DIGITS, "--lipschitz.max_lr", "0.01")
     assert code == 0
-    assert re.search(r"^rate +0.01, by the limit max_lr$", out, re.M)
+    assert re.search(r"^rate +0.01, limited by max_lr$", out, re.M)
     assert re.search(r"^max_lr +0.01, the limit that changed the rate of 0\.[1-9]\d*$", out, re.M)
     code, out, _ = lit("explain", *DIGITS, "--lipschitz.initial_lr", "0.25", "--model.scheduler", "null")
     assert code == 0
     assert "L         not used for this rate\n" in out
-    assert "none yet: initial_lr is a fixed rate" in out
+    assert "none yet: the first rate is initial_lr" in out
     assert re.search(r"^rate +0.25$", out, re.M)
     assert re.search(r"^factor +0.00\d+, from LipschitzLR's own warm-up and decay$", out, re.M)
     off = ("--lipschitz.initial_lr", "0.25", "--model.scheduler", "null", "--lipschitz.schedule", "none")
@@ -289,7 +289,7 @@ def test_what_a_squared_error_has_left_is_explained(lit):
     assert code == 0, err
     seen, unexplained, rate, factor, lr = terms_of(out, "C", "u", "rate", "factor", "lr")
     assert rate == pytest.approx(1 / largest(out, seen, math.sqrt(16 / 2)), rel=1e-4)
-    damping = float(re.search(r"last epoch: ([\d.e-]+) is in the factor", out)[1])
+    damping = float(re.search(r"last epoch; it damps the factor by ([\d.e-]+)$", out, re.M)[1])
     assert 0.2 < unexplained < 1
     assert factor == pytest.approx(damping * (60 - 48) / 54, rel=1e-4)  # after a warm-up of 6 steps
     assert lr == pytest.approx(rate * factor, rel=1e-5)
@@ -402,7 +402,7 @@ def test_ranks_are_counted():
 def test_help_says_what_it_is(lit):
     code, out, _ = lit("explain", "--help")
     assert code == 0
-    for part in ("usage: lit-lipschitz explain", "--ckpt_path", "--json", "It writes nothing"):
+    for part in ("usage: lit-lipschitz explain", "--ckpt_path", "--json", "Nothing is written"):
         assert part in out
 
 

@@ -18,7 +18,7 @@ FIT = ["fit", "--config", "digits", "--trainer.accelerator", "cpu", "--data.trai
 SEVEN = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", ".", "--trainer.logger.name", "my",
          "--trainer.logger.version", "7"]  # fmt: skip
 CURVES = ["--trainer.logger", "CSVLogger", *SEVEN[2:]]
-PREDICT = ["predict", "--config", "digits", "--trainer.accelerator", "cpu"]
+PREDICT = ["predict", "--config", "digits", "--trainer.accelerator", "cpu", "--ckpt_path", "initial"]
 
 
 def content(folder):

@@ -131,7 +131,7 @@ def test_runs_are_overlaid_in_a_page_pictures_and_text(report):
     ]  # fmt: skip
     assert "\x1b" not in out
     assert "lr: learning rate that the optimizer used: 0.0159 to 0.1" in out
-    assert re.search(r"^  version_2 val +▂.*█  20 > 86.7$", out, re.M)
+    assert re.search(r"^  version_2 val +▂.*█  20 -> 86.7$", out, re.M)
 
     text = Path("figures/report.html").read_text()
     page = Page(text)
@@ -143,12 +143,25 @@ def test_runs_are_overlaid_in_a_page_pictures_and_text(report):
         assert any(label in part for part in page.text)
 
 
+def test_a_report_that_is_replaced_is_named(report):
+    pytest.importorskip("matplotlib")
+    folder = write_run("lightning_logs/version_3")
+    code, out, _ = report(folder, "--no-png")
+    assert (code, out.splitlines()[-1]) == (0, "report/report.html")
+    code, out, _ = report(folder)
+    new = ["report/report.html (replaces an earlier file)", *(f"report/{name}" for name in FILES[1:])]
+    assert (code, out.splitlines()[-5:]) == (0, new)
+    code, out, _ = report(folder, "--json")
+    answer = json.loads(out)
+    assert answer["files"] == answer["replaced"] == [f"report/{name}" for name in FILES]
+
+
 def test_json_has_the_curves_and_the_final_figures(report):
     folder = write_run("lightning_logs/version_3")
     code, out, _ = report(folder, "--json", "--no-png")
     assert code == 0
     answer = json.loads(out)
-    assert answer["files"] == ["report/report.html"]
+    assert (answer["files"], answer["replaced"]) == (["report/report.html"], [])
     (run,) = answer["runs"]
     assert (run["name"], run["folder"], run["epochs"]) == ("version_3", "lightning_logs/version_3", 4)
     assert run["series"]["lipschitz/constant"] == {

@@ -118,8 +118,15 @@ def test_a_module_of_somebodys_own(suggested, own):
     assert answer["curve"]["rates"][8] == answer["rate"]
 
 
-def test_no_more_batches_than_an_epoch_has(suggested):
-    assert len(suggested(*DIGITS, "--trainer.limit_train_batches", "3")["rates"]) == 3
+def test_no_more_batches_than_an_epoch_has(lit):
+    code, out, err = lit("suggest", *DIGITS, "--batches", "3", "--trainer.limit_train_batches", "3", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["rates"]) == 3
+    assert "warning" not in err
+    code, out, err = lit("suggest", *DIGITS, "--trainer.limit_train_batches", "3", "--batches", "1000", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["rates"]) == 3
+    assert "warning: suggest: --batches is 1000 and an epoch has 3 optimizer steps; all of them are used" in err
 
 
 def test_text_and_picture(lit):
@@ -130,13 +137,14 @@ def test_text_and_picture(lit):
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
     joined = " ".join(out.split())
     for part in (
+        "the learning rate of the first step, before the schedule's factor;",
         "over 8 batches",
-        "Lipschitz constant of the loss in the head's weights, a bound",
-        "cross_entropy, by the output of network.head",
-        "32 examples in an optimizer step; batches beyond about",
-        "no longer pay: the noise scale is",
-        "loss of a held-out batch after one step at each rate",
-        "O the suggested rate",
+        "Lipschitz constant of the loss in the head's weights, a proven bound",
+        "cross_entropy, of the output of network.head",
+        "32 examples in an optimizer step; the gradient noise scale is about",
+        "larger batches save few steps",
+        "loss of a held-out batch after one step at each learning rate;",
+        "O: the suggested rate",
     ):
         assert part in joined
     assert max(map(len, out.splitlines())) <= 80
@@ -192,20 +200,20 @@ def found(noise, curve=None):
     [
         (
             NoiseScale(1234.0, 876.0, 2345.0, 1.0, 1234.0),
-            "batches beyond about 1,200 examples no longer pay: the noise scale is 1,200 at these weights, and grows "
-            "in training (95% interval by 3 batches: 880 to 2,300)",
+            "the gradient noise scale is about 1,200 (95 % interval from 3 batches: 880 to 2,300) and grows during "
+            "training; larger batches save few steps",
         ),
         (
             NoiseScale(1234.0, 876.0, math.inf, 1.0, 1234.0),
-            "batches beyond about 1,200 examples no longer pay: the noise scale is 1,200 at these weights, and grows "
-            "in training (95% interval by 3 batches: 880 upwards; more batches give an upper end)",
+            "the gradient noise scale is about 1,200 (95 % interval from 3 batches: 880 or more; more batches narrow "
+            "it) and grows during training; larger batches save few steps",
         ),
         (
             NoiseScale(None, 876.0, math.inf, -1.0, 1234.0),
-            "larger ones pay, up to at least 880 examples; 3 batches are too few to separate the mean gradient from "
-            "noise",
+            "the gradient noise scale is at least 880: larger batches save steps up to there. 3 batches are too few to "
+            "estimate it",
         ),
-        (None, "from 2 batches on, the noise scale is estimated"),
+        (None, "the gradient noise scale needs at least 2 batches"),
     ],
 )
 def test_the_sentence_says_how_certain_the_noise_scale_is(noise, sentence):
@@ -233,6 +241,7 @@ def test_the_plot_shows_every_loss_in_80_columns(losses):
     drawn = "".join(line[11:] for line in lines[1:12])
     assert sum(drawn.count(mark) for mark in "*^O") == 17
     assert drawn.count("O") == 1
+    assert ("^: off scale" in lines[-1]) == ("^" in drawn)
     assert all(line.strip() for line in [lines[0], *lines[-3:]])
     assert text(found(None, curve)).endswith("\n".join(lines))
 
