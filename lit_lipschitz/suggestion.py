@@ -96,9 +96,9 @@ def suggest(
 
     It also estimates the gradient noise scale :math:`tr(\Sigma) / |G|^2` of McCandlish, Kaplan, Amodei and others
     (:mod:`lit_lipschitz.measurement.gradient_noise`), where G is the expected gradient and :math:`\Sigma` the
-    covariance of the gradient of one example. Batches much larger than this save few steps. It is the value at the current
-    weights; during training it grows, often tenfold or more. The estimate from a few batches is rough and has a
-    confidence interval. The gradients of all batches are kept in main memory for it.
+    covariance of the gradient of one example. Batches much larger than this save few steps. It is the value at the
+    current weights; during training it grows, often tenfold or more. The estimate from a few batches is rough and has
+    a confidence interval. The gradients of all batches are kept in main memory for it.
 
     With ``curve``, one optimizer step with the first batch is tried at 17 learning rates, from a hundredth of the
     suggested rate to a hundred times it. Each starts from the same weights and state, and the loss of the last batch is

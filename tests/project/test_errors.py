@@ -226,12 +226,12 @@ MISTAKES = {
         LipschitzLR(**UNMEASURED),
         module=with_step(torch.compile(lambda z, y: F.cross_entropy(z, y), backend="aot_eager")),
     ),
-    "An argument that has no meaning for a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
-    "A rule of the paper's for a measured loss": lambda: LipschitzLR(loss="measured", rule="adamo"),
+    "An argument that does not apply to a measured loss": lambda: LipschitzLR(loss="measured", bound="smooth"),
+    "One of the paper's rules for a measured loss": lambda: LipschitzLR(loss="measured", rule="adamo"),
     "A measured loss without output layers": lambda: fit(
         LipschitzLR(loss="measured"), module=with_step(lambda z, y: torch.zeros((), requires_grad=True))
     ),
-    "A measured loss that manual_backward does not see": lambda: fit(
+    "manual_backward is not called with the loss": lambda: fit(
         LipschitzLR(loss="measured", optimizers=0), module=manual(lambda module, loss: loss.backward())
     ),
     "Target probabilities do not sum to 1": lambda: fit(
@@ -306,17 +306,17 @@ MISTAKES = {
     "No backward pass before the step": lambda: plain(backwards=0),
     "A loss of several modules": lambda: plain(before=nn.Linear(WIDTH, WIDTH)),
     "Arguments in another order": lambda: attach(torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1)),
-    "An optimizer that is attached": lambda: plain(late=lambda optimizer: attach(nn.Linear(1, 1), optimizer)),
+    "An optimizer that is already attached": lambda: plain(late=lambda optimizer: attach(nn.Linear(1, 1), optimizer)),
     "The model and the optimizer in another order": lambda: suggest(
         torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1), loader(), F.cross_entropy
     ),
     "A number of batches that is not positive": lambda: suggested(num_batches=0),
     "Too few batches": lambda: suggested(accumulate_grad_batches=10),
-    "A loss of several numbers": lambda: suggested(loss_fn=lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "A loss that is not a scalar": lambda: suggested(loss_fn=lambda z, y: F.cross_entropy(z, y, reduction="none")),
     "A loss that is not finite before training": lambda: suggested(loss_fn=lambda z, y: math.nan * z.sum()),
-    "An argument without a use before training": lambda: suggested(grad_scaler=torch.amp.GradScaler("cpu")),
+    "An argument that does not apply before training": lambda: suggested(grad_scaler=torch.amp.GradScaler("cpu")),
     "An optimizer that is controlled already": lambda: suggested(controlled=True),
-    "An optimizer of which no copy can step": lambda: suggested(make=StepsItself),
+    "An optimizer that cannot be copied": lambda: suggested(make=StepsItself),
     "A non-finite loss": lambda: fit(
         LipschitzLR(on_nonfinite="raise"), module=with_step(lambda z, y: F.cross_entropy(z, y) + math.nan)
     ),

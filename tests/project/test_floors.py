@@ -27,8 +27,8 @@ def test_versions_that_run_code_from_checkpoints_are_not_admitted(name):
 
 def test_security_says_what_is_code_and_what_is_not():
     text = (ROOT / "SECURITY.md").read_text()
-    assert "| YAML configs, and options on the command line | **They are code.**" in text
-    assert "| checkpoints (`--ckpt_path`, and those that a run finds itself) | They are data." in text
+    assert "| YAML configs, and options on the command line | **Code.**" in text
+    assert "| checkpoints (`--ckpt_path`, also `last`) | Data." in text
     assert "SECURITY.md" in (ROOT / "README.md").read_text()
 
 
