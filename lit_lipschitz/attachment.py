@@ -65,7 +65,7 @@ class Attachment(RateProperties):
 
     @property
     def controller(self) -> Controller | Results:
-        """What computes the rate, or its results once this is detached."""
+        """The controller of the rate, or its results after :meth:`detach`."""
         return self._results
 
     def metrics(self) -> dict[str, float]:
@@ -99,7 +99,7 @@ class Attachment(RateProperties):
         self._shared = gather_states({0: self._attached().state_dict()}, self._loop.now().world_size)
 
     def detach(self) -> None:
-        """Removes all hooks, and keeps the results and nothing of the run; the last rate stays in the optimizer."""
+        """Removes all hooks; the results are kept, and the optimizer keeps its last learning rate."""
         remove_observer(self)
         for handle in self._handles:
             handle.remove()

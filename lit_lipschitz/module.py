@@ -86,9 +86,9 @@ class ImageClassifier(L.LightningModule):
             ``total_steps``, otherwise every epoch.
         monitor: The logged metric that ReduceLROnPlateau uses.
         label_smoothing: Label smoothing of the training loss, in [0, 1].
-        clip_probabilities: Clip the probabilities p in the training loss to [c, 1 - c], with c this number. Beyond, the
-            gradient is 0, as in Keras' loss, where c is 1e-7. 0 turns clipping off. Can't be combined with label
-            smoothing.
+        clip_probabilities: Clip the probabilities p in the training loss to [c, 1 - c], with c this number. Outside
+            this range the gradient is 0, as in Keras' loss with c = 1e-7. 0 turns clipping off. Can't be combined with
+            label smoothing.
         decayed: Shell patterns, such as ``*conv*.weight``, of the names of the parameters that the weight decay applies
             to; None is all parameters.
         mix: Applied to the images and labels of a training batch, such as ``torchvision.transforms.v2.MixUp`` or

@@ -33,7 +33,7 @@ def _sentence(one: Summary, reference: Summary | None, fixed: int) -> str:
     if reference is None or one.difference is None:
         return f"{start}; there is no fixed rate to compare it with."
     choice = f"the best of the {fixed} fixed rates by validation is" if fixed > 1 else "the fixed rate is"
-    other = f"{choice} {reference.policy.name}: {_text(reference.final, one.metric)}{unit}"
+    other = f"{choice} {reference.policy.name} with {_text(reference.final, one.metric)}{unit}"
     difference = _text(one.difference, one.metric, sign=True)
     return f"{start}; {other}. The difference, {difference}, is {_judgement(one.difference, one.metric)}."
 
@@ -108,6 +108,6 @@ def print_summaries(found: Sequence[Summary], failures: Mapping[str, str], said:
         "\nEntries are means +- standard errors over the seeds, with the weights of the last epoch.\n"
         f"The best fixed rate is the one with the best val_{metric}. Differences to it are on the "
         f"{'test' if tested else 'validation'} set,\npaired by seed.\n"
-        f"* best val_{metric} of any epoch; it is shown only, and nothing is chosen by it\n"
+        f"* best val_{metric} of any epoch, for information only\n"
     )
     print(said)

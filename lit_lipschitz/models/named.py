@@ -15,8 +15,8 @@ def named_network(
 
     Args:
         name: ``timm:resnet18``, ``torchvision:resnet18`` and so on; the part before the colon is the package.
-        num_classes: Number of outputs; None is that of the data in a config, and 10 in Python.
-        in_channels: Channels of the images; None is that of the data in a config, and 3 in Python.
+        num_classes: Number of outputs; None uses that of the data in a config, and 10 in Python.
+        in_channels: Channels of the images; None uses that of the data in a config, and 3 in Python.
         pretrained: Download the package's default weights; layers of another shape, such as the output layer, are
             initialised at random.
 

@@ -48,7 +48,7 @@ class LinearWarmupDecay(LambdaLR):
     r"""Linear warm-up to the optimizer's learning rate, then linear decay to 0; stepped every optimizer step.
 
     At step t of T, with w = warmup T and at most 2,000 (``MAX_WARMUP``), the factor is
-    :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It is positive at every step of the run, the first and the last too.
+    :math:`\min(\frac{t+1}{w+1}, \frac{T-t}{T-w})`. It is positive at every step, including the first and the last.
 
     Args:
         optimizer: The optimizer.

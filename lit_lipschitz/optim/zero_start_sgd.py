@@ -10,9 +10,9 @@ from torch.optim import SGD
 class ZeroStartSGD(SGD):
     """torch's SGD with a momentum buffer that starts at 0, as in the AdaMo of the LipschitzLR papers.
 
-    torch starts the buffer at the first gradient, without dampening. With momentum and dampening 0.9, so that the
-    buffer averages the gradients, its first step is ten times that of the average, and the excess adds up to nine first
-    gradients. Arguments are those of ``torch.optim.SGD``.
+    torch starts the buffer at the first gradient, without dampening. With momentum and dampening 0.9, where the buffer
+    averages the gradients, the first step is then ten times too long, and all steps together contain the first gradient
+    nine times too often. Arguments are those of ``torch.optim.SGD``.
 
     References:
         The optimizer in the scripts published with R. Yedida, S. Saha, arXiv 1902.07399.

@@ -105,13 +105,13 @@ def momentum_of_any(settings: Settings) -> float:
 def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
     """C and n; no n for a constant of the curvature."""
     if inputs.is_curvature:
-        return Term("C", inputs.constant, "L"), None
+        return Term("C", inputs.constant, "equal to L"), None
     if inputs.observed_constant:
         constant = Term(
             "C", inputs.observed_constant, "O: L with the measured gradient norms instead of the largest possible ones"
         )
         return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
-    return Term("C", inputs.constant, "L"), Term("n", inputs.batch_size, "m")
+    return Term("C", inputs.constant, "equal to L"), Term("n", inputs.batch_size, "equal to m")
 
 
 def inverse(inputs: RuleInput, state: Stateless, settings: Settings) -> RuleResult:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, SCRIPT, error_line, write_idx
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -434,6 +434,7 @@ VALUES = st.integers().map(str) | st.sampled_from(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(option=st.sampled_from(NUMBERS), value=VALUES)
+@example(option="lipschitz.min_lr", value="12507421")  # a warning of a loss that is not finite
 def test_a_value_is_taken_or_refused_in_one_line(lit, option, value):
     short = ("--trainer.max_time", "00:00:00:02", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches=1")
     quiet = ("--trainer.logger", "false", "--trainer.enable_checkpointing", "null", "--test_after_fit", "false")

@@ -56,7 +56,7 @@ def test_two_policies_and_two_seeds_end_to_end_and_nothing_is_made_twice(lit):
             assert f"{statistics.mean(values):.2f} +- {error:.2f}" in line
     assert "\x1b" not in out
     assert re.search(
-        r"^lipschitz: \S+ \+- \S+ % on the test set; the fixed rate is sgd:0.1: \S+ \+- \S+ %. The ", out, re.M
+        r"^lipschitz: \S+ \+- \S+ % on the test set; the fixed rate is sgd:0.1 with \S+ \+- \S+ %. The ", out, re.M
     )
 
     # The same command has nothing to do, and one seed more is one run more of each.
@@ -253,7 +253,7 @@ def test_the_difference_is_to_the_best_fixed_rate_by_validation_not_by_test():
     assert found["lipschitz"].difference.standard_error == pytest.approx(error)
     said = verdict(list(found.values()))
     assert (
-        "lipschitz: 97.10 +- 0.05 % on the test set; the best of the 3 fixed rates by validation is sgd:0.3: 96.10"
+        "lipschitz: 97.10 +- 0.05 % on the test set; the best of the 3 fixed rates by validation is sgd:0.3 with 96.10"
         in said
     )
     interval = "the 95 % confidence interval of +- 0.15 (3 seeds, paired)."

@@ -79,7 +79,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "cross_entropy: mean; found in the autograd graph",
         "k         10,",
         "m         32, examples that an optimizer step averages over: 32 in a batch x 1 accumulated batches x 1 ranks",
-        "Frobenius norm of a batch of the head's inputs and ones for the bias",
+        "Frobenius norm of a batch of the head's inputs with a column of ones for the bias",
         "Lipschitz constant of the loss in the head's weights, bound=strict",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest gradient norm",
