@@ -262,8 +262,8 @@ class _Steps:
                 total += loss.item()
             if not math.isfinite(total):
                 raise ConfigurationError(
-                    f"suggest expected a finite loss and found {total} by batch {number}; look for what makes it so in "
-                    "the batch and the initial weights"
+                    f"suggest expected a finite loss and found {total} for batch {number}; check the batch and the "
+                    "initial weights"
                 )
             gradient = [_on_cpu(parameter.grad) for parameter in self.parameters]
             if self._clip is not None:
@@ -274,8 +274,8 @@ class _Steps:
             decision, measurement, found = controller.decision, controller.measurement, controller.found
         if decision is None or not decision.rule or measurement is None or found is None:
             raise ConfigurationError(
-                f"suggest expected an optimizer of which a copy can step, and found {type(self.optimizer).__name__}, "
-                "whose own first step shows its learning rate; train with attach or LipschitzLR"
+                f"suggest expected an optimizer that can be copied, and found {type(self.optimizer).__name__}, whose "
+                "learning rate is known only after its own first step; train with attach or LipschitzLR"
             )
         size = sum(_num_examples(batch) or 0 for batch in group) * measurement.ranks
         loss_name = "measured" if found.measured else found.loss.name
@@ -311,7 +311,7 @@ class _Steps:
             update_of = trial_step(self.optimizer, keep_decay=True)
         except TrialError as error:
             raise ConfigurationError(
-                f"suggest(curve=True) expected an optimizer of which a copy can step, and found "
+                f"suggest(curve=True) expected an optimizer that can be copied, and found "
                 f"{type(self.optimizer).__name__} ({error}); pass curve=False"
             ) from None
         groups = self.optimizer.param_groups

@@ -308,7 +308,7 @@ def mistakes():
         "expected at least 13 batches and found fewer": {"accumulate_grad_batches": 13},
         r"found shape \(8,\); return the mean": {"loss_fn": lambda z, y: F.cross_entropy(z, y, reduction="none")},
         "found float; return the mean": {"loss_fn": lambda z, y: 1.0},
-        "expected a finite loss and found nan by batch 1": {"batches": nan},
+        "expected a finite loss and found nan for batch 1": {"batches": nan},
         "no constant can be computed": {"loss_fn": lambda z, y: 0 * z.sum()},
         r"initial_lr=\.\.\.\): it is the first learning rate": {"initial_lr": 0.1},
         r"attach\(accumulate_grad_batches=0\)|accumulate_grad_batches=0": {"accumulate_grad_batches": 0},

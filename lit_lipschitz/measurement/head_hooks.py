@@ -139,10 +139,10 @@ class HeadHooks:
         if not ran:
             names = ", ".join(repr(hook.name) for hook in self._candidates[-3:])
             raise ConfigurationError(
-                f"LipschitzLR saw no training forward through {names} before the first backward; pass head= with the "
-                "name of the module that computes the logits, call the module instead of a function of its weight, use "
-                "activation checkpointing with use_reentrant=False, or call torch.compiler.reset() before fit if the "
-                "network has run compiled before"
+                f"LipschitzLR saw no forward pass through {names} before the first backward pass; pass head= with the "
+                "name of the module that computes the logits, call this module itself and no function with its weight, "
+                "use activation checkpointing with use_reentrant=False, or call torch.compiler.reset() before fit if "
+                "the network has already run compiled"
             )
         if any(hasattr(hook.weight, "full_tensor") for hook in ran):
             weight = None  # of a sharded head the graph has the whole weight, and the module its shard

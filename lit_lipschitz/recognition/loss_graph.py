@@ -416,8 +416,8 @@ def _not_recognised(graph: GraphReader, root: Any) -> str:
     names = graph.names(node)
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names)}; return one of them, or pass loss= with its name if the loss is its mean, "
-        f"computed in another way, or if the other terms of a sum can be ignored; {other_ways(names)}"
+        f"{' > '.join(names)}; return one of them, or pass loss= with its name if your loss is equal to its mean, "
+        f"or if the other terms of your sum can be ignored; {other_ways(names)}"
     )
 
 
