@@ -29,7 +29,9 @@ class Reporter:
         loss = "loss not recognised: measured, an estimate and not a bound" if found.measured else found.loss.name
         loss = loss if found.measured else f"{loss}, {kind}"
         m = next((f", m = {term.value:g}" for term in decision.terms if term.symbol == "m"), "")
-        dry_run = "nothing is written" if self._dry_run else "configured learning rates count as ratios between groups"
+        dry_run = (
+            "nothing is written" if self._dry_run else "of the configured learning rates, only their ratios are used"
+        )
         self._notify(
             f"LipschitzLR{self._target.label}: output layers {found.hook.name}; {loss}{m}; first rate "
             f"{decision.lr:.4g}; {dry_run}"
@@ -70,10 +72,9 @@ class Reporter:
         ratio = references[own[0]] / references[0] if own else 1.0
         if ratio > 1:
             self._warn(
-                f"the head {head.name!r} is in parameter group {own[0]}, whose configured learning rate is {ratio:g} "
-                "times that of the first group. The first group gets the computed learning rate and the head "
-                f"{ratio:g} times that; put the group of the head first in the optimizer, then the other groups keep "
-                "their ratios to it"
+                f"the head {head.name!r} gets {ratio:g} times the computed learning rate, since it is in parameter "
+                f"group {own[0]}, whose configured learning rate is {ratio:g} times that of the first group; to give "
+                "the head the computed learning rate, make its group the first one of the optimizer"
             )
 
     def check_overwritten(self, overwritten: bool) -> None:
@@ -81,9 +82,9 @@ class Reporter:
         if overwritten and not self._warned_of_overwriting:
             self._warned_of_overwriting = True
             self._warn(
-                f"the learning rate{self._target.label} that other code has set between two steps is overwritten and "
-                "has no effect; return a scheduler from configure_optimizers, such as LambdaLR: its value over the "
-                "configured one is a factor of the computed rate"
+                f"other code has set the learning rate{self._target.label} between two steps, which has no effect; "
+                "to change the computed learning rate, return a scheduler from configure_optimizers, such as LambdaLR, "
+                "whose factor multiplies it"
             )
 
     def _report(self, message: str, kept: str, silent: bool) -> None:

@@ -236,6 +236,6 @@ class HeadFinder:
         if same_rows and not torch.allclose(own.size, hook.statistic.size, rtol=0.02):
             raise ConfigurationError(
                 f"LipschitzLR measured the inputs of the head {hook.name!r} and found that its forward, of "
-                f"{type(hook.head).__name__}, changes them; change them in a module before the head, or pass "
-                f"head={hook.name!r} to ignore the change, if it makes no input larger"
+                f"{type(hook.head).__name__}, changes them; move the change into a module before the head, or pass "
+                f"head={hook.name!r} if the change makes no input larger"
             )

@@ -30,12 +30,12 @@ _COEFFICIENTS = {
 _MEASURED = {
     "K_z": "norm of the output layers' inputs in these rows",
     "G_max": "largest gradient norm of a row in the outputs, times m; measured, not a bound",
-    "L": "measured constant of the loss in the weights of the output layers, an estimate, not a bound",
+    "L": "measured constant of the loss with respect to the output layers' weights, an estimate",
 }
 _CONSTANTS = {
     "paper": "the paper's estimate of the Lipschitz constant of the loss",
-    "strict": "Lipschitz constant of the loss in the head's weights",
-    "smooth": "Lipschitz constant of the loss's gradient in the head's weights",
+    "strict": "Lipschitz constant of the loss with respect to the head's weights",
+    "smooth": "Lipschitz constant of the loss's gradient with respect to the head's weights",
 }
 
 
@@ -89,7 +89,8 @@ class Measurement:
     def parts(self) -> str:
         """What m is the product of, with the batches of an optimizer step and the ranks."""
         batch = self.batch_size / (self.batches * self.ranks)
-        return f"{batch:g} in a batch x {self.batches} accumulated batches x {self.ranks} ranks"
+        batches = f"{self.batches} accumulated batch{'es' * (self.batches > 1)}"
+        return f"{batch:g} in a batch x {batches} x {self.ranks} rank{'s' * (self.ranks > 1)}"
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,7 @@ class _Constant:
             Term("m", measured.batch_size, f"examples that an optimizer step averages over: {measured.parts}"),
             Term("K_z", measured.activation_norm, _NORMS[self._policy.norm]),
             Term("W", measured.weight_norm, "largest norm of a weight"),
-            Term("lambda", self._l2_coefficient, "the weight decay that is an L2 term of the loss"),
+            Term("lambda", self._l2_coefficient, "coefficient of the weight decay"),
         ]
         if not measured.largest_grad_norm and self._loss.needs_output_norm(bound):
             terms.append(Term("outputs", measured.output_norm, f"norm of outputs and targets, which is in {name}"))

@@ -494,14 +494,14 @@ def test_a_manual_warm_up_is_told_of_once(after):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         rates, _ = fit(seeded(Warm, momentum, after=after))
-    (message,) = [str(one.message) for one in told if "overwritten" in str(one.message)]
+    (message,) = [str(one.message) for one in told if "which has no effect" in str(one.message)]
     assert "return a scheduler from configure_optimizers" in message
     assert rates == expected
 
 
 def test_nothing_is_told_of_rates_that_nobody_has_set():
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*overwritten")
+        warnings.filterwarnings("error", ".*which has no effect")
         fit(seeded(Classifier, momentum), LipschitzLR())
         fit(seeded(Warm, momentum), LipschitzLR(dry_run=True))
 

@@ -78,9 +78,9 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "network.head: Linear, 128 inputs, 10 outputs, with bias; found",
         "cross_entropy: mean; found in the autograd graph",
         "k         10,",
-        "m         32, examples that an optimizer step averages over: 32 in a batch x 1 accumulated batches x 1 ranks",
+        "m         32, examples that an optimizer step averages over: 32 in a batch x 1 accumulated batch x 1 rank",
         "Frobenius norm of a batch of the head's inputs with a column of ones for the bias",
-        "Lipschitz constant of the loss in the head's weights, bound=strict",
+        "Lipschitz constant of the loss with respect to the head's weights, bound=strict",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest gradient norm",
         "bounded, for SGD: Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K =",
@@ -395,7 +395,7 @@ def test_ranks_are_counted():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("optimizer step 1, in epoch 1") == 1
-    assert "32 in a batch x 1 accumulated batches x 2 ranks" in result.stdout
+    assert "32 in a batch x 1 accumulated batch x 2 ranks" in result.stdout
     assert list(Path(".").iterdir()) == []
 
 
@@ -418,10 +418,10 @@ def test_a_measured_loss_names_its_layers_and_its_numbers_multiply_out(explain, 
     for part in (
         "layers    network.head, found in the autograd graph",
         "loss      not recognised: measured",
-        "m         32, rows of the outputs that have a gradient: 32 in a batch x 1 accumulated batches x 1 ranks",
+        "m         32, rows of the outputs that have a gradient: 32 in a batch x 1 accumulated batch x 1 rank",
         "norm of the output layers' inputs in these rows",
         "times m; measured, not a bound",
-        "L         measured constant of the loss in the weights of the output layers, an estimate, not a bound\n",
+        "L         measured constant of the loss with respect to the output layers' weights, an estimate\n",
         "effective number of examples in a step (Kish)",
     ):
         assert part in out

@@ -139,7 +139,7 @@ def test_text_and_picture(lit):
     for part in (
         "the learning rate of the first step, before the schedule's factor;",
         "over 8 batches",
-        "Lipschitz constant of the loss in the head's weights, a proven bound",
+        "Lipschitz constant of the loss with respect to the head's weights, a proven bound",
         "cross_entropy, of the output of network.head",
         "32 examples in an optimizer step; the gradient noise scale is about",
         "larger batches save few steps",
