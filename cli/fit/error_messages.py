@@ -51,6 +51,13 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = lines[:2][-1].split(", ")[0].rstrip(". ")
         return f"the checkpoint is of another network: {first} ...; pass the config that it was trained with", 1
+    if _is_lost_connection(error):
+        cause = " ".join(str(error).split())
+        cause = re.sub(r"^\[[^\]]*\] |\. This is typically.*", "", cause)
+        return (
+            f"the connection to another rank is lost, or that rank is late ({cause:.120}); look for its error above, "
+            "and start the run again, with --ckpt_path last if it has saved"
+        ), 1
     if _is_of_checkpoint(error):
         cause = " ".join(str(error).split())
         return f"the checkpoint can't be restored ({type(error).__name__}: {cause:.200}); pass another --ckpt_path", 1
@@ -73,6 +80,12 @@ def _is_refusal(error: Exception) -> bool:
     # What a module gives to torch's functions is the module's matter; its optimizers and schedulers are not.
     outer = [file for file, _ in frames if "/torch/" not in file or "/torch/optim/" in file]
     return bool(outer) and any(package in outer[-1] for package in ("/torch/optim/", "/lightning/", "/lightning_"))
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a rank is not there any more, or has not come in time."""
+    lost = getattr(torch.distributed, "DistError", ())  # torch may have been built without ranks
+    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))
 
 
 def _is_of_checkpoint(error: Exception) -> bool:

@@ -1,12 +1,15 @@
 """Runs that are ended, and what they leave: whole checkpoints, one line, the right exit code."""
 
+import ast
 import collections
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -362,3 +365,41 @@ def test_the_last_checkpoint_is_of_the_last_step(lit, length):
     code, out, _ = lit("test", *FIT[1:-2], "--ckpt_path", str(last))
     assert code == 0
     assert out.splitlines() == [tested]
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def meet_and_part(rank, port):
+    """Two ranks meet, and the second one ends; prints the line of the first one's error."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=20))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 0:
+        with pytest.raises(RuntimeError) as caught:
+            [torch.distributed.all_reduce(torch.ones(1)) for _ in range(1000)]
+        Path("line").write_text(str(explain_error(caught.value, True, ".")))
+    os._exit(0)
+
+
+def test_the_end_of_another_rank_is_one_line():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.start_processes(meet_and_part, (port,), nprocs=2, start_method="fork")
+    line, code = ast.literal_eval(Path("line").read_text())
+    assert line.startswith("the connection to another rank is lost, or that rank is late (")
+    assert "\n" not in line
+    assert "/gloo/transport/" not in line
+    assert code == 1
+
+
+def test_a_rank_that_does_not_come_in_time_is_one_line():
+    with socket.socket() as server:  # which listens to nobody
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        with pytest.raises(RuntimeError) as caught:
+            torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timedelta(seconds=1))
+    line, code = explain_error(caught.value, True, ".")
+    assert "the connection to another rank is lost, or that rank is late (" in line
+    assert code == 1
