@@ -64,15 +64,15 @@ def start(folder: Path, epochs: int, *more: str, before: Callable[[], object] = 
     process = os.fork()
     if process:
         return process
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    # A shell has what it runs in the background ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["lit-lipschitz", *arguments(folder, epochs), *more]
-    before()
     code = 70
-    try:
+    try:  # nothing of the parent's may run here, whatever happens
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        # A shell has what it runs in the background ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["lit-lipschitz", *arguments(folder, epochs), *more]
+        before()
         code = lit_lipschitz_main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 70

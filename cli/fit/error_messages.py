@@ -85,7 +85,9 @@ def _is_refusal(error: Exception) -> bool:
 def _is_lost_connection(error: Exception) -> bool:
     """Whether a rank is not there any more, or has not come in time."""
     lost = getattr(torch.distributed, "DistError", ())  # torch may have been built without ranks
-    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))
+    return isinstance(error, lost) or (
+        isinstance(error, RuntimeError) and re.search("/gloo/transport/|pair closure", str(error)) is not None
+    )
 
 
 def _is_of_checkpoint(error: Exception) -> bool:

@@ -93,6 +93,22 @@ def test_a_signal_in_mid_epoch_saves_a_checkpoint_there_and_resuming_ends_in_the
     assert same(whole, parts)
 
 
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [
+        ("check_options", FIT),
+        ("resolve_configs", FIT),
+        ("_run", FIT),
+        ("list_configs", ("configs",)),
+        ("text", ("fit", "--help")),
+    ],
+)
+def test_sigint_ends_a_command_that_has_not_begun_to_train_with_its_code(lit, monkeypatch, place, arguments):
+    monkeypatch.setattr(f"lit_lipschitz.cli.main.{place}", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = lit(*arguments)
+    assert (code, err) == (130, "")
+
+
 def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):
     lit(*FIT, "--trainer.default_root_dir", "whole")
     found, out, _ = lit(*FIT, *send(80, validating=True), "--trainer.default_root_dir", "parts")
@@ -403,3 +419,8 @@ def test_a_rank_that_does_not_come_in_time_is_one_line():
     line, code = explain_error(caught.value, True, ".")
     assert "the connection to another rank is lost, or that rank is late (" in line
     assert code == 1
+
+
+def test_a_rank_that_is_late_is_one_line():
+    error = RuntimeError("Application timeout caused pair closure")  # of gloo
+    assert "(Application timeout caused pair closure)" in explain_error(error, True, ".")[0]
