@@ -106,8 +106,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def state(folder: Path) -> dict[str, object]:
     """The part of the last checkpoint that must be equal at the end."""
     content = torch.load(checkpoints(folder)[-1], weights_only=True)
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "seed")
-    return {**{key: content[key] for key in kept}, "LipschitzLR": content["callbacks"]["LipschitzLR"]}
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "seed")
+    # Lightning's "epoch" is the epoch that has ended, or, where a run was resumed from its last step, the next one.
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    same = {"epochs": epochs, "LipschitzLR": content["callbacks"]["LipschitzLR"]}
+    return {**{key: content[key] for key in kept}, **same}
 
 
 def differences(first: object, second: object, path: str = "") -> list[str]:
