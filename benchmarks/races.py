@@ -103,7 +103,8 @@ def rank_faults(
             process = start_ranks(folder, arguments(folder))
             ranks = fault(process, kind, chance.uniform(0, length), chance)
             code = ended(process, ranks)
-            if not ranks:
+            finished = kind == "killed" and code == 0 and not differences(expected, state(folder))
+            if not ranks or finished:  # the rank was at its end: it had nothing more to do
                 counts["drawn again"] += 1
                 continue
             counts["tries"] += 1

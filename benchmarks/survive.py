@@ -64,15 +64,15 @@ def start(folder: Path, epochs: int, *more: str, before: Callable[[], object] = 
     process = os.fork()
     if process:
         return process
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    # A shell has what it runs in the background ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["lit-lipschitz", *arguments(folder, epochs), *more]
-    before()
     code = 70
-    try:
+    try:  # nothing of the parent's may run here, whatever happens
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        # A shell has what it runs in the background ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["lit-lipschitz", *arguments(folder, epochs), *more]
+        before()
         code = lit_lipschitz_main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 70
@@ -106,8 +106,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def state(folder: Path) -> dict[str, object]:
     """The part of the last checkpoint that must be equal at the end."""
     content = torch.load(checkpoints(folder)[-1], weights_only=True)
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "seed")
-    return {**{key: content[key] for key in kept}, "LipschitzLR": content["callbacks"]["LipschitzLR"]}
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "seed")
+    # Lightning's "epoch" is the epoch that has ended, or, where a run was resumed from its last step, the next one.
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    same = {"epochs": epochs, "LipschitzLR": content["callbacks"]["LipschitzLR"]}
+    return {**{key: content[key] for key in kept}, **same}
 
 
 def differences(first: object, second: object, path: str = "") -> list[str]:

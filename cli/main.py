@@ -39,6 +39,8 @@ def main() -> int:
         if code == 0:
             _leave_process_group()
         return code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         _discard_output()  # the reader, such as head, has seen enough
         return 1
@@ -105,14 +107,9 @@ def _answer(arguments: list[str]) -> int:
         arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
         # Other ranks are started with sys.argv, so the paths have to be in there.
         sys.argv[1:] = resolve_configs(arguments)
-    except LitLipschitzError as error:
-        return fail(error)
-    try:
         return _run(name)
     except LitLipschitzError as error:
         return fail(error)
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(name: str) -> int:

@@ -109,6 +109,12 @@ class Attachment(RateProperties):
             self._results = Results.of(self._controller)
         self._controller, self._handles, self._parameters = None, [], set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, which is detached: the results so far, and nothing of the run."""
+        detached: dict[str, Any] = {"_controller": None, "_handles": [], "_parameters": set()}
+        results = self._results if isinstance(self._results, Results) else Results.of(self._results)
+        return {**vars(self), **detached, "_results": results}
+
     def __enter__(self) -> "Attachment":
         return self
 

@@ -1,7 +1,10 @@
 """``attach``: a plain loop has the rates, the metrics and the weights of the Lightning callback, bit for bit."""
 
+import copy
 import gc
 import inspect
+import io
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -255,7 +258,9 @@ def test_a_closure_gives_the_same_numbers(optimizer):
 def test_lbfgs_evaluates_its_closure_several_times_in_a_step():
     net = network()
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1)
-    control = attach(net, optimizer, schedule="none", notify=lambda message: None)
+    with pytest.raises(ConfigurationError, match="LBFGS sets the length of its steps itself"):
+        attach(net, optimizer)
+    control = attach(net, optimizer, rule="bounded", schedule="none", notify=lambda message: None)
     inputs, targets = next(iter(loader()))
     losses = []
 
@@ -270,6 +275,53 @@ def test_lbfgs_evaluates_its_closure_several_times_in_a_step():
         assert optimizer.param_groups[0]["lr"] == control.lr > 0
     assert len(losses) > 30
     assert losses[-1] < losses[0]
+
+
+# Copies
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_copy_has_the_results_and_is_detached(how, steps, kind):
+    net = network()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    control = attach(net, optimizer, notify=lambda message: None)
+    batches = list(loader())
+    for inputs, targets in batches[:steps]:
+        F.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other = how(control)
+    assert (other.lr, other.rate, other.constant, other.head_name) == (
+        control.lr, control.rate, control.constant, control.head_name
+    )  # fmt: skip
+    assert other.metrics() == control.metrics()
+    assert other.state_dict().keys() == control.state_dict().keys()
+    assert other.state_dict()["step"] == steps
+    with pytest.raises(ConfigurationError, match="was detached"):
+        other.load_state_dict(control.state_dict())
+    before = control.state_dict()["step"]
+    other.detach()  # of which the first one knows nothing
+    F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    assert control.state_dict()["step"] == before + 1
+
+
+def test_a_network_with_an_optimizer_that_is_attached_can_be_saved():
+    net = network()
+    optimizer = OPTIMIZERS["AdamW"](net.parameters())
+    control = attach(net, optimizer, notify=lambda message: None)
+    inputs, targets = next(iter(loader()))
+    for _ in range(2):
+        F.cross_entropy(net(inputs), targets).backward()
+        torch.save({"net": net, "optimizer": optimizer, "control": control}, file := io.BytesIO())
+        file.seek(0)
+        saved = torch.load(file, weights_only=False)
+        assert torch.equal(saved["net"](inputs), net(inputs))
+        assert saved["control"].lr == control.lr
+        optimizer.step()
+    assert control.lr > 0
 
 
 # What is not as described

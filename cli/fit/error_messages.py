@@ -53,6 +53,15 @@ def explain_error(error: Exception, running: bool, folder: str) -> tuple[str, in
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = lines[:2][-1].split(", ")[0].rstrip(". ")
         return f"the checkpoint is of another network: {first} ...; pass the config that it was trained with", 1
+    if isinstance(error, RuntimeError) and _frames(error)[-1:] and "/lightning/pytorch/" in _frames(error)[-1][0]:
+        return " ".join(str(error).split()), 1
+    if _is_lost_connection(error):
+        cause = " ".join(str(error).split())
+        cause = re.sub(r"^\[[^\]]*\] |\. This is typically.*", "", cause)
+        return (
+            f"the connection to another rank is lost, or that rank is late ({cause:.120}); look for its error above, "
+            "and start the run again, with --ckpt_path last if it has saved"
+        ), 1
     if _is_of_checkpoint(error):
         cause = " ".join(str(error).split())
         return f"the checkpoint can't be restored ({type(error).__name__}: {cause:.200}); pass another --ckpt_path", 1
@@ -75,6 +84,14 @@ def _is_refusal(error: Exception) -> bool:
     # What a module gives to torch's functions is the module's matter; its optimizers and schedulers are not.
     outer = [file for file, _ in frames if "/torch/" not in file or "/torch/optim/" in file]
     return bool(outer) and any(package in outer[-1] for package in ("/torch/optim/", "/lightning/", "/lightning_"))
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a rank is not there any more, or has not come in time."""
+    lost = getattr(torch.distributed, "DistError", ())  # torch may have been built without ranks
+    return isinstance(error, lost) or (
+        isinstance(error, RuntimeError) and re.search("/gloo/transport/|pair closure", str(error)) is not None
+    )
 
 
 def _is_of_checkpoint(error: Exception) -> bool:
@@ -116,6 +133,8 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     if scalars := _scalar_types(text):
         found = re.search(r"Given value: (.+)$", text)
         return f"{path}: expected {scalars}, found {found[1] if found else ''!r}"
+    if path and (match := re.search(r"- ([\w.]+)(?: and [\w. ]+)? must be given", text)):
+        return _missing(path, match[1], text)
     for pattern, cause in _CAUSES:
         if match := re.search(pattern, text):
             return f"{path}: {cause.format(_readable(match[1]), match[2])}".lstrip(": ")
@@ -132,6 +151,13 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
         config = "; pass a config, such as --config digits.yaml" if keys[0] in ("data", "model") else ""
         return f"{' and '.join(keys)} must be given{config}"
     return text
+
+
+def _missing(path: str, key: str, text: str) -> str:
+    """What to do about a class without an argument that it needs; of several classes, the first that has it as null."""
+    classes = re.findall(r"class_path='(?:\w+\.)*(\w+)', init_args=Namespace\((.*?)(?=class_path=|$)", text)
+    owner = next((f", for {name}" for name, given in classes if re.search(rf"\b{re.escape(key)}=None", given)), "")
+    return f"{path}.{key} must be given{owner}; pass --{path}.{key} with a value, or {key}: below init_args in a config"
 
 
 _LIST = "a list such as [1, 2]"

@@ -63,6 +63,10 @@ class PlainLoop:
             notify if rank == 0 else _silent,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: the steps so far, and nothing of the run."""
+        return {**vars(self), "_constants": ()}
+
     def now(self, ended: bool = False) -> LoopFacts:
         """The state before an optimizer step, or after one that has ``ended``."""
         current, length = self.step - ended, self._epoch_steps

@@ -230,8 +230,9 @@ class Policy:
         if name is None:
             known = [info.name for info in optimizer_updates.OPTIMIZERS if self.bound in info.rules]
             package = f"{optimizer.resolve().__module__}." if optimizer.name in known else ""
+            reason = f"{optimizer.name} sets the length of its steps itself; " if optimizer.sets_lengths else ""
             raise ConfigurationError(
-                f"LipschitzLR: no learning-rate rule is known for the optimizer {package}{optimizer.name} with "
+                f"LipschitzLR: {reason}no learning-rate rule is known for the optimizer {package}{optimizer.name} with "
                 f"bound={self.bound!r}; known: {', '.join(known)}; use one of them, {forced}"
             )
         setting = optimizer.unsupported.get(self.bound)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from lit_lipschitz.measurement.trial_step import Behaviour, behaviour_of, is_schedule_free
 from lit_lipschitz.rules.bounded import momentum_of_any
@@ -34,6 +34,7 @@ class OptimizerInfo:
         behaviour: What was measured of an optimizer that is not registered; None for others.
         linear: Whether its updates are sums of gradients with weights b^k and the settings ``momentum`` and
             ``dampening`` of torch's SGD, so that the displacement by a gradient is known.
+        sets_lengths: Whether it sets the length of its steps itself, so that no learning rate follows from L.
     """
 
     cls: type[Optimizer] | str
@@ -45,6 +46,7 @@ class OptimizerInfo:
     averages_weights: bool = False
     behaviour: Behaviour | None = None
     linear: bool = False
+    sets_lengths: bool = False
 
     @property
     def name(self) -> str:
@@ -229,10 +231,13 @@ def optimizer_info(optimizer: Optimizer) -> OptimizerInfo:
     if info is not None:
         return info
     behaviour = behaviour_of(optimizer)
+    # LBFGS evaluates the loss several times in a step, and Rprop reads its learning rate in the first one alone.
+    sets_lengths = isinstance(optimizer, (LBFGS, Rprop))
     return OptimizerInfo(
         type(optimizer),
-        rules=_SGD if behaviour.linear else _BOUNDED,
+        rules={} if sets_lengths else _SGD if behaviour.linear else _BOUNDED,
         momentum_rules=_MOMENTUM if behaviour.linear else {},
+        sets_lengths=sets_lengths,
         decoupled_weight_decay=not behaviour.couples_weight_decay,
         averages_weights=is_schedule_free(optimizer),
         behaviour=behaviour,

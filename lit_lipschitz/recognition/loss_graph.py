@@ -414,6 +414,11 @@ def _not_recognised(graph: GraphReader, root: Any) -> str:
             f"{_quoted()})"
         )
     names = graph.names(node)
+    if not names:
+        return (
+            "LipschitzLR looked for the loss in its autograd graph and found a tensor that nothing was computed for; "
+            "return a loss from training_step that depends on the network's outputs"
+        )
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
         f"{' > '.join(names)}; return one of them, or pass loss= with its name if your loss is equal to its mean, "

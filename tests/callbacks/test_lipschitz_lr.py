@@ -857,3 +857,33 @@ def test_a_head_that_steps_by_more_than_the_rate_is_told_of(head_first):
         (message,) = found
         assert "'net.2' is in parameter group 1" in message
         assert "100 times" in message
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "sample"}], ids=str)
+@pytest.mark.parametrize(
+    ("of_loss", "message"),
+    [
+        (torch.Tensor.detach, "found a tensor without a graph; return a loss from training_step that depends on"),
+        (lambda loss: torch.tensor(1.0), "found a tensor without a graph; return a loss from training_step that"),
+        (lambda loss: torch.tensor(1.0, requires_grad=True), "found a tensor that nothing was computed for; return a "),
+    ],
+)
+def test_a_loss_that_does_not_depend_on_the_network_is_refused_with_what_was_found(settings, of_loss, message):
+    class Constant(Classifier):
+        def training_step(self, batch, batch_idx):
+            return of_loss(super().training_step(batch, batch_idx))
+
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(LipschitzLR(**settings)).fit(Constant(), loader())
+
+
+def test_a_loss_times_0_moves_nothing():
+    class Nothing(Classifier):
+        def training_step(self, batch, batch_idx):
+            return 0 * super().training_step(batch, batch_idx)
+
+    module, callback = Nothing(), LipschitzLR()
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.warns(UserWarning, match="no constant can be computed: .*; the rate is 0 until a step"):
+        trainer(callback, max_epochs=2).fit(module, loader())
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))

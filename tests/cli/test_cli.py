@@ -352,6 +352,34 @@ def test_anchors_are_for_use(lit):
         (["--model.network.hiden", "3"], 2, "model.network.hiden: no such option; closest: hidden"),
         (["--model.scheduler.warmup", "3"], 2, "the scheduler can't be made: warmup=3.0: expected a fraction"),
         (["--model.scheduler", "StepLR"], 2, "error: model.scheduler.step_size must be given"),
+        (
+            ["--trainer.callbacks+", "EarlyStopping"],
+            2,
+            "error: trainer.callbacks.monitor must be given, for EarlyStopping; "
+            "pass --trainer.callbacks.monitor with a value, or monitor: below init_args in a config",
+        ),
+        (
+            [
+                "--trainer.callbacks+",
+                "EarlyStopping",
+                "--trainer.callbacks.monitor",
+                "a",
+                "--trainer.callbacks+",
+                "StochasticWeightAveraging",
+            ],
+            2,
+            "error: trainer.callbacks.swa_lrs must be given, for StochasticWeightAveraging; ",
+        ),
+        (
+            ["--trainer.logger", "CSVLogger"],
+            2,
+            "error: trainer.logger.save_dir must be given, for CSVLogger; pass --trai",
+        ),
+        (
+            ["--trainer.logger", "[CSVLogger]"],
+            2,
+            "error: trainer.logger.save_dir must be given, for CSVLogger; pass --tr",
+        ),
         (["--model.label_smoothing", "2"], 2, "label_smoothing=2.0: expected a number from 0 to 1"),
         (["--trainer.limit_train_batches", "0"], 2, "found -1 optimizer steps; set trainer.max_epochs"),
         (["--data.batch_size", "0"], 2, "error: batch_size=0: expected at least 1"),
@@ -390,6 +418,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(lit, arguments, code, message)
     assert message in error_line(err)
     assert found == code
     assert sorted(Path(".").rglob("*")) == before
+
+
+def test_an_error_of_lightning_at_run_time_is_one_line(lit):
+    stopping = ("--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "nothing")
+    code, _, err = lit("fit", "--config", "digits", "--trainer.max_epochs", "1", *stopping)
+    assert code == 1
+    assert "Early stopping conditioned on metric `nothing` which is not available" in error_line(err)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, error_line
 
-from lit_lipschitz import DigitsDataModule
+from lit_lipschitz import DigitsDataModule, ImageClassifier
 from lit_lipschitz.cli.help import COMMANDS, text
 from lit_lipschitz.cli.options import known_options
 
@@ -225,6 +226,49 @@ def test_an_invalid_config_is_one_line(lit, content, message):
     code, out, err = lit("validate-config", "digits", "mine.yaml")
     assert (code, out) == (2, "")
     assert message in error_line(err)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.optimizer.lr", "-1"), "Invalid learning rate: -1.0"),
+        (
+            ("--model.optimizer", "AdamW", "--model.optimizer.betas", "[2,0.9]"),
+            "Invalid beta parameter at index 0: 2.0",
+        ),
+        (
+            ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.weight_decay", "-1"),
+            "Invalid weight_decay value",
+        ),
+        (("--model.decayed", "[nothing]"), "no parameter of MLP fits 'nothing'"),
+        (("--model.scheduler", "StepLR", "--model.scheduler.step_size", "0"), "modulo by zero"),
+        (
+            ("--model.scheduler", "OneCycleLR", "--model.scheduler.max_lr", "1", "--model.scheduler.pct_start", "7"),
+            "pct",
+        ),
+    ],
+)
+def test_a_value_that_a_class_refuses_when_it_is_made_is_refused_as_by_fit(lit, options, message):
+    found = [
+        lit(*command, *options) for command in (("validate-config", "digits"), ("fit", "--config", "digits", *SHORT))
+    ]
+    assert [code for code, _, _ in found] == [2, 2]
+    lines = [error_line(err) for _, _, err in found]
+    assert message in lines[0]
+    assert lines[0] == lines[1]
+
+
+class Own(ImageClassifier):
+    """A module that needs its data to make an optimizer."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.datamodule.size)
+
+
+def test_a_module_that_needs_its_data_to_make_an_optimizer_is_valid(lit):
+    code, out, err = lit("validate-config", "digits", "--model", "test_first_minute.Own")
+    assert (code, err) == (0, "")
+    assert out == "valid: Own on DigitsDataModule, 30 epochs\n"
 
 
 def test_without_a_file_it_is_asked_for(lit):

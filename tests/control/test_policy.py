@@ -82,6 +82,14 @@ def test_the_rule_follows_the_optimizer_and_the_family(kind, settings, bound, ru
             "paper",
             "LBFGS with bound=.paper.; known: SGD, .* rule= with one of 'bounded', 'inverse'",
         ),
+        (
+            torch.optim.LBFGS,
+            {},
+            "strict",
+            "LBFGS sets the length of its steps itself; .* LBFGS with bound=.strict.; known: SGD, .*, AdamW",
+        ),
+        (torch.optim.Rprop, {}, "strict", "Rprop sets the length of its steps itself; "),
+        (torch.optim.Rprop, {}, "smooth", "Rprop sets the length of its steps itself; "),
         (torch.optim.Adagrad, {}, "paper", "Adagrad with bound=.paper.; known: SGD, ZeroStartSGD, Adam, AdamW"),
         (torch.optim.RMSprop, {"centered": True}, "paper", "RMSprop with centered=True"),
     ],
@@ -99,10 +107,13 @@ def test_every_optimizer_of_torch_has_a_documented_rule():
         optimizer = made(kind)
         for bound in ("paper", "strict", "smooth"):
             if bound not in optimizer_info(optimizer).rules:
-                assert bound == "paper"
-                with pytest.raises(ConfigurationError, match=f"the optimizer {kind.__name__} with bound='paper'"):
+                assert bound == "paper" or kind in (torch.optim.LBFGS, torch.optim.Rprop)
+                with pytest.raises(ConfigurationError, match=f"the optimizer {kind.__name__} with bound='{bound}'"):
                     rule_of(optimizer, bound=bound)
-                assert f"`{kind.__name__}`" in table.split('With `bound="paper"` refused')[1]
+                refused = table.split(
+                    "With any `bound` refused" if bound != "paper" else 'With `bound="paper"` refused'
+                )[1]
+                assert f"`{kind.__name__}`" in refused.split("\n\n")[0]
             else:
                 rule = rule_of(optimizer, bound=bound)
                 assert any(kind.__name__ in row and f"`{rule}`" in row for row in table.splitlines())

@@ -1,12 +1,15 @@
 """Runs that are ended, and what they leave: whole checkpoints, one line, the right exit code."""
 
+import ast
 import collections
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -88,6 +91,22 @@ def test_a_signal_in_mid_epoch_saves_a_checkpoint_there_and_resuming_ends_in_the
     whole, parts = last("whole"), last("parts")
     assert whole["global_step"] == parts["global_step"]
     assert same(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [
+        ("check_options", FIT),
+        ("resolve_configs", FIT),
+        ("_run", FIT),
+        ("list_configs", ("configs",)),
+        ("text", ("fit", "--help")),
+    ],
+)
+def test_sigint_ends_a_command_that_has_not_begun_to_train_with_its_code(lit, monkeypatch, place, arguments):
+    monkeypatch.setattr(f"lit_lipschitz.cli.main.{place}", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = lit(*arguments)
+    assert (code, err) == (130, "")
 
 
 def test_a_signal_during_a_validation_ends_the_run_behind_it(lit):
@@ -362,3 +381,46 @@ def test_the_last_checkpoint_is_of_the_last_step(lit, length):
     code, out, _ = lit("test", *FIT[1:-2], "--ckpt_path", str(last))
     assert code == 0
     assert out.splitlines() == [tested]
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def meet_and_part(rank, port):
+    """Two ranks meet, and the second one ends; prints the line of the first one's error."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=20))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 0:
+        with pytest.raises(RuntimeError) as caught:
+            [torch.distributed.all_reduce(torch.ones(1)) for _ in range(1000)]
+        Path("line").write_text(str(explain_error(caught.value, True, ".")))
+    os._exit(0)
+
+
+def test_the_end_of_another_rank_is_one_line():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.start_processes(meet_and_part, (port,), nprocs=2, start_method="fork")
+    line, code = ast.literal_eval(Path("line").read_text())
+    assert line.startswith("the connection to another rank is lost, or that rank is late (")
+    assert "\n" not in line
+    assert "/gloo/transport/" not in line
+    assert code == 1
+
+
+def test_a_rank_that_does_not_come_in_time_is_one_line():
+    with socket.socket() as server:  # which listens to nobody
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        with pytest.raises(RuntimeError) as caught:
+            torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timedelta(seconds=1))
+    line, code = explain_error(caught.value, True, ".")
+    assert "the connection to another rank is lost, or that rank is late (" in line
+    assert code == 1
+
+
+def test_a_rank_that_is_late_is_one_line():
+    error = RuntimeError("Application timeout caused pair closure")  # of gloo
+    assert "(Application timeout caused pair closure)" in explain_error(error, True, ".")[0]
