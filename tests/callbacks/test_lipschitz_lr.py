@@ -850,13 +850,13 @@ def test_a_head_that_steps_by_more_than_the_rate_is_told_of(head_first):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer(LipschitzLR(), max_epochs=1).fit(module, loader(16))
-    found = [str(one.message) for one in told if "parameter group" in str(one.message)]
+    found = [str(one.message) for one in told if "make its group the first" in str(one.message)]
     if head_first:
         assert not found
     else:
         (message,) = found
-        assert "'net.2' is in parameter group 1" in message
-        assert "100 times" in message
+        assert "'net.2' gets 100 times the computed learning rate" in message
+        assert "in parameter group 1" in message
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm": "sample"}], ids=str)
