@@ -31,6 +31,7 @@ class MeasuredHook:
     def __init__(self, target: Target, device: torch.device, stored: dict[str, Any] | None) -> None:
         self._target, self.name = target, _HEAD
         self._owned = None if target.is_only else target.parameters
+        self._told = False  # that compiled code was made without the hooks
         self._names: dict[int, str] = {}  # of the network's parameters, by their id
         self.statistic = MeasuredOutputs(device)
         self._compiled = CompiledLayers(target.model, self._owned)
@@ -46,6 +47,13 @@ class MeasuredHook:
         hidden = [layer for layer in layers if isinstance(layer, HiddenLayers)]
         if not hidden:
             self._compiled.remove()
+        if not self._told and self._compiled.saw_none and any(layer.is_compiled for layer in hidden):
+            self._told = True
+            loop.notify(
+                f"LipschitzLR{self._target.label}: the network, or another one of its class, has run compiled before, "
+                "so that L is measured from the gradients in the weights alone; call torch.compiler.reset() before the "
+                "fit to measure the outputs"
+            )
         if head is not None and any(layer.is_compiled and not self._has(layer, head) for layer in hidden):
             return
         # The loop's division by the accumulated batches is part of the step's loss; a GradScaler's factor is not.

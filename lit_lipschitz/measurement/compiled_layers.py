@@ -59,6 +59,11 @@ class CompiledLayers:
         """Forgets the last call."""
         self._module = self._inputs = None
 
+    @property
+    def saw_none(self) -> bool:
+        """Whether there are modules, and none of them was called in compiled code."""
+        return bool(self._handles) and self._module is None
+
     def last_of(self, code: HiddenLayers) -> nn.Module | None:
         """The module that was called last, if one of its parameters is among those of the compiled code."""
         module = self._module

@@ -450,6 +450,21 @@ def test_a_compiled_network_with_any_loss_has_the_rates_of_an_eager_one(name, pa
     assert compiled.constants == pytest.approx(steps.constants, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["focal", "recognised"])
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_network_that_has_run_compiled_before_says_so(name, has_run, caplog):
+    """Its compiled code has no hooks, so that the gradient in the outputs is not seen."""
+    compile_parts(module := Parts({**LOSSES, "recognised": recognised}[name]), "network")
+    if has_run:
+        inputs, targets = examples(count=8).tensors
+        module.training_step((inputs, targets), 0).backward()
+        module.zero_grad()
+    with caplog.at_level(logging.INFO):
+        lipschitz, _, _ = rates_of(module)
+    assert is_measured(lipschitz) == (has_run or name == "focal")
+    assert caplog.text.count("has run compiled before") == has_run
+
+
 class Times(nn.Module):
     def __init__(self, factor):
         super().__init__()
