@@ -41,7 +41,7 @@ ARITHMETIC = ("train", "step")
 """Phases in which the network runs."""
 TOTALS = {
     "all": "all",
-    "own": "the project's own: all differences but those of imports and arithmetic",
+    "own": "overhead of the project: all differences except in imports, sanity check, and first forward and backward",
     "import": "`import lit_lipschitz` alone",
 }
 IMPORTS = ("python", "torch", "lightning")

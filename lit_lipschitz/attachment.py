@@ -195,10 +195,9 @@ class Attachment(RateProperties):
             self._check_first_step(controller)
         if self._loop.automatic and self._losses > self._loop.accumulated:
             raise ConfigurationError(
-                f"attach(accumulate_grad_batches={self._loop.accumulated}) expected as many backward passes before "
-                "each optimizer.step(), and found "
-                f"{self._losses}; pass accumulate_grad_batches= with the number of batches "
-                "that the loop accumulates, or call backward once on the sum of the losses"
+                f"attach(accumulate_grad_batches={self._loop.accumulated}) expected this number of backward "
+                f"passes before each optimizer.step(), and found {self._losses}; pass accumulate_grad_batches= with "
+                "the number of batches that the loop accumulates, or call backward once on the sum of the losses"
             )
         self._has_decided = True
         controller.on_step(self._loop.now())
@@ -207,7 +206,7 @@ class Attachment(RateProperties):
         groups = controller.optimizer.param_groups
         if not controller.scheduled and any("initial_lr" in group for group in groups):
             raise ConfigurationError(
-                "attach expected all schedulers to be there and found one that was created afterwards; create the "
+                "attach expected no scheduler to be created after it, and found one; create the "
                 "scheduler of an optimizer before attach(model, optimizer)"
             )
         if not controller.schedulers and any({"initial_lr", "max_lr", "min_lr"} <= set(group) for group in groups):
@@ -222,7 +221,8 @@ class Attachment(RateProperties):
         if self._losses == 0 and any(p.grad is not None for group in groups for p in group["params"]):
             raise ConfigurationError(
                 "attach expected a backward pass before optimizer.step() and saw none that reaches the optimizer's "
-                "parameters; call attach before the first loss.backward(), and no torch.autograd.grad in its place"
+                "parameters; call attach before the first loss.backward(), and do not use torch.autograd.grad "
+                "instead of it"
             )
 
     def _after_step(self) -> None:
@@ -317,7 +317,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
     network, stepped = unwrapped_model(model), unwrapped_optimizer(optimizer)
     if stepped in _controlled:
         raise ConfigurationError(
-            f"attach(model, optimizer) expected an optimizer that nothing is attached to, and found an attached "
+            "attach(model, optimizer) expected an optimizer that is not attached yet, and found an attached "
             f"{type(stepped).__name__}; call detach() of that attachment first"
         )
     own = {parameter for group in stepped.param_groups for parameter in group["params"]}

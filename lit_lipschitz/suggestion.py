@@ -202,8 +202,8 @@ def _check(optimizer: Optimizer, num_batches: int, settings: Mapping[str, Any]) 
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), LRWriter) for hook in hooks):
         raise ConfigurationError(
-            "suggest expected an optimizer whose learning rate nothing controls, and found one that attach or "
-            "LipschitzLR controls; call suggest before attach, or detach"
+            "suggest expected an optimizer that is not controlled yet, and found one that attach or LipschitzLR "
+            "controls; call suggest before attach, or call detach() first"
         )
 
 

@@ -38,7 +38,7 @@ def effective_batch(found: Suggestion) -> str:
     upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "or more; more batches narrow it"
     return (
         f"the gradient noise scale is about {_rounded(noise.value)} ({100 * CONFIDENCE:.0f} % interval from {count} "
-        f"batches: {low} {upper}) and grows during training; larger batches save few steps"
+        f"batches: {low} {upper}) and grows during training; batches above it save few steps"
     )
 
 

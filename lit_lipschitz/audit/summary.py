@@ -81,30 +81,30 @@ class AuditSummary:
         if head is None:
             return f"The head{f' {self.head}' if self.head else ''} had no gradient of its own in any audited step."
         sentence = (
-            f"The head's gradient was the largest in {head.largest_by_norm} of {head.steps} audited steps (by norm; "
-            f"{head.largest_by_entry} by largest entry)"
+            f"The head's gradient had the largest norm in {head.largest_by_norm} of {head.steps} audited steps, and "
+            f"the largest entry in {head.largest_by_entry}"
         )
         if self.largest_over_head is None:
             return f"{sentence}."
         factor = f"{self.largest_over_head:.3g}"
-        return f"{sentence}; another layer's was up to {factor} times its norm ({self.largest_other})."
+        return f"{sentence}; another layer's norm was up to {factor} times that of the head ({self.largest_other})."
 
     def _comparison(self) -> list[str]:
         if self.bound == "smooth":
             return ["L was not compared: the constant of bound='smooth' bounds the Hessian, not the gradient."]
         if not self.compared:
-            return ["L was not compared: no audited step's rate came from a constant."]
+            return ["L was not compared: in no audited step was the learning rate computed from a constant."]
         sentences = []
         head = self.head_layer
         if head is not None and head.compared:
             sentences.append(
                 f"L bounded the head's gradient in {head.compared - head.exceeded} of {head.compared} steps; "
-                f"largest factor {head.largest_ratio:.3g}."
+                f"the largest norm / L was {head.largest_ratio:.3g}."
             )
         worst = max(self.layers, key=lambda layer: layer.largest_ratio or 0.0)
         sentences.append(
-            f"L bounded every layer's gradient in {self.bounded} of {self.compared} steps; largest factor "
-            f"{worst.largest_ratio or 0.0:.3g}, layer {worst.name}."
+            f"L bounded every layer's gradient in {self.bounded} of {self.compared} steps; the largest "
+            f"norm / L was {worst.largest_ratio or 0.0:.3g} ({worst.name})."
         )
         return sentences
 

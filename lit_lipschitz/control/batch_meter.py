@@ -128,7 +128,8 @@ class BatchMeter:
         if int(batch.count) < rows:
             raise ConfigurationError(
                 f"LipschitzLR(measure='pass') found that the loss ignores {rows - int(batch.count)} of "
-                f"{rows} targets (ignore_index), which a pass over the inputs does not see; use measure='running'"
+                f"{rows} targets (ignore_index), which a pass over the inputs does not take into account; use "
+                "measure='running'"
             )
         return float(self._norm_factor(batch, loop))
 

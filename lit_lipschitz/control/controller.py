@@ -265,9 +265,9 @@ class Controller:
             self.measuring = False
         if self.decision is None and not loop.automatic and self._versions != self._count_changes():
             raise ConfigurationError(
-                f"LipschitzLR writes the learning rate in the step of the optimizer{self._target.label}, and found "
-                "that the weights moved without it; move them in step() of the optimizer, or of one that it has as an "
-                "attribute and whose param_groups are its own"
+                f"LipschitzLR sets the learning rate when step() of the optimizer{self._target.label} is called, and "
+                "found that the weights changed without this call; change them in step() of the optimizer, or of an "
+                "inner optimizer that is its attribute and has the same param_groups"
             )
         if self.found is None or not self.options.running:
             return

@@ -46,7 +46,7 @@ class Reporter:
         nonfinite_step, ranks = first  # steps are counted from 0
         label = self._target.label
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-        last = f"the last rate{label} was {decision.lr:.4g}" if decision else f"no rate{label} was computed yet"
+        last = f"the last rate{label} was {decision.lr:.4g}" if decision else f"no rate{label} has been computed yet"
         message = f"a non-finite loss in step {nonfinite_step} on {where}; {last}"
         self._report(message, ", which is kept" if decision else "", silent=losses.reported)
         losses.reported = True

@@ -179,11 +179,14 @@ class HeadFinder:
             )
         nodes = loss.unrecognised or (loss.behind_activation if self._policy.bound == "smooth" else ())
         if nodes and self._options.head == "auto" and self._options.loss_name is None:
-            same_shape, directly = "give outputs and targets the same shape", "compute the loss of the layer's outputs"
+            same_shape, directly = (
+                "give outputs and targets the same shape",
+                "compute the loss directly from the layer's outputs",
+            )
             raise ConfigurationError(
                 "LipschitzLR expected a loss of the outputs of an affine layer (torch.nn.Linear or a 1x1 convolution) "
                 f"and found {' > '.join(nodes)}; {same_shape if 'Expand' in nodes else directly}, or pass head= with "
-                "the layer's name to ignore the operations after it, if they make no gradient larger; "
+                "the layer's name to ignore the operations after it, if they increase no gradient; "
                 f"{other_ways(nodes)}"
             )
 
@@ -235,7 +238,7 @@ class HeadFinder:
         same_rows = int(own.rows) == int(hook.statistic.rows)
         if same_rows and not torch.allclose(own.size, hook.statistic.size, rtol=0.02):
             raise ConfigurationError(
-                f"LipschitzLR measured the inputs of the head {hook.name!r} and found that its forward, of "
-                f"{type(hook.head).__name__}, changes them; move the change into a module before the head, or pass "
-                f"head={hook.name!r} if the change makes no input larger"
+                f"LipschitzLR measured the inputs of the head {hook.name!r} and found that its forward "
+                f"method ({type(hook.head).__name__}) changes them; move the change into a module before the head, or "
+                f"pass head={hook.name!r} if the change increases no input"
             )

@@ -34,15 +34,13 @@ def check_measured(policy: Policy, options: Options) -> None:
     for name, (found, value) in expected.items():
         if found != value:
             raise ConfigurationError(
-                f"LipschitzLR(loss='measured', {name}={found!r}): expected {name}={value!r}, since the gradient norm "
-                "in the outputs is measured while training and belongs to no other family, norm or head; leave "
-                f"{name}= out"
+                f"LipschitzLR(loss='measured', {name}={found!r}): expected {name}={value!r}, since a constant can only "
+                f"be measured with the default settings; leave {name}= out"
             )
     if policy.rule in (names := [info.name for info in papers.RULES]):
         raise ConfigurationError(
-            f"LipschitzLR(loss='measured', rule={policy.rule!r}): expected a rule of the optimizer, and found one of "
-            f"the paper's ({', '.join(map(repr, names))}), which has no use for a measured gradient norm; leave rule= "
-            "out"
+            f"LipschitzLR(loss='measured', rule={policy.rule!r}): expected a rule that works with a measured constant, "
+            f"and found one of the paper's ({', '.join(map(repr, names))}); leave rule= out"
         )
 
 
@@ -65,7 +63,7 @@ class MeasuredFinder:
                 return None
             raise ConfigurationError(
                 "LipschitzLR looked for output layers in the autograd graph of the loss and found "
-                "no parameter that trains; return a loss that depends on one"
+                "no trainable parameter; return a loss that depends on one"
             )
         self.hooks.name_layers(layers)
         return self.found()
@@ -83,7 +81,8 @@ class MeasuredFinder:
         """
         raise ConfigurationError(
             "LipschitzLR looked for a loss in manual_backward before the optimizer's step and found "
-            "none that its parameters make; call self.manual_backward(loss), or pass optimizers= with another position"
+            "none that depends on its parameters; call self.manual_backward(loss), or pass optimizers= with another "
+            "position"
         )
 
     def meter(self, found: FoundHeads, updater: RateUpdater, graph: LossGraph | None, loop: LoopFacts) -> "_Meter":

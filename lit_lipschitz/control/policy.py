@@ -23,13 +23,13 @@ _NORMS = {
     "sample": "largest norm of an example of the head's inputs",
 }
 _COEFFICIENTS = {
-    "paper": ("estimate", "the paper's estimate of the gradient norm of an example's loss in the head's outputs"),
-    "strict": ("G_max", "largest gradient norm that an example's loss can have in the head's outputs"),
-    "smooth": ("curvature", "largest curvature that an example's loss can have in the head's outputs"),
+    "paper": ("estimate", "the paper's estimate of the gradient norm of an example's loss w.r.t. the head's outputs"),
+    "strict": ("G_max", "largest possible gradient norm of an example's loss w.r.t. the head's outputs"),
+    "smooth": ("curvature", "largest possible curvature of an example's loss w.r.t. the head's outputs"),
 }
 _MEASURED = {
     "K_z": "norm of the output layers' inputs in these rows",
-    "G_max": "largest gradient norm of a row in the outputs, times m; measured, not a bound",
+    "G_max": "largest gradient norm w.r.t. a row of the outputs, times m; measured, not a bound",
     "L": "measured constant of the loss with respect to the output layers' weights, an estimate",
 }
 _CONSTANTS = {

@@ -140,9 +140,9 @@ class HeadHooks:
             names = ", ".join(repr(hook.name) for hook in self._candidates[-3:])
             raise ConfigurationError(
                 f"LipschitzLR saw no forward pass through {names} before the first backward pass; pass head= with the "
-                "name of the module that computes the logits, call this module itself and no function with its weight, "
-                "use activation checkpointing with use_reentrant=False, or call torch.compiler.reset() before fit if "
-                "the network has already run compiled"
+                "name of the module that computes the logits, call this module itself and not a function with its "
+                "weight, use activation checkpointing with use_reentrant=False, or call torch.compiler.reset() before "
+                "fit if the compiled network has already been run"
             )
         if any(hasattr(hook.weight, "full_tensor") for hook in ran):
             weight = None  # of a sharded head the graph has the whole weight, and the module its shard
@@ -169,8 +169,8 @@ class HeadHooks:
         owner = next((f"the parameter {name!r}" for name, own in named if same_weight(own, weight)), "a tensor")
         return (
             "LipschitzLR looked for the torch.nn.Linear or 1x1 convolution that computes the logits and found that "
-            f"{owner} of shape {tuple(weight.shape)} is their weight; compute them by a torch.nn.Linear, or pass head= "
-            "with the name of the layer to measure"
+            f"they are computed with {owner} of shape {tuple(weight.shape)}, which belongs to no such layer; use a "
+            "torch.nn.Linear, or pass head= with the name of the layer to measure"
         )
 
     def state_dict(self) -> dict[str, Any] | None:

@@ -94,7 +94,8 @@ def _automatic_candidates(
     if not found:
         raise ConfigurationError(
             f"LipschitzLR looked for a head (torch.nn.Linear or a 1x1 convolution) in {type(module).__name__} and "
-            f"found none among {len(modules)} modules; compute the outputs by one, or train without LipschitzLR"
+            f"found none among {len(modules)} modules; compute the outputs by one of these layers, or train without "
+            "LipschitzLR"
         )
     own = {key: part for key, part in found.items() if owned is None or part.weight in owned}
     if not own:

@@ -386,9 +386,9 @@ def _check_probabilities(match: LossMatch, probabilities: Tensor, named: bool) -
     totals = probabilities.float().sum(dim=dim_of(match.log_softmax, probabilities.ndim))
     if not named and not torch.allclose(totals, torch.ones_like(totals), atol=1e-2):
         raise ConfigurationError(
-            "LipschitzLR found a cross-entropy whose targets are probabilities that do not sum to 1 (the first "
-            f"ones' sum is {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to 1, "
-            "or pass loss='cross_entropy' to ignore the difference"
+            "LipschitzLR found a cross-entropy whose targets are probabilities that do not sum to 1 (those of "
+            f"the first target sum to {float(totals.flatten()[0]):g}), for which it has no constant; make them sum to "
+            "1, or pass loss='cross_entropy' to ignore the difference"
         )
 
 
@@ -409,20 +409,20 @@ def _not_recognised(graph: GraphReader, root: Any) -> str:
     _, node = graph.take_factors(root)
     if node.name().startswith("CompiledFunction"):
         return (
-            "LipschitzLR looked for the loss in its autograd graph and found one compiled function, which hides it; "
+            "LipschitzLR looked for the loss in its autograd graph and found a compiled function, which hides it; "
             "compile the network instead of the whole module, or pass loss= with the name of the loss (one of "
             f"{_quoted()})"
         )
     names = graph.names(node)
     if not names:
         return (
-            "LipschitzLR looked for the loss in its autograd graph and found a tensor that nothing was computed for; "
-            "return a loss from training_step that depends on the network's outputs"
+            "LipschitzLR looked for the loss in its autograd graph and found a tensor that was not computed from "
+            "anything; return a loss from training_step that depends on the network's outputs"
         )
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names)}; return one of them, or pass loss= with its name if your loss is equal to its mean, "
-        f"or if the other terms of your sum can be ignored; {other_ways(names)}"
+        f"{' > '.join(names)}; return one of them, or pass loss= with the name of one if your loss equals its "
+        f"mean, or is a sum whose other terms can be ignored; {other_ways(names)}"
     )
 
 

@@ -154,8 +154,8 @@ class Counterexample(L.LightningModule):
 
 
 VIOLATED = (
-    "The head's gradient was the largest in 0 of 1 audited steps (by norm; 0 by largest entry); another layer's was up "
-    "to 100 times its norm (first)."
+    "The head's gradient had the largest norm in 0 of 1 audited steps, and the largest entry in 0; another layer's "
+    "norm was up to 100 times that of the head (first)."
 )
 
 
@@ -181,8 +181,8 @@ def test_the_counterexamples_constant_bounds_the_head_alone(capsys):
     assert (layer(audit, "first").exceeded, layer(audit, "last").exceeded, audit.summary().bounded) == (1, 0, 0)
     assert audit.summary().verdicts == [
         VIOLATED,
-        "L bounded the head's gradient in 1 of 1 steps; largest factor 1.",
-        "L bounded every layer's gradient in 0 of 1 steps; largest factor 100, layer first.",
+        "L bounded the head's gradient in 1 of 1 steps; the largest norm / L was 1.",
+        "L bounded every layer's gradient in 0 of 1 steps; the largest norm / L was 100 (first).",
     ]
     err = capsys.readouterr().err
     assert all(sentence in err.splitlines() for sentence in audit.summary().verdicts)
@@ -198,7 +198,9 @@ def test_the_premise_holds_where_the_head_comes_after_small_weights(capsys):
     summary = audit.summary()
     assert summary.largest_over_head < 1
     assert summary.bounded == 3
-    assert summary.verdicts[0].startswith("The head's gradient was the largest in 3 of 3 audited steps (by norm; 3 by")
+    assert summary.verdicts[0].startswith(
+        "The head's gradient had the largest norm in 3 of 3 audited steps, and the largest entry in 3;"
+    )
     out, err = capsys.readouterr()
     assert "net" not in out
     (row,) = (line.split() for line in err.splitlines() if line.startswith("net.2 (head)"))
@@ -210,7 +212,7 @@ def test_the_premise_holds_where_the_head_comes_after_small_weights(capsys):
     ("lipschitz", "reason"),
     [
         (LipschitzLR(bound="smooth"), "bounds the Hessian, not the gradient"),
-        (LipschitzLR(initial_lr=0.1, update=1000), "no audited step's rate came from a constant"),
+        (LipschitzLR(initial_lr=0.1, update=1000), "in no audited step was the learning rate computed from a constant"),
     ],
     ids=["smooth", "initial_lr"],
 )
@@ -272,7 +274,7 @@ def test_what_the_optimizer_does_not_step_does_not_count():
     fit(audit, Classifier(lambda p: torch.optim.SGD(list(p)[2:], lr=0.1)), max_steps=2)
     assert [part.name for part in audit.summary().layers] == ["net.2"]
     assert audit.summary().verdicts[0] == (
-        "The head's gradient was the largest in 2 of 2 audited steps (by norm; 2 by largest entry)."
+        "The head's gradient had the largest norm in 2 of 2 audited steps, and the largest entry in 2."
     )
 
 

@@ -812,7 +812,7 @@ def two_momenta(parameters):
         (
             Tied,
             [LipschitzLR(schedule="none", norm="sample")],
-            r"the parameter 'embedding.weight' of shape \(3, 16\) is their weight",
+            r"computed with the parameter 'embedding.weight' of shape \(3, 16\)",
         ),
         (
             lambda: Classifier(torch.optim.Adam),
@@ -865,7 +865,10 @@ def test_a_head_that_steps_by_more_than_the_rate_is_told_of(head_first):
     [
         (torch.Tensor.detach, "found a tensor without a graph; return a loss from training_step that depends on"),
         (lambda loss: torch.tensor(1.0), "found a tensor without a graph; return a loss from training_step that"),
-        (lambda loss: torch.tensor(1.0, requires_grad=True), "found a tensor that nothing was computed for; return a "),
+        (
+            lambda loss: torch.tensor(1.0, requires_grad=True),
+            "found a tensor that was not computed from anything; return a ",
+        ),
     ],
 )
 def test_a_loss_that_does_not_depend_on_the_network_is_refused_with_what_was_found(settings, of_loss, message):

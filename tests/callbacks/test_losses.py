@@ -105,7 +105,7 @@ def test_a_loss_can_be_named(name):
         torch.manual_seed(3)
         found.append(first_constant(AnyLoss(loss), targets, inputs, **settings, **named))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    with pytest.raises(ConfigurationError, match="pass loss= with its name"):
+    with pytest.raises(ConfigurationError, match="pass loss= with the name of one"):
         first_constant(AnyLoss(other), targets, inputs, norm="sample")
 
 
@@ -467,6 +467,6 @@ def test_a_head_that_changes_its_input_is_refused(settings):
         if by == 1:
             assert first_constant(module, LABELS, inputs, **settings) > 0
             continue
-        with pytest.raises(ConfigurationError, match="found that its forward, of Stretching, changes them"):
+        with pytest.raises(ConfigurationError, match=r"found that its forward method \(Stretching\) changes them"):
             first_constant(module, LABELS, inputs, **settings)
         assert first_constant(module, LABELS, inputs, head="head", **settings) > 0

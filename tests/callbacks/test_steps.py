@@ -276,7 +276,7 @@ def test_weights_that_move_without_a_step_are_told_of():
         for p in module.parameters():
             p.sub_(0.1 * p.grad)
 
-    with pytest.raises(ConfigurationError, match="found that the weights moved without it"):
+    with pytest.raises(ConfigurationError, match="found that the weights changed without this call"):
         fit(Manual(moves), LipschitzLR(optimizers=0))
 
 

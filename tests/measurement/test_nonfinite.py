@@ -48,7 +48,7 @@ def test_it_is_reported_once_with_step_rank_and_last_rate(step, value):
     if step:
         assert message.endswith(f"the last rate was {rates[step]:.4g}, which is kept")
     else:
-        assert message.endswith("no rate was computed yet")
+        assert message.endswith("no rate has been computed yet")
     assert all(math.isfinite(rate) and rate < 1 for rate in rates)
 
 

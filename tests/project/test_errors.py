@@ -204,7 +204,9 @@ MISTAKES = {
     "The head is not an affine layer": lambda: fit(LipschitzLR(head="net.1")),
     "The named head does not compute the outputs": lambda: fit(LipschitzLR(head="net.0")),
     "The head is not called in training": lambda: fit(LipschitzLR(head="spare", **UNMEASURED), module=Spare()),
-    "The network has run compiled before the fit": lambda: fit(LipschitzLR(**UNMEASURED), module=compiled_before()),
+    "The compiled network has been run before the fit": lambda: fit(
+        LipschitzLR(**UNMEASURED), module=compiled_before()
+    ),
     "The logits are not the output of a module": lambda: fit(LipschitzLR(**UNMEASURED), module=Functional()),
     "An operation between the head and the loss": lambda: fit(
         LipschitzLR(**UNMEASURED), module=with_step(lambda z, y: F.cross_entropy(z / 0.05, y))

@@ -82,7 +82,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "Frobenius norm of a batch of the head's inputs with a column of ones for the bias",
         "Lipschitz constant of the loss with respect to the head's weights, bound=strict",
         "= G_max * K_z / sqrt(m) + lambda * W",
-        "G_max     1.41421, largest gradient norm",
+        "G_max     1.41421, largest possible gradient norm",
         "bounded, for SGD: Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K =",
         "b         0.9, the optimizer's momentum",
         "from LinearWarmupDecay",
