@@ -179,7 +179,7 @@ def test_compiled_networks_have_the_rate_of_eager_ones(part):
         module.net[i] = torch.compile(module.net[i], backend="aot_eager")
     lipschitz = LipschitzLR(schedule="none")
     if part == "module":  # the loss is made inside
-        with pytest.raises(ConfigurationError, match="one compiled function, which hides it"):
+        with pytest.raises(ConfigurationError, match="a compiled function, which hides it"):
             fit(module, lipschitz=LipschitzLR(schedule="none", norm="sample"))
         lipschitz = LipschitzLR(schedule="none", loss="cross_entropy")
     _, rates, _ = fit(module, lipschitz=lipschitz, max_epochs=1)
