@@ -50,9 +50,9 @@ class MeasuredHook:
         if not self._told and self._compiled.saw_none and any(layer.is_compiled for layer in hidden):
             self._told = True
             loop.notify(
-                f"LipschitzLR{self._target.label}: the network, or another one of its class, has run compiled before, "
-                "so that L is measured from the gradients in the weights alone; call torch.compiler.reset() before the "
-                "fit to measure the outputs"
+                f"LipschitzLR{self._target.label}: the compiled network, or another one of its class, has already been "
+                "run, so L is measured from the gradients with respect to the weights alone; call "
+                "torch.compiler.reset() before the fit to measure the outputs"
             )
         if head is not None and any(layer.is_compiled and not self._has(layer, head) for layer in hidden):
             return
