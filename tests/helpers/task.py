@@ -18,6 +18,8 @@ EXAMPLES, WIDTH, CLASSES = 96, 6, 3
 # they have started waits for them for ever.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A process whose first backward is one of torch.compile has started autograd's threads, and no rank can be forked then.
+torch.zeros((), requires_grad=True).backward()
 
 
 class Classifier(L.LightningModule):
