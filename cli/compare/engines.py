@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from lit_lipschitz.cli.compare.trials import Trial, run_trial
 from lit_lipschitz.cli.output import Busy, locked
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
+from lit_lipschitz.processes import check_processes
 
 Engine: TypeAlias = Callable[[Iterable[Trial]], Generator[Trial, None, None]]
 """Makes runs and yields them as they end, in any order; those of other processes are copies."""
@@ -79,10 +80,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _joblib(package: ModuleType, trials: Sequence[Trial], spread: Spread) -> Generator[Trial, None, None]:
     """Processes of this machine; each run on a GPU of its own if there are several."""
     jobs = spread.jobs or spread.gpus or os.cpu_count() or 1
+    settings = {"n_jobs": jobs, "return_as": "generator_unordered", **spread.settings}
+    if isinstance(settings["n_jobs"], int):  # joblib starts them all, however few runs there are
+        check_processes("compare --jobs", settings["n_jobs"])
     with tempfile.TemporaryDirectory(prefix="lit-lipschitz-") as folder:
         make = package.delayed(_run_on_free_gpu if spread.gpus > 1 else _run)
         tasks = (make(trial, Path(folder), jobs, spread.gpus) for trial in trials)
-        parallel = package.Parallel(**{"n_jobs": jobs, "return_as": "generator_unordered", **spread.settings})
+        parallel = package.Parallel(**settings)
         try:
             yield from parallel(tasks)
         except (RuntimeError, OSError) as error:  # a process that was killed ends them all
@@ -128,9 +132,13 @@ def _submitit(package: Any, trials: Sequence[Trial], spread: Spread) -> Generato
     with tempfile.TemporaryDirectory(prefix=".compare-jobs-", dir=spread.folder, ignore_cleanup_errors=True) as logs:
         executor = package.AutoExecutor(folder=logs)
         executor.update_parameters(**{"gpus_per_node": min(spread.gpus, 1), **spread.settings})
+        jobs = spread.jobs
+        if executor.cluster in ("local", "debug"):
+            jobs = jobs or os.cpu_count() or 1
+            check_processes("compare --jobs", jobs)
         try:
             first = lambda jobs: next(package.helpers.as_completed(jobs, poll_frequency=1))  # noqa: E731
-            yield from _as_they_end(trials, spread.jobs, submit, first, lambda job: job.result())
+            yield from _as_they_end(trials, jobs, submit, first, lambda job: job.result())
         finally:
             for job in submitted:
                 if not job.done():

@@ -42,6 +42,7 @@ from lit_lipschitz.cli.output import fail, free_path, printable
 from lit_lipschitz.data import DigitsDataModule, ImageDataModule
 from lit_lipschitz.errors import ConfigurationError
 from lit_lipschitz.module import ImageClassifier
+from lit_lipschitz.processes import check_processes
 
 _LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
@@ -339,9 +340,19 @@ def _check_ranges(config: Any, fits: bool) -> None:
         value = config.trainer.get(name)
         if isinstance(value, (int, float)) and not value >= least:
             raise ConfigurationError(f"trainer.{name}={value}: expected at least {least}")
+    # Lightning would start them all.
+    devices = str(config.trainer.get("devices")).strip()
+    if devices.isdecimal() and _uses_cpu(config.trainer.get("accelerator")):
+        check_processes("trainer.devices", int(devices))
     for name in ("max_epochs", "max_steps"):
         if fits and config.trainer.get(name) == 0:
             raise ConfigurationError(f"trainer.{name}=0 trains nothing: expected at least 1, or -1 for no limit")
+
+
+def _uses_cpu(accelerator: Any) -> bool:
+    """Whether the trainer runs on the CPU, where it starts as many processes as it has devices."""
+    others = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return accelerator == "cpu" or (accelerator == "auto" and not others)
 
 
 def merge(results: list[Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The command, in this process where that is the same and in one of its own where it is not."""
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -418,6 +419,49 @@ def test_bad_input_is_one_line_and_leaves_nothing(lit, arguments, code, message)
     assert message in error_line(err)
     assert found == code
     assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of launchers that would have started processes; they start none."""
+    found = []
+    for name in ("subprocess_script", "multiprocessing"):
+        for kind, launcher in vars(importlib.import_module(f"lightning.pytorch.strategies.launchers.{name}")).items():
+            if kind.endswith("Launcher") and "launch" in vars(launcher):
+                monkeypatch.setattr(launcher, "launch", lambda *_, kind=kind, **__: found.append(kind))
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    return found
+
+
+@pytest.mark.parametrize("command", ["fit", "validate-config", "explain", "suggest"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("trainer.devices", "9"), ("trainer.devices", "1000000000000"), ("data.num_workers", "9")],
+)
+def test_more_processes_than_the_machine_can_hold_are_refused_before_any_starts(lit, started, command, option, value):
+    given = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", f"--{option}", value]
+    code, _, err = lit(command, "--config", "digits", *given)
+    assert code == 2
+    expected = f"{option.removeprefix('data.')}={value}: expected at most 8 processes on this machine of 3 CPU cores"
+    assert expected in error_line(err)
+    assert not started
+
+
+def test_more_processes_than_cores_are_admitted(lit, started):
+    ranks = ("--trainer.devices", "8", "--trainer.strategy", "ddp", "--test_after_fit", "false")
+    lit("fit", "--config", "digits", *SHORT, *ranks)
+    assert started == ["_SubprocessScriptLauncher"]
+    code, out, _ = lit("validate-config", "digits", *SHORT, "--trainer.devices", "8", "--data.num_workers", "8")
+    assert (code, out[:6]) == (0, "valid:")
+
+
+def test_devices_that_are_no_cpu_processes_are_the_accelerators_matter(lit, started):
+    """A config for another machine is valid."""
+    given = ["--trainer.accelerator", "gpu", "--trainer.devices", "16"]
+    assert lit("validate-config", "digits", *given)[0] == 0
+    code, _, err = lit("fit", "--config", "digits", *given)
+    assert code == 2
+    assert "trainer.accelerator" in error_line(err)
 
 
 def test_an_error_of_lightning_at_run_time_is_one_line(lit):

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import error_line, race
@@ -19,6 +20,7 @@ from lit_lipschitz.cli.compare.policies import parse_policies
 from lit_lipschitz.cli.compare.results_file import ResultsFile
 from lit_lipschitz.cli.compare.runs import Runs
 from lit_lipschitz.cli.compare.trials import Trial
+from lit_lipschitz.errors import ConfigurationError
 
 COMPARE = ["compare", *DIGITS, "--policies", "lipschitz,sgd:0.1", "--seeds", "2"]
 
@@ -60,6 +62,52 @@ def test_an_engine_makes_the_rows_that_one_process_makes(lit, engine):
     (rest,) = race(["-m", "lit_lipschitz", *COMPARE, "--output", "one.csv", "--engine", engine, "--jobs", "2"])
     assert rest.stderr.count("already in one.csv") == 2
     assert results("one.csv") == results("many.csv")
+
+
+@pytest.mark.parametrize("more", [["--jobs", "9"], ["--engine", "joblib", "--engine_options", '{"n_jobs": 9}']])
+def test_more_processes_than_the_machine_can_hold_are_refused(lit, monkeypatch, more):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("joblib.Parallel.__call__", lambda *_: pytest.fail("would start them"))
+    code, _, err = lit(*COMPARE, *more)
+    assert code == 2
+    assert "compare --jobs=9: expected at most 8 processes on this machine of 3 CPU cores" in error_line(err)
+    assert not files()
+
+
+@pytest.mark.parametrize(("cluster", "jobs", "at_a_time"), [("local", None, 3), ("local", 2, 2), ("slurm", None, 30)])
+def test_a_machine_without_slurm_gets_no_more_jobs_at_a_time_than_cores(monkeypatch, cluster, jobs, at_a_time):
+    running, most = [], []
+
+    class Job:
+        def __init__(self, trial):
+            self.trial, self.result, self.done = trial, lambda: trial, lambda: True
+
+    class Executor:
+        def __init__(self, folder):
+            self.cluster = cluster
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit(self, _, trial):
+            running.append(trial)
+            most.append(len(running))
+            return Job(trial)
+
+    def as_completed(handles, poll_frequency):
+        running.remove(handles[0].trial)
+        yield handles[0]
+
+    package = SimpleNamespace(AutoExecutor=Executor, helpers=SimpleNamespace(as_completed=as_completed))
+    monkeypatch.setitem(sys.modules, "submitit", package)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    engine = engines.find_engine("submitit", engines.Spread(jobs, 0, {}, Path(".")))
+    assert len(list(engine(trials(30)))) == 30
+    assert max(most) == at_a_time
+    if cluster == "local":
+        engine = engines.find_engine("submitit", engines.Spread(9, 0, {}, Path(".")))
+        with pytest.raises(ConfigurationError, match="compare --jobs=9: expected at most 8 processes"):
+            list(engine(trials(30)))
 
 
 def test_a_policy_that_fails_in_another_process_says_why(lit):
