@@ -62,8 +62,15 @@ class Reporter:
             if state.decision is None
             else f"keeping the last rate, {state.decision.lr:.4g}"
         )
-        self._report(_unusable(measured, usable), "" if usable else f"; {last}", silent=state.warned)
+        self._report(
+            _unusable(measured, usable, self._has_gradients()), "" if usable else f"; {last}", silent=state.warned
+        )
         state.warned = True
+
+    def _has_gradients(self) -> bool:
+        """Whether there is a gradient that is not 0, or none at all, as after a step that has deleted them."""
+        gradients = [one.grad for one in self._target.parameters if one.grad is not None]
+        return not gradients or any(bool(one.any()) for one in gradients)
 
     def check_lr_of_head(self, head: Hook, references: Sequence[float]) -> None:
         """Warns if the configured learning rate of the head's group is larger than that of the first group."""
@@ -98,12 +105,15 @@ class Reporter:
             warnings.warn(f"LipschitzLR: {message}", stacklevel=2)
 
 
-def _unusable(measured: Measurement, usable: bool) -> str:
+def _unusable(measured: Measurement, usable: bool, has_gradients: bool) -> str:
     if usable:
         return f"{measured.dropped} batches had non-finite activations and were left out of the maximum"
     if not measured.step_scale:
         return "all gradients or updates so far were 0 or not finite"
+    if not has_gradients:
+        return "no constant can be computed: all gradients of the loss are 0"
     return (
-        f"no constant can be computed: the norm of the head's inputs is {measured.activation_norm:g}, that of the "
+        "no constant can be computed: the norm of the head's inputs, times the factor of the loss, is "
+        f"{measured.activation_norm:g}, that of the "
         f"weights {measured.weight_norm:g}, and {measured.dropped} batches had non-finite activations"
     )

@@ -880,13 +880,61 @@ def test_a_loss_that_does_not_depend_on_the_network_is_refused_with_what_was_fou
         trainer(LipschitzLR(**settings)).fit(Constant(), loader())
 
 
-def test_a_loss_times_0_moves_nothing():
+@pytest.mark.parametrize(
+    ("bound", "zero"),
+    [
+        ("strict", lambda outputs, targets: 0 * nn.functional.cross_entropy(outputs, targets)),
+        ("strict", lambda outputs, targets: 0 * nn.functional.softplus(outputs).mean()),
+        ("paper", lambda outputs, targets: 0 * nn.functional.cross_entropy(outputs, targets)),
+    ],
+)
+def test_a_loss_times_0_moves_nothing_and_the_warning_is_about_its_gradients(bound, zero):
     class Nothing(Classifier):
         def training_step(self, batch, batch_idx):
-            return 0 * super().training_step(batch, batch_idx)
+            return zero(self(batch[0]), batch[1])
 
-    module, callback = Nothing(), LipschitzLR()
+    module, callback = Nothing(), LipschitzLR(bound=bound)
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.warns(UserWarning, match="no constant can be computed: .*; the rate is 0 until a step"):
+    expected = "no constant can be computed: all gradients of the loss are 0; the rate is 0 until a step"
+    with pytest.warns(UserWarning, match=expected):
         trainer(callback, max_epochs=2).fit(module, loader())
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+def test_a_head_without_inputs_is_told_by_their_norm():
+    class Still(Classifier):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net[2](0 * self.net[:2](batch[0])) + self.bias, batch[1])
+
+    module = Still(net=nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)))
+    module.bias = nn.Parameter(torch.zeros(CLASSES))
+    with pytest.warns(UserWarning, match="the norm of the head's inputs, times the factor of the loss, is 0, that"):
+        trainer(LipschitzLR(), max_epochs=1).fit(module, loader())
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_parameter_as_the_loss_is_measured_or_refused_for_what_it_is(automatic):
+    class Bare(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            if automatic:
+                return self.weight
+            self.manual_backward(self.weight)
+            self.optimizers().step()
+
+    module = Bare()
+    if automatic:
+        run = trainer(LipschitzLR(), max_epochs=1)
+        run.fit(module, loader())
+        assert run.callback_metrics["lipschitz/measured"] == 1
+        assert module.weight < 2
+    else:
+        with pytest.raises(
+            ConfigurationError, match="found a parameter, or another leaf of the graph, as the loss its"
+        ):
+            trainer(LipschitzLR(optimizers=0), max_epochs=1).fit(module, loader())
+        assert module.weight == 2
