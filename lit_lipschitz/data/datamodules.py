@@ -13,7 +13,6 @@ from lit_lipschitz.data.augmentation import random_affine, random_crop, random_f
 from lit_lipschitz.data.loader import DeviceLoader, Transform
 from lit_lipschitz.data.sources import SOURCES
 from lit_lipschitz.errors import ConfigurationError, LitLipschitzError
-from lit_lipschitz.processes import check_processes
 
 Pixels = tuple[Tensor, Tensor]
 """uint8 images of shape (examples, channels, height, width) and int64 labels."""
@@ -66,7 +65,6 @@ class ImageDataModule(L.LightningDataModule, abc.ABC):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ConfigurationError(f"{name}={value}: expected at least {least}")
-        check_processes("num_workers", num_workers)
         if train_subset is not None and train_subset < 1:
             raise ConfigurationError(f"train_subset={train_subset}: expected at least 1, or null for all examples")
         if preprocessing not in ("standard", "papers"):

@@ -434,16 +434,12 @@ def started(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate-config", "explain", "suggest"])
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("trainer.devices", "9"), ("trainer.devices", "1000000000000"), ("data.num_workers", "9")],
-)
-def test_more_processes_than_the_machine_can_hold_are_refused_before_any_starts(lit, started, command, option, value):
-    given = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", f"--{option}", value]
+@pytest.mark.parametrize("devices", ["9", "1000000000000"])
+def test_more_processes_than_the_machine_can_hold_are_refused_before_any_starts(lit, started, command, devices):
+    given = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", devices]
     code, _, err = lit(command, "--config", "digits", *given)
     assert code == 2
-    expected = f"{option.removeprefix('data.')}={value}: expected at most 8 processes on this machine of 3 CPU cores"
-    assert expected in error_line(err)
+    assert f"trainer.devices={devices}: expected at most 8 processes on this machine of 3 CPU cores" in error_line(err)
     assert not started
 
 
@@ -451,7 +447,7 @@ def test_more_processes_than_cores_are_admitted(lit, started):
     ranks = ("--trainer.devices", "8", "--trainer.strategy", "ddp", "--test_after_fit", "false")
     lit("fit", "--config", "digits", *SHORT, *ranks)
     assert started == ["_SubprocessScriptLauncher"]
-    code, out, _ = lit("validate-config", "digits", *SHORT, "--trainer.devices", "8", "--data.num_workers", "8")
+    code, out, _ = lit("validate-config", "digits", *SHORT, "--trainer.devices", "8")
     assert (code, out[:6]) == (0, "valid:")
 
 
