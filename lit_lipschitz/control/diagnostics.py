@@ -113,7 +113,6 @@ def _unusable(measured: Measurement, usable: bool, has_gradients: bool) -> str:
     if not has_gradients:
         return "no constant can be computed: all gradients of the loss are 0"
     return (
-        "no constant can be computed: the norm of the head's inputs, times the factor of the loss, is "
-        f"{measured.activation_norm:g}, that of the "
+        f"no constant can be computed: the norm of the head's inputs is {measured.activation_norm:g}, that of the "
         f"weights {measured.weight_norm:g}, and {measured.dropped} batches had non-finite activations"
     )

@@ -908,7 +908,7 @@ def test_a_head_without_inputs_is_told_by_their_norm():
 
     module = Still(net=nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)))
     module.bias = nn.Parameter(torch.zeros(CLASSES))
-    with pytest.warns(UserWarning, match="the norm of the head's inputs, times the factor of the loss, is 0, that"):
+    with pytest.warns(UserWarning, match="the norm of the head's inputs is 0, that"):
         trainer(LipschitzLR(), max_epochs=1).fit(module, loader())
 
 
