@@ -86,7 +86,7 @@ class LossGraph:
     """
 
     def __init__(self, loss: Tensor, name: str | None = None) -> None:
-        self._root, self._name, self._is_leaf = loss.grad_fn, name, loss.requires_grad and loss.is_leaf
+        self._root, self._name = loss.grad_fn, name
         self._reader = GraphReader()
         self._traced: dict[Any, AffineSource] = {}
         self._search = OutputLayerSearch(self._reader, self._root)
@@ -99,11 +99,6 @@ class LossGraph:
         """The loss, with the sum of its terms' factors; None without a term of the given name and head weight."""
         if self._name is not None:
             return self._found_named(head)
-        if self._is_leaf:
-            raise ConfigurationError(
-                "LipschitzLR looked for the loss in its autograd graph and found a parameter, or another leaf of the "
-                "graph, as the loss itself; pass a loss that is computed from it to the backward, such as 1 * parameter"
-            )
         if self._root is None:
             raise ConfigurationError(
                 "LipschitzLR looked for the loss in its autograd graph and found a tensor without a graph; return a "

@@ -912,29 +912,16 @@ def test_a_head_without_inputs_is_told_by_their_norm():
         trainer(LipschitzLR(), max_epochs=1).fit(module, loader())
 
 
-@pytest.mark.parametrize("automatic", [True, False])
-def test_a_parameter_as_the_loss_is_measured_or_refused_for_what_it_is(automatic):
+def test_a_parameter_as_the_loss_is_measured():
     class Bare(Classifier):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.tensor(2.0))
-            self.automatic_optimization = automatic
 
         def training_step(self, batch, batch_idx):
-            if automatic:
-                return self.weight
-            self.manual_backward(self.weight)
-            self.optimizers().step()
+            return self.weight
 
-    module = Bare()
-    if automatic:
-        run = trainer(LipschitzLR(), max_epochs=1)
-        run.fit(module, loader())
-        assert run.callback_metrics["lipschitz/measured"] == 1
-        assert module.weight < 2
-    else:
-        with pytest.raises(
-            ConfigurationError, match="found a parameter, or another leaf of the graph, as the loss its"
-        ):
-            trainer(LipschitzLR(optimizers=0), max_epochs=1).fit(module, loader())
-        assert module.weight == 2
+    run, module = trainer(LipschitzLR(), max_epochs=1), Bare()
+    run.fit(module, loader())
+    assert run.callback_metrics["lipschitz/measured"] == 1
+    assert module.weight < 2
