@@ -286,7 +286,11 @@ def test_no_collective_outside_of_training_steps():
 
 @pytest.mark.parametrize(
     ("settings", "optimizer"),
-    [({}, "momentum"), pytest.param({"bound": "smooth"}, "momentum", marks=pytest.mark.slow), ({}, "adamw")],
+    [
+        pytest.param({}, "momentum", marks=pytest.mark.slow),
+        pytest.param({"bound": "smooth"}, "momentum", marks=pytest.mark.slow),
+        ({}, "adamw"),
+    ],
     ids=str,
 )
 def test_a_sharded_network_has_the_rate_of_a_whole_one(settings, optimizer):

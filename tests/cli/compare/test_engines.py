@@ -275,6 +275,7 @@ for seed in range(60):
 """
 
 
+@pytest.mark.slow
 def test_rows_of_several_processes_are_all_there_and_none_replaces_another():
     Path("link.csv").symlink_to("runs.csv")
     folder = Path(__file__).parent

@@ -95,6 +95,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_fits_that_start_at_the_same_time_get_a_folder_each():
     runs = race(*(["-c", TOGETHER, *FIT, "--seed_everything", seed] for seed in (1, 2, 3)))
     assert [run.returncode for run in runs] == [0, 0, 0], [run.stderr for run in runs]
