@@ -155,7 +155,7 @@ class HeadFinder:
         if (function := graph.function_of_loss()) is not None:
             raise ConfigurationError(
                 f"LipschitzLR(loss={self._options.loss!r}) expected a mean or a sum of that loss and found its "
-                f"{function}, which has another constant; return the loss itself, or leave loss=, bound= and norm= out"
+                f"{function}, whose constant is different; return the loss itself, or leave loss=, bound= and norm= out"
             )
 
     def _only_affine_map(self, graph: LossGraph) -> Tensor | None:

@@ -123,7 +123,7 @@ RULES = (
     RuleInfo(
         "bounded",
         bounded,
-        "Steps bounded by noise, gradient and descent: rate = 1 / max(K, its past, P), K = C / (c s).",
+        "Limits by gradient noise, gradient norm and Polyak's step: rate = 1 / max(K, its past, P), K = C / (c s).",
         PastState,
         bounds=("strict", "smooth"),
         needs_steps=True,
