@@ -76,10 +76,14 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
     mean = "root mean square" if inputs.decays else "maximum"
     terms = [
         Term("b", momentum, "the optimizer's momentum, or the first of its betas"),
-        Term("s", inputs.step_scale, "norm of a gradient divided by the norm of its long-run displacement at lr = 1"),
+        Term(
+            "s",
+            inputs.step_scale,
+            "norm of a gradient over that of all the displacement that it causes in the end, at lr = 1",
+        ),
         constant,
         *([examples] if examples else ()),
-        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)): the limits by noise and by a single gradient"),
+        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)): the limit by gradient noise, or that by a single gradient"),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),
         Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),
@@ -123,7 +127,7 @@ RULES = (
     RuleInfo(
         "bounded",
         bounded,
-        "Limits by gradient noise, gradient norm and Polyak's step: rate = 1 / max(K, its past, P), K = C / (c s).",
+        "rate = 1 / max(K, past, P), from gradient noise, gradient norm and Polyak's step length.",
         PastState,
         bounds=("strict", "smooth"),
         needs_steps=True,
