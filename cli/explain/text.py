@@ -66,7 +66,7 @@ def _constant(one: dict[str, Any]) -> list[Row]:
 
 def _notes(one: dict[str, Any]) -> dict[str, str]:
     """What the run adds to the meanings of the terms."""
-    notes = {"W": " with weight decay" if one["weights"] == "decayed" else f" (weights={one['weights']})"}
+    notes = {"W": " that weight decay applies to" if one["weights"] == "decayed" else f" (weights={one['weights']})"}
     if not _is_measured(one):
         ones = " with a column of ones for the bias" if one["bound"] != "paper" and one["head"]["bias"] else ""
         notes["K_z"] = ones + (", in a pass over the training set" if one["measure"] == "pass" else "")
