@@ -23,6 +23,7 @@ from lit_lipschitz import (
 )
 from lit_lipschitz.control.results import Results
 from lit_lipschitz.data import DeviceLoader
+from lit_lipschitz.measurement import nonfinite
 
 
 def test_logged_losses_and_accuracies_are_those_of_the_whole_set():
@@ -163,6 +164,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_no_step_between_updates_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(nonfinite, "is_on_host", lambda _: False)
     waits, per_step = Waits(), []
     tolist = torch.Tensor.tolist  # which is no operation on a CPU
 

@@ -93,7 +93,8 @@ class LipschitzLR(RateProperties, Callback):
             damped once only noise is left to fit (:mod:`lit_lipschitz.control.noise_damping`). ``"none"`` adds nothing.
         measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first step of each interval
             are measured too. ``"auto"`` is 31, or 1 with ``bound="paper"``. L is the largest value of the measured
-            batches.
+            batches. The rate grows by at most a quarter from one measured step to the next, so with more steps between
+            them it grows more slowly.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. The weights whose largest norm is W in the L2 term: ``"decayed"`` or all

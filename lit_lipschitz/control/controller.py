@@ -158,7 +158,7 @@ class Controller:
         """How often the weights have been changed in place."""
         return sum(parameter._version for parameter in self._target.parameters)
 
-    def is_new(self, kind: tuple[str, ...]) -> bool:
+    def is_new(self, kind: str) -> bool:
         """Whether a loss whose graph begins with these nodes is to be measured, in a step that need not be due."""
         self._is_unknown = self.updater.state.is_new_loss(kind)
         return self.due or self._is_unknown

@@ -121,12 +121,11 @@ class ControllerState:
     # What differs in other ranks, one entry a rank, None for one that is not known; the first rank's is empty.
     ranks: list[dict[str, Any] | None] = field(default_factory=lambda: [{}])
 
-    def is_new_loss(self, kind: tuple[str, ...]) -> bool:
+    def is_new_loss(self, kind: str) -> bool:
         """Whether no loss was measured yet whose graph begins with these nodes; from now on one is."""
-        name = " ".join(kind)
-        is_new = name not in self.losses
+        is_new = kind not in self.losses
         if is_new and len(self.losses) < MAX_KINDS:
-            self.losses.append(name)
+            self.losses.append(kind)
         return is_new
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,11 @@ WINDOW = 64
 """Steps whose losses are recorded separately before they are evaluated together."""
 
 
+def is_on_host(loss: Tensor) -> bool:
+    """Whether a loss is one number that can be read without waiting for a device."""
+    return type(loss) is Tensor and loss.is_cpu and loss.ndim == 0
+
+
 class NonfiniteLosses:
     """Records on the device which optimizer step was the first with a loss that was not finite, on which ranks."""
 
@@ -33,6 +38,8 @@ class NonfiniteLosses:
 
     def update(self, loss: Tensor, step: int) -> None:
         """Records a loss of an optimizer step, in one scalar operation; each rank its part of a sharded loss."""
+        if is_on_host(loss) and math.isfinite(loss.item()):
+            return
         if not 0 <= step - self._window_start < WINDOW:
             self._evaluate()
             self._window_start = step

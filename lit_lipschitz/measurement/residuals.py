@@ -72,7 +72,7 @@ class RunningResiduals:
     @property
     def width(self) -> int:
         """Outputs of an example; 0 if batches are ignored."""
-        return len(self.mean)
+        return self.mean.numel()
 
     @torch.no_grad()
     def add(self, outputs: Tensor, targets: Tensor, factor: float | Tensor = 1.0) -> None:

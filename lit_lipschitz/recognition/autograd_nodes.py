@@ -111,14 +111,14 @@ def short_name(node: Any) -> str:
     return re.sub(r"Backward\d$", "", node.name())
 
 
-def beginning_of(node: Any, length: int = 4) -> tuple[str, ...]:
+def beginning_of(node: Any, length: int = 4) -> str:
     """The names of the first nodes below one, each the first input of that above: enough to tell losses apart."""
     names: list[str] = []
     while node is not None and len(names) < length:
         names.append(node.name())
         below = node.next_functions
         node = below[0][0] if below else None
-    return tuple(names)
+    return " ".join(names)
 
 
 def parameters_below(node: Any) -> Iterator[Tensor | None]:

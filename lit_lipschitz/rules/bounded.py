@@ -79,11 +79,11 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         Term(
             "s",
             inputs.step_scale,
-            "norm of a gradient over that of all the displacement that it causes in the end, at lr = 1",
+            "gradient norm over the norm of the total displacement by this gradient, at lr = 1",
         ),
         constant,
         *([examples] if examples else ()),
-        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)): the limit by gradient noise, or that by a single gradient"),
+        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), from gradient noise and from the gradient norm"),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),
         Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lit_lipschitz import LipschitzLR
 from lit_lipschitz.errors import LitLipschitzError
+from lit_lipschitz.measurement import nonfinite
 from lit_lipschitz.measurement.nonfinite import WINDOW, NonfiniteLosses
 
 
@@ -95,6 +96,7 @@ def test_accumulated_batches_count_as_their_step():
 
 
 def test_it_costs_no_value_on_the_host(monkeypatch):
+    monkeypatch.setattr(nonfinite, "is_on_host", lambda _: False)
     monitor = NonfiniteLosses(0, 1, 0)
     for name in ("item", "tolist", "__bool__", "__float__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("read a tensor"))
@@ -104,7 +106,10 @@ def test_it_costs_no_value_on_the_host(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_large_losses_are_no_spikes_and_steps_are_exact(dtype):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_large_losses_are_no_spikes_and_steps_are_exact(on_device, dtype, monkeypatch):
+    if on_device:
+        monkeypatch.setattr(nonfinite, "is_on_host", lambda _: False)
     monitor = NonfiniteLosses(1, 3, 10)
     for step in range(10, 2_000_000, 150_001):
         monitor.update(torch.tensor(torch.finfo(dtype).max, dtype=dtype), step)
