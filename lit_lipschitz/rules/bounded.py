@@ -79,11 +79,13 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         Term(
             "s",
             inputs.step_scale,
-            "gradient norm over the norm of the total displacement by this gradient, at lr = 1",
+            "norm of a gradient over the norm of the weight change that it causes over all steps, at lr = 1",
         ),
         constant,
         *([examples] if examples else ()),
-        Term("c", gain, "min(sqrt(n / 2), 1 / (1 - b)), from gradient noise and from the gradient norm"),
+        Term(
+            "c", gain, "min(sqrt(n / 2), 1 / (1 - b)); the first is the limit by noise, the second by the gradient norm"
+        ),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),
         Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),
@@ -127,7 +129,7 @@ RULES = (
     RuleInfo(
         "bounded",
         bounded,
-        "rate = 1 / max(K, past, P), from gradient noise, gradient norm and Polyak's step length.",
+        "rate = 1 / max(K, past, P), the inverse of the largest of three constants.",
         PastState,
         bounds=("strict", "smooth"),
         needs_steps=True,

@@ -83,7 +83,7 @@ def test_the_text_names_everything_and_its_numbers_multiply_out(lit):
         "Lipschitz constant of the loss with respect to the head's weights, bound=strict",
         "= G_max * K_z / sqrt(m) + lambda * W",
         "G_max     1.41421, largest possible gradient norm",
-        "bounded, for SGD: rate = 1 / max(K, past, P), from gradient noise, gradient norm and Polyak's step",
+        "bounded, for SGD: rate = 1 / max(K, past, P), the inverse of the largest of three constants.",
         "b         0.9, the optimizer's momentum",
         "from LinearWarmupDecay",
     ):
