@@ -73,6 +73,9 @@ class OptimizerInfo:
         """
         if self.behaviour is None:
             return group
+        if self.averages_weights and self.behaviour.linear:
+            b = momentum_of_any(group)
+            return {"momentum": b, "dampening": b}  # a gradient moves z once
         if self.behaviour.linear:
             return {"momentum": self.behaviour.momentum, "dampening": self.behaviour.dampening}
         (beta, *_) = group.get("betas") or (group.get("momentum", 0.0),)
@@ -99,6 +102,13 @@ class OptimizerInfo:
                 )
             return (1 - dampening) / (1 - momentum)
         return 1.0 if self.averages_weights else math.sqrt((1 + momentum) / (1 - momentum))
+
+    def moved_share(self, group: Mapping[str, Any]) -> float:
+        """Share of an update by which the step moves the weights that the gradients are taken at.
+
+        Schedule-Free takes them at y = (1 - b) z + b x, of which a step moves z; 1 for others.
+        """
+        return 1 - momentum_of_any(group) if self.averages_weights else 1.0
 
     @property
     def is_linear(self) -> bool:

@@ -56,7 +56,8 @@ def step_lengths(
     """
     info = info or optimizer_info(optimizer)
     if info.is_linear:
-        return _lengths_of_linear(optimizer, grad_scale, ratios, _least_share(optimizer, info))
+        lengths = _lengths_of_linear(optimizer, grad_scale, ratios, _least_share(optimizer, info))
+        return torch.cat([lengths[:2], lengths[2:] * info.moved_share(optimizer.param_groups[0])])
     steps = [step for step in _steps(optimizer, grad_scale, ratios, info, update_of) if step.ratio]
     if not steps:
         return torch.zeros(3)
@@ -65,6 +66,7 @@ def step_lengths(
     device = grad_norms.device
     update_norms, rates = update_norms.to(device), on_device([step.ratio for step in steps], device)
     descent = (rates * torch.stack([inner_product(step.grad, step.update).to(grad_norms) for step in steps])).sum()
+    descent = descent * info.moved_share(optimizer.param_groups[0])
     least = _least_share(optimizer, info) * (rates * grad_norms * update_norms).sum()
     counted = on_device([is_weight(step.parameter) for step in steps], device)
     quotients = _growths(steps, invariance, device) * grad_norms / update_norms

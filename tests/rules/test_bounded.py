@@ -329,6 +329,8 @@ class Look(Callback):
         moves = [now - then for now, then in zip(after, self.before, strict=True)]
         updates = self.updates(optimizer, list(pl_module.parameters()), moves)
         descent = sum(float((g * u).sum()) for g, u in zip(self.grads, updates, strict=True)) / float(outputs["loss"])
+        if "z" in optimizer.state[next(pl_module.parameters())]:
+            descent *= 1 - optimizer.param_groups[0]["betas"][0]  # gradients are taken where a step of z moves 1 - b
         scale = mean_of_matrices(self.grads, self.grads if self.linear else updates) / self.gain
         self.measured.append((scale, descent, *self.norms, self.callback.constant))
         self.rates.append(lr)

@@ -1,5 +1,6 @@
 """Runs with the rule `bounded`: scalers, parameters that thaw, schedulers, passes, checkpoints, Schedule-Free."""
 
+import copy
 import math
 import warnings
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from helpers import Classifier, Steps, length, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from schedulefree import AdamWScheduleFree, RAdamScheduleFree
+from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from torch.nn import functional as F
 
 from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError
@@ -182,6 +183,28 @@ def test_the_length_is_that_of_the_step_of_the_averaged_sequence():
         optimizer.step()
         moved = [optimizer.state[p]["z"] - b for p, b in zip(parameters, before, strict=True)]
         assert found[:2].tolist() == pytest.approx([gradient, length(moved)], rel=2e-5)
+
+
+@pytest.mark.parametrize("make", [AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree])
+def test_the_descent_is_that_where_the_gradients_are_taken(make):
+    """As the optimizer's own step shows: with the gradient and with none, from the same state."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.float64))
+    optimizer = make([parameter], lr=0.01)
+    info = optimizer_info(optimizer)
+    optimizer.train()
+    for _ in range(2000):
+        parameter.grad = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    parameter.grad = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    (*_, found), gradient = step_lengths(optimizer, info=info).tolist(), parameter.grad.clone()
+    other, other_optimizer = copy.deepcopy((parameter, optimizer))
+    optimizer.step()
+    (other,) = other_optimizer.param_groups[0]["params"]
+    other.grad = torch.zeros_like(other)
+    other_optimizer.step()
+    moved = (other - parameter).detach() / 0.01
+    assert found == pytest.approx(float((gradient * moved).sum()), rel=0.02)
 
 
 def test_later_the_gradient_moves_the_weights_by_a_tenth_of_the_rate():
