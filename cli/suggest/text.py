@@ -35,10 +35,10 @@ def effective_batch(found: Suggestion) -> str:
             f"the gradient noise scale is at least {low}: larger batches save steps up to there. {count} batches are "
             "too few to estimate it"
         )
-    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "or more; more batches narrow it"
+    upper = f"to {_rounded(noise.high)}" if noise.high < math.inf else "or more; use more batches for a narrower one"
     return (
         f"the gradient noise scale is about {_rounded(noise.value)} ({100 * CONFIDENCE:.0f} % interval from {count} "
-        f"batches: {low} {upper}) and grows during training; batches above it save few steps"
+        f"batches: {low} {upper}) and grows during training; batch sizes above it save few steps"
     )
 
 

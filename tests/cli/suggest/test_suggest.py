@@ -142,7 +142,7 @@ def test_text_and_picture(lit):
         "Lipschitz constant of the loss with respect to the head's weights, a proven bound",
         "cross_entropy, of the output of network.head",
         "32 examples in an optimizer step; the gradient noise scale is about",
-        "batches above it save few steps",
+        "batch sizes above it save few steps",
         "loss of a held-out batch after one step at each learning rate;",
         "O: the suggested rate",
     ):
@@ -201,12 +201,12 @@ def found(noise, curve=None):
         (
             NoiseScale(1234.0, 876.0, 2345.0, 1.0, 1234.0),
             "the gradient noise scale is about 1,200 (95 % interval from 3 batches: 880 to 2,300) and grows during "
-            "training; batches above it save few steps",
+            "training; batch sizes above it save few steps",
         ),
         (
             NoiseScale(1234.0, 876.0, math.inf, 1.0, 1234.0),
-            "the gradient noise scale is about 1,200 (95 % interval from 3 batches: 880 or more; more batches narrow "
-            "it) and grows during training; batches above it save few steps",
+            "the gradient noise scale is about 1,200 (95 % interval from 3 batches: 880 or more; use more batches "
+            "for a narrower one) and grows during training; batch sizes above it save few steps",
         ),
         (
             NoiseScale(None, 876.0, math.inf, -1.0, 1234.0),
