@@ -87,7 +87,9 @@ class AuditSummary:
         if self.largest_over_head is None:
             return f"{sentence}."
         factor = f"{self.largest_over_head:.3g}"
-        return f"{sentence}; another layer's norm was up to {factor} times that of the head ({self.largest_other})."
+        return (
+            f"{sentence}; the norm of another layer ({self.largest_other}) was up to {factor} times that of the head."
+        )
 
     def _comparison(self) -> list[str]:
         if self.bound == "smooth":

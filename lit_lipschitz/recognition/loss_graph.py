@@ -421,8 +421,8 @@ def _not_recognised(graph: GraphReader, root: Any) -> str:
         )
     return (
         f"LipschitzLR looked for a loss that it has a constant for ({', '.join(LOSSES)}) and found "
-        f"{' > '.join(names)}; return one of them, or pass loss= with the name of one if your loss equals its "
-        f"mean, or is a sum whose other terms can be ignored; {other_ways(names)}"
+        f"{' > '.join(names)}; return one of them, or, if your loss is the mean of one of them, or a sum of it "
+        f"and terms that can be ignored, pass its name as loss=; {other_ways(names)}"
     )
 
 

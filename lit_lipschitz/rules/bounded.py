@@ -80,12 +80,12 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         Term(
             "s",
             inputs.step_scale,
-            "norm of a gradient over the norm of the weight change that it causes over all steps, at lr = 1",
+            "norm of one gradient, divided by that of the weight change that it causes now and later, at lr = 1",
         ),
         constant,
         *([examples] if examples else ()),
         Term(
-            "c", gain, "min(sqrt(n / 2), 1 / (1 - b)); the first is the limit by noise, the second by the gradient norm"
+            "c", gain, "min(sqrt(n / 2), 1 / (1 - b)): limits for the noise of a batch, and for the length of one step"
         ),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),

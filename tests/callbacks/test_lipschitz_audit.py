@@ -154,8 +154,8 @@ class Counterexample(L.LightningModule):
 
 
 VIOLATED = (
-    "The head's gradient had the largest norm in 0 of 1 audited steps, and the largest entry in 0; another layer's "
-    "norm was up to 100 times that of the head (first)."
+    "The head's gradient had the largest norm in 0 of 1 audited steps, and the largest entry in 0; the norm of "
+    "another layer (first) was up to 100 times that of the head."
 )
 
 
