@@ -23,7 +23,7 @@ BOUNDED = Path(__file__).parent / "results" / "bounded.csv"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 ENOUGH = 3
 """Seeds of a fixed learning rate that may be the best one."""
-BETTER, WORSE, LEVEL, NOT_RUN = "▲", "▼", "=", "not run yet"
+BETTER, WORSE, LEVEL, NOT_RUN = "▲", "▼", "=", "not run"
 NAMES = {
     "digits_mlp": "Digits, MLP",
     "breast_cancer_mlp": "Breast cancer, MLP",
