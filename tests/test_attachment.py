@@ -667,3 +667,75 @@ def test_reentrant_checkpointing_makes_backwards_within_the_backward_of_the_loss
                 optimizer.step()
             rates.append((control.lr, control.metrics()))
     assert rates[0] == rates[1]
+
+
+def small(optimizer=torch.optim.SGD):
+    torch.manual_seed(0)
+    net = network()
+    return net, optimizer(net.parameters(), lr=1.0)
+
+
+def train_steps(net, optimizer, count, accumulated=1):
+    for batch, targets in list(loader(BATCH, count=BATCH * accumulated))[:1] * count:
+        optimizer.zero_grad()
+        for part, labels in zip(batch.chunk(accumulated), targets.chunk(accumulated), strict=True):
+            F.cross_entropy(net(part), labels).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("made", "told"), [([2] * 4, 1), ([3, 3, 2, 3, 2, 3], 0), ([2, 2, 3, 2, 2], 2)])
+def test_fewer_backward_passes_than_accumulated_are_reported(made, told):
+    net, optimizer = small()
+    messages = []
+    control = attach(net, optimizer, accumulate_grad_batches=3, notify=messages.append)
+    for accumulated in made:
+        train_steps(net, optimizer, 1, accumulated)
+    found = [message for message in messages if "found 2 twice in a row" in message]
+    assert len(found) == told
+    assert all("pass accumulate_grad_batches=2 if" in message for message in found)
+    control.detach()
+
+
+def test_steps_beyond_the_length_are_reported_once():
+    net, optimizer = small()
+    messages = []
+    control = attach(net, optimizer, total_steps=3, notify=messages.append)
+    train_steps(net, optimizer, 3)
+    assert not any("total_steps=3" in message for message in messages)
+    train_steps(net, optimizer, 4)
+    (message,) = (one for one in messages if "total_steps=3" in one)
+    assert "such as epochs * len(loader)" in message
+    control.detach()
+
+
+def test_a_model_that_the_optimizer_does_not_train_is_refused():
+    _, optimizer = small()
+    with pytest.raises(ConfigurationError, match="found none of them in this Linear"):
+        attach(nn.Linear(WIDTH, CLASSES), optimizer)
+
+
+def test_a_single_scheduler_is_a_list_of_one():
+    rates = []
+    for wrapped in (False, True):
+        net, optimizer = small()
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+        schedulers = [scheduler] if wrapped else scheduler
+        with attach(net, optimizer, schedulers=schedulers, notify=lambda message: None) as control:
+            train_steps(net, optimizer, 1)
+            rates.append(control.lr)
+    assert rates[0] == rates[1] > 0
+
+
+def test_what_is_no_gradscaler_is_refused():
+    net, optimizer = small()
+    with pytest.raises(ConfigurationError, match=r"attach\(grad_scaler=True\) expected the torch.amp.GradScaler"):
+        attach(net, optimizer, grad_scaler=True)
+
+
+def test_a_model_that_is_its_own_output_layer_has_a_name():
+    torch.manual_seed(0)
+    net = nn.Linear(WIDTH, CLASSES)
+    optimizer, messages = torch.optim.SGD(net.parameters(), lr=1.0), []
+    with attach(net, optimizer, notify=messages.append):
+        train_steps(net, optimizer, 1)
+    assert any("output layers the model itself; cross_entropy" in message for message in messages)

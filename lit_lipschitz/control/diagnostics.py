@@ -32,9 +32,10 @@ class Reporter:
         dry_run = (
             "nothing is written" if self._dry_run else "of the configured learning rates, only their ratios are used"
         )
+        layers = found.hook.name or "the model itself"
         self._notify(
-            f"LipschitzLR{self._target.label}: output layers {found.hook.name}; {loss}{m}; first rate "
-            f"{decision.lr:.4g}; {dry_run}"
+            f"LipschitzLR{self._target.label}: output layers {layers}; {loss}{m}; first rate {decision.lr:.4g}; "
+            f"{dry_run}"
         )
 
     def check_losses(self, losses: NonfiniteLosses, decision: Decision | None, step: int) -> bool:

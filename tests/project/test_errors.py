@@ -309,6 +309,12 @@ MISTAKES = {
     "A loss of several modules": lambda: plain(before=nn.Linear(WIDTH, WIDTH)),
     "Arguments in another order": lambda: attach(torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1)),
     "An optimizer that is already attached": lambda: plain(late=lambda optimizer: attach(nn.Linear(1, 1), optimizer)),
+    "Another model than that of the optimizer": lambda: attach(
+        nn.Linear(1, 1), torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    ),
+    "A GradScaler of another type": lambda: attach(
+        one := nn.Linear(1, 1), torch.optim.SGD(one.parameters()), grad_scaler=True
+    ),
     "The model and the optimizer in another order": lambda: suggest(
         torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1), loader(), F.cross_entropy
     ),
