@@ -3,7 +3,10 @@
 Trains the MLP, the MNIST CNN and ResNet-20 on random data, in turns with and without the callback, and prints for each
 the median step with the quartiles, the ratio of the medians, and the median time spent inside the callback's functions:
 
-    python benchmarks/overhead.py [--rounds 9] [--steps 20] [--device cpu]
+    python benchmarks/overhead.py [--rounds 9] [--steps 20] [--epoch 600] [--device cpu]
+
+Its steps are among the first of a run, of which many are measured. So the first lines are for whole epochs of the MLP,
+with SGD and with AdamW, all that comes once included.
 
 The ratio holds everything, Lightning's calls of the hooks included, and as much noise as the machine has; the time
 inside is a lower bound of the cost that noise does not reach. Then come the parts of the time inside, for the MLP, and
@@ -19,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import lightning as L
 import torch
@@ -95,25 +99,47 @@ class Inside:
 
 def one_round(task: str, callbacks: list[L.Callback], steps: int, device: torch.device) -> list[float]:
     """Trains a fresh network for some steps; returns the seconds of each."""
+    clock = Clock(device)
+    train(task, [clock, *callbacks], device, 4, max_steps=steps + WARM_UP + 1, max_epochs=-1)
+    return clock.steps()
+
+
+def one_epoch(
+    task: str,
+    callbacks: list[L.Callback],
+    steps: int,
+    device: torch.device,
+    optimizer: type[torch.optim.Optimizer],
+) -> None:
+    """Trains a fresh network for an epoch of so many steps."""
+    train(task, callbacks, device, steps, lambda parameters: optimizer(parameters, lr=0.01), max_epochs=1)
+
+
+def train(
+    task: str,
+    callbacks: list[L.Callback],
+    device: torch.device,
+    batches: int,
+    optimizer: Any = None,
+    **length: int,
+) -> None:
+    """Trains a fresh network on so many random batches."""
     make, shape, batch_size = TASKS[task]
     torch.manual_seed(0)
-    images = torch.randint(256, (batch_size * 4, *shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(10, (batch_size * 4,), device=device)
+    images = torch.randint(256, (batch_size * batches, *shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(10, (batch_size * batches,), device=device)
     loader = DeviceLoader(images, labels, batch_size, lambda batch, _: batch.float().div_(255), shuffle=True)
-    clock = Clock(device)
     trainer = L.Trainer(
-        max_steps=steps + WARM_UP + 1,
-        max_epochs=-1,
+        **length,
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        callbacks=[clock, *callbacks],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(ImageClassifier(make()), loader)
-    return clock.steps()
+    trainer.fit(ImageClassifier(make(), **({"optimizer": optimizer} if optimizer else {})), loader)
 
 
 def measure(task: str, rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
@@ -148,6 +174,40 @@ def measure(task: str, rounds: int, steps: int, device: torch.device) -> dict[st
     return parts
 
 
+class Whole(L.Callback):
+    """Seconds from the start of the training to its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.now, self.seconds = clock(device), 0.0
+
+    def on_train_start(self, *_: object) -> None:
+        """Notes the time."""
+        self.seconds = -self.now()
+
+    def on_train_end(self, *_: object) -> None:
+        """Adds the time, once the device has done what it was given."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += self.now()
+
+
+def epoch(optimizer: type[torch.optim.Optimizer], rounds: int, steps: int, device: torch.device) -> None:
+    """Prints the ratio of whole epochs of the MLP with and without the callback: median, least and largest."""
+    task, ratios, alone = next(iter(TASKS)), [], 0.0
+    for number in range(rounds + 1):
+        seconds = []
+        for callbacks in ([], [LipschitzLR()]):
+            whole = Whole(device)
+            one_epoch(task, [whole, *callbacks], steps, device, optimizer)
+            seconds.append(whole.seconds)
+        if number:  # the first pair warms up
+            ratios.append(seconds[1] / seconds[0])
+            alone = 1e3 * seconds[0] / steps
+    low, median, high = min(ratios), statistics.median(ratios), max(ratios)
+    name = f"{optimizer.__name__}, an epoch of {steps} steps of {alone:.2f} ms"
+    print(f"{name:45} with / without {median:.3f} ({low:.3f} .. {high:.3f})", flush=True)
+
+
 def idle(task: str, rounds: int, steps: int, device: torch.device, count: int = 50) -> float:
     """Seconds of a step that Lightning takes for a callback that does nothing."""
     medians: dict[bool, list[float]] = {False: [], True: []}
@@ -163,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="rounds with and as many without the callback")
     parser.add_argument("--steps", type=int, default=20, help="counted steps in a round")
+    parser.add_argument("--epoch", type=int, default=600, help="steps of the whole epochs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -171,6 +232,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     name += ", CPU time" if clock(device) is time.process_time else ", wall clock"
     print(f"{name}; torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}")
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        epoch(optimizer, arguments.rounds, arguments.epoch, device)
     print(f"{arguments.rounds} rounds of {arguments.steps} steps each way; milliseconds: median (quartiles)")
     print(f"{'':22} {'without the callback':>30} {'with it':>30}   ratio    inside, microseconds and share")
     parts = {task: measure(task, arguments.rounds, arguments.steps, device) for task in TASKS}
