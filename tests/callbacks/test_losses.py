@@ -105,7 +105,7 @@ def test_a_loss_can_be_named(name):
         torch.manual_seed(3)
         found.append(first_constant(AnyLoss(loss), targets, inputs, **settings, **named))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    with pytest.raises(ConfigurationError, match="pass loss= with the name of one"):
+    with pytest.raises(ConfigurationError, match="pass its name as loss="):
         first_constant(AnyLoss(other), targets, inputs, norm="sample")
 
 
