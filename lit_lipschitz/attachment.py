@@ -46,7 +46,9 @@ class Attachment(RateProperties):
         self.policy, self.options = policy, options
         self._loop, self._prefix = loop, f"lipschitz/{name}" if name else "lipschitz"
         self._losses = 0  # backwards whose gradients are in the coming step
-        self._short_steps = 0  # last steps in a row with fewer of them than accumulated
+        self._last_made = 0  # those in the last step
+        self._told: set[str] = set()  # what was reported
+        self._label = target.label
         self._has_decided = False  # on the rate of the step that is being made
         self._parameters: set[Tensor] = set()
         self._shared: dict[int, Any] | None = None  # the states of all ranks, until the next backward
@@ -204,26 +206,28 @@ class Attachment(RateProperties):
                 "the number of batches that the loop accumulates, or call backward once on the sum of the losses"
             )
         self._has_decided = True
-        self._check_length()
+        self._check_length(controller)
         controller.on_step(self._loop.now())
 
-    def _check_length(self) -> None:
-        """Reports once that steps have fewer backward passes, or the run more steps, than the arguments say."""
-        loop = self._loop.now()
+    def _check_length(self, controller: Controller) -> None:
+        """Reports once that steps have fewer backward passes, and once that the run has more steps, than expected."""
+        loop, made = self._loop.now(), self._losses
         # The last step of an epoch may be made of fewer.
-        is_short, were_short = self._losses < loop.accumulated, self._short_steps
-        self._short_steps = were_short + 1 if loop.automatic and is_short else 0
-        if self._short_steps == 2:
+        if loop.automatic and 0 < made == self._last_made < loop.accumulated and "backwards" not in self._told:
+            self._told.add("backwards")
             loop.notify(
-                f"attach(accumulate_grad_batches={loop.accumulated}) expected this number of backward passes before "
-                f"each optimizer.step(), and found {self._losses} twice in a row; the learning rate is that of "
-                f"{loop.accumulated}; pass accumulate_grad_batches={self._losses} if this is the usual number"
+                f"attach(accumulate_grad_batches={loop.accumulated}){self._label} expected this number of backward "
+                f"passes before each optimizer.step(), and found {made} twice in a row; the learning rate is that of "
+                f"{loop.accumulated}; pass accumulate_grad_batches={made} if this is the usual number"
             )
-        if loop.step == loop.total_steps():
+        self._last_made = made
+        total = loop.total_steps()
+        if loop.step >= total and "steps" not in self._told and controller.schedule.decays(loop):
+            self._told.add("steps")
             loop.notify(
-                f"attach(total_steps={loop.step}) expected this number of optimizer steps, and the run makes more; the "
-                "learning rate of the schedule's last step is kept; pass total_steps= with the optimizer steps of the "
-                "whole run, such as epochs * len(loader)"
+                f"attach(total_steps={total:.0f}){self._label} expected this number of optimizer steps, and the run "
+                "makes more; the learning rate of the schedule's last step is kept; pass total_steps= with the "
+                "optimizer steps of the whole run, such as epochs * len(loader)"
             )
 
     def _check_first_step(self, controller: Controller) -> None:
@@ -338,7 +342,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
             "attach(model, optimizer) expected a torch.nn.Module and a torch.optim.Optimizer, and found "
             f"{type(model).__name__} and {type(optimizer).__name__}"
         )
-    if grad_scaler is not None and not hasattr(grad_scaler, "is_enabled"):
+    if grad_scaler and not hasattr(grad_scaler, "is_enabled"):
         raise ConfigurationError(
             f"attach(grad_scaler={grad_scaler!r}) expected the torch.amp.GradScaler of the loop; pass it, or None"
         )
@@ -349,7 +353,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
             f"{type(stepped).__name__}; call detach() of that attachment first"
         )
     own = {parameter for group in stepped.param_groups for parameter in group["params"]}
-    if own.isdisjoint(network.parameters()):
+    if own.isdisjoint(network.parameters()) and any(p.requires_grad for p in network.parameters()):
         raise ConfigurationError(
             "attach(model, optimizer) expected the model whose parameters the optimizer trains, and found none of them "
             f"in this {type(network).__name__}; pass the model that the optimizer was made for"
@@ -365,7 +369,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         notify=notify,
     )
     label = f" of {name}" if name else ""
-    schedulers = schedulers if isinstance(schedulers, Sequence) else [schedulers]
+    schedulers = [schedulers] if hasattr(schedulers, "step") else list(schedulers or ())
     target = Target(network, stepped, schedulers, num_optimizers=1 if is_only else 2, label=label)
     return Attachment(target, policy, options, loop, map(unwrapped_optimizer, others), name)
 

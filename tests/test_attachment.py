@@ -683,7 +683,9 @@ def train_steps(net, optimizer, count, accumulated=1):
         optimizer.step()
 
 
-@pytest.mark.parametrize(("made", "told"), [([2] * 4, 1), ([3, 3, 2, 3, 2, 3], 0), ([2, 2, 3, 2, 2], 2)])
+@pytest.mark.parametrize(
+    ("made", "told"), [([2] * 4, 1), ([3, 3, 2, 3, 2, 3], 0), ([2, 2, 3, 2, 2], 1), ([2, 1, 2, 1], 0)]
+)
 def test_fewer_backward_passes_than_accumulated_are_reported(made, told):
     net, optimizer = small()
     messages = []
@@ -706,6 +708,39 @@ def test_steps_beyond_the_length_are_reported_once():
     (message,) = (one for one in messages if "total_steps=3" in one)
     assert "such as epochs * len(loader)" in message
     control.detach()
+
+
+@pytest.mark.parametrize("saved", [2, 5])
+def test_a_run_that_is_resumed_beyond_its_length_reports_it(saved):
+    net, optimizer = small()
+    with attach(net, optimizer, total_steps=10, notify=lambda message: None) as control:
+        train_steps(net, optimizer, saved)
+        state = control.state_dict()
+    messages = []
+    with attach(net, optimizer, total_steps=3, notify=messages.append) as control:
+        control.load_state_dict(state)
+        train_steps(net, optimizer, 1)
+    assert any("the run makes more" in message for message in messages) == (saved == 5)
+
+
+def test_without_a_decay_more_steps_are_no_mistake():
+    net, optimizer = small()
+    messages = []
+    with attach(net, optimizer, total_steps=3, schedule="none", notify=messages.append):
+        train_steps(net, optimizer, 5)
+    assert not any("total_steps" in message for message in messages)
+
+
+def test_a_frozen_model_may_have_other_parameters_trained():
+    net, _ = small()
+    net.requires_grad_(False)
+    prompt = nn.Parameter(torch.zeros(WIDTH))
+    optimizer = torch.optim.SGD([prompt], lr=1.0)
+    with attach(net, optimizer, notify=lambda message: None) as control:
+        (batch, targets), *_ = loader(BATCH)
+        F.cross_entropy(net(batch + prompt), targets).backward()
+        optimizer.step()
+    assert control.rate > 0
 
 
 def test_a_model_that_the_optimizer_does_not_train_is_refused():

@@ -104,11 +104,18 @@ class OptimizerInfo:
         return 1.0 if self.averages_weights else math.sqrt((1 + momentum) / (1 - momentum))
 
     def moved_share(self, group: Mapping[str, Any]) -> float:
-        """Share of an update by which the step moves the weights that the gradients are taken at.
+        """Share of an update by which the coming step moves the weights that the gradients are taken at.
 
-        Schedule-Free takes them at y = (1 - b) z + b x, of which a step moves z; 1 for others.
+        Schedule-Free takes them at y = (1 - b) z + b x, and the average x has the new z with the weight c: a step moves
+        y by 1 - b (1 - c) of the update of z. c is 1 in the first step, and 1 / t in step t at a constant learning
+        rate. The share is 1 for other optimizers, and where c is not known.
         """
-        return 1 - momentum_of_any(group) if self.averages_weights else 1.0
+        if not self.averages_weights or not {"weight_sum", "lr_max", "k", "r", "weight_lr_power"} <= set(group):
+            return 1.0
+        if not group["weight_sum"] > 0:
+            return 1.0
+        weight = (group["k"] + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
+        return 1 - momentum_of_any(group) * (1 - weight / (group["weight_sum"] + weight))
 
     @property
     def is_linear(self) -> bool:

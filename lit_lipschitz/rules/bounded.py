@@ -16,8 +16,9 @@ as far as gradient descent with a rate of 1 does. Three bounds follow, none of w
    of that, the Lipschitz constant of the noise.
 2. **Gradient.** A single step, 1 - b of D, may be as long as with a rate of 1 / C. This binds for large batches.
 3. **Descent.** No step lowers a loss f that is not negative below 0. With the update u at lr = 1, a step lowers its
-   linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. For Schedule-Free u is 1 - b
-   of the update of z, by which a step moves the weights that gradients are taken at. P contains the curvature of all
+   linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. For Schedule-Free u is
+   1 - b (1 - c) of the update of z, by which a step moves the weights that gradients are taken at; the average has z
+   with the weight c. P contains the curvature of all
    layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of the gradient. K vanishes with the
    residuals of a regression, and P does not. Without a positive loss P is 0.
 

@@ -330,7 +330,9 @@ class Look(Callback):
         updates = self.updates(optimizer, list(pl_module.parameters()), moves)
         descent = sum(float((g * u).sum()) for g, u in zip(self.grads, updates, strict=True)) / float(outputs["loss"])
         if "z" in optimizer.state[next(pl_module.parameters())]:
-            descent *= 1 - optimizer.param_groups[0]["betas"][0]  # gradients are taken where a step of z moves 1 - b
+            largest = list(itertools.accumulate(self.rates, max))  # whose squares are the weights of the average
+            share = largest[-1] ** 2 / (sum(rate**2 for rate in largest) + largest[-1] ** 2) if largest else 1.0
+            descent *= 1 - optimizer.param_groups[0]["betas"][0] * (1 - share)  # of z where the gradients are taken
         scale = mean_of_matrices(self.grads, self.grads if self.linear else updates) / self.gain
         self.measured.append((scale, descent, *self.norms, self.callback.constant))
         self.rates.append(lr)
