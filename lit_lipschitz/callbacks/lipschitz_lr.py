@@ -90,7 +90,8 @@ class LipschitzLR(RateProperties, Callback):
             (:class:`~lit_lipschitz.LinearWarmupDecay`). If the length of the run is unknown (``EarlyStopping``,
             ``max_time``, no ``max_epochs``), the warm-up takes the first epoch and there is no decay. Schedule-Free
             AdamW gets only the warm-up, and none if it has ``warmup_steps``. With a squared error the rate is also
-            damped as soon as only noise is left to fit (:mod:`lit_lipschitz.control.noise_damping`). ``"none"`` adds nothing.
+            damped as soon as only noise is left to fit (:mod:`lit_lipschitz.control.noise_damping`). ``"none"`` adds
+            nothing.
         measure_every: Optimizer steps between measurements. Steps 1, 2, 4, 8, ... and the first step of each interval
             are measured too. ``"auto"`` is 31, or 1 with ``bound="paper"``. L is the largest value of the measured
             batches. The rate grows by at most a quarter from one measured step to the next, so with more steps between
