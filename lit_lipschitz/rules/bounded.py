@@ -85,7 +85,9 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         ),
         constant,
         *([examples] if examples else ()),
-        Term("c", gain, "the smaller of sqrt(n / 2), for the noise of a batch, and 1 / (1 - b), for a single step"),
+        Term(
+            "c", gain, "min(sqrt(n / 2), 1 / (1 - b)); the first for the noise of a batch, the second for a single step"
+        ),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),
         Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),
