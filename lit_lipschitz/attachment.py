@@ -13,7 +13,7 @@ from lit_lipschitz import bounds
 from lit_lipschitz.control.backward_observer import add_observer, remove_observer
 from lit_lipschitz.control.controller import Controller
 from lit_lipschitz.control.controllers import Controllers
-from lit_lipschitz.control.loop_facts import Target
+from lit_lipschitz.control.loop_facts import LoopFacts, Target
 from lit_lipschitz.control.options import Options
 from lit_lipschitz.control.plain_loop import PlainLoop, scaler_of, unwrapped_model, unwrapped_optimizer
 from lit_lipschitz.control.policy import Policy
@@ -206,12 +206,13 @@ class Attachment(RateProperties):
                 "the number of batches that the loop accumulates, or call backward once on the sum of the losses"
             )
         self._has_decided = True
-        self._check_length(controller)
-        controller.on_step(self._loop.now())
+        loop = self._loop.now()
+        self._check_length(controller, loop)
+        controller.on_step(loop)
 
-    def _check_length(self, controller: Controller) -> None:
+    def _check_length(self, controller: Controller, loop: LoopFacts) -> None:
         """Reports once that steps have fewer backward passes, and once that the run has more steps, than expected."""
-        loop, made = self._loop.now(), self._losses
+        made = self._losses
         # The last step of an epoch may be made of fewer.
         if loop.automatic and 0 < made == self._last_made < loop.accumulated and "backwards" not in self._told:
             self._told.add("backwards")

@@ -110,9 +110,8 @@ class OptimizerInfo:
         y by 1 - b (1 - c) of the update of z. c is 1 in the first step, and 1 / t in step t at a constant learning
         rate. The share is 1 for other optimizers, and where c is not known.
         """
-        if not self.averages_weights or not {"weight_sum", "lr_max", "k", "r", "weight_lr_power"} <= set(group):
-            return 1.0
-        if not group["weight_sum"] > 0:
+        known = {"weight_sum", "lr_max", "k", "r", "weight_lr_power"} <= set(group)
+        if not (self.averages_weights and known and group["weight_sum"] > 0):
             return 1.0
         weight = (group["k"] + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
         return 1 - momentum_of_any(group) * (1 - weight / (group["weight_sum"] + weight))

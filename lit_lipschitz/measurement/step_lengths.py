@@ -56,8 +56,7 @@ def step_lengths(
     """
     info = info or optimizer_info(optimizer)
     if info.is_linear:
-        lengths = _lengths_of_linear(optimizer, grad_scale, ratios, _least_share(optimizer, info))
-        return torch.cat([lengths[:2], lengths[2:] * info.moved_share(optimizer.param_groups[0])])
+        return _lengths_of_linear(optimizer, grad_scale, ratios, info)
     steps = [step for step in _steps(optimizer, grad_scale, ratios, info, update_of) if step.ratio]
     if not steps:
         return torch.zeros(3)
@@ -95,7 +94,7 @@ def _least_share(optimizer: Optimizer, info: OptimizerInfo) -> float:
 
 
 def _lengths_of_linear(
-    optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float], least: float
+    optimizer: Optimizer, grad_scale: float | Tensor, ratios: Sequence[float], info: OptimizerInfo
 ) -> Tensor:
     """The result of :func:`step_lengths` for an optimizer with torch's momentum buffers, or without."""
     descent, most = torch.zeros(()), torch.zeros(())
@@ -113,7 +112,9 @@ def _lengths_of_linear(
             ) / grad_scale
         descent = descent + ratio * square
     one = (most > 0).to(most.dtype)
-    return torch.stack([torch.where(torch.isfinite(most), one, most), one, torch.maximum(descent, least * most)])
+    descent = descent * info.moved_share(optimizer.param_groups[0])
+    least = _least_share(optimizer, info) * most
+    return torch.stack([torch.where(torch.isfinite(most), one, most), one, torch.maximum(descent, least)])
 
 
 def _product(parameter: Tensor, buffer: Tensor | None) -> Tensor:

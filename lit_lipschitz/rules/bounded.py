@@ -18,9 +18,8 @@ as far as gradient descent with a rate of 1 does. Three bounds follow, none of w
 3. **Descent.** No step lowers a loss f that is not negative below 0. With the update u at lr = 1, a step lowers its
    linear model by the rate times g'u: Polyak's step length f / g'u is the inverse of P. For Schedule-Free u is
    1 - b (1 - c) of the update of z, by which a step moves the weights that gradients are taken at; the average has z
-   with the weight c. P contains the curvature of all
-   layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of the gradient. K vanishes with the
-   residuals of a regression, and P does not. Without a positive loss P is 0.
+   with the weight c. P contains the curvature of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of
+   the gradient. K vanishes with the residuals of a regression, and P does not. Without a positive loss P is 0.
 
 Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
 gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
@@ -86,7 +85,9 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
         constant,
         *([examples] if examples else ()),
         Term(
-            "c", gain, "min(sqrt(n / 2), 1 / (1 - b)); the first for the noise of a batch, the second for a single step"
+            "c",
+            gain,
+            "min(sqrt(n / 2), 1 / (1 - b)), the largest factor that batch noise and the length of a step allow",
         ),
         Term("K", now, "C / (c s)"),
         Term("past", past, f"{mean} of K over all updates"),
