@@ -313,7 +313,7 @@ def attach(  # noqa: D417 (LipschitzLR describes the others)
         optimizer: Its optimizer, also wrapped by Fabric or Accelerate.
         total_steps: Optimizer steps of the run, for the decay of the built-in schedule; None if unknown.
         epoch_steps: Optimizer steps of an epoch, such as ``len(loader)``: how often ``update="epoch"`` updates the
-            rate. None treats the run as one epoch, with updates after 1, 2, 4, 8, ... steps.
+            rate. None treats the run as one epoch, with updates in each measured step.
         accumulate_grad_batches: Number of backward passes in one optimizer step.
         schedulers: The schedulers of the optimizer; needed for OneCycleLR, CyclicLR and ReduceLROnPlateau only.
         grad_scaler: The GradScaler of the loop; those of Fabric and Accelerate are found.

@@ -1,25 +1,36 @@
 """Which optimizer steps are measured, the same ones on all ranks."""
 
+import math
 from dataclasses import dataclass
 
-MEASURE_EVERY = 31
-"""Optimizer steps between measurements after the first ones; a prime, so that losses in turns are all measured."""
+from lit_lipschitz.rules.bounded import MAX_GROWTH
+
+MEASURE_EVERY = 61
+"""Most optimizer steps between measurements; a prime, so that losses in turns are all measured."""
 
 
 @dataclass
 class DueSteps:
-    """Counts optimizer steps, and tells which are measured: 1, 2, 4, 8, ..., every so many, and those asked for."""
+    """Counts optimizer steps, and tells which are measured: 1, 2, 3, 4, 5, 7, 9, 12, ..., and those asked for.
 
-    every: int  # steps between measurements
+    A linear warm-up multiplies the learning rate by a quarter more, at most, from one to the next.
+    """
+
+    every: int  # most steps between measurements
     steps: int = 0  # of the run
-    requested: bool = True  # whether the coming step is measured whatever its number
+    next: int = 1  # number of the next measured step
 
     @property
     def due(self) -> bool:
         """Whether to measure the coming step."""
-        step = self.steps + 1
-        return self.requested or step % self.every == 0 or step & self.steps == 0
+        return self.steps + 1 >= self.next
 
     def end_step(self) -> None:
         """Counts a step."""
-        self.steps, self.requested = self.steps + 1, False
+        due, self.steps = self.due, self.steps + 1
+        if due:
+            self.next = min(max(self.steps + 1, math.ceil(MAX_GROWTH * self.steps)), self.steps + self.every)
+
+    def request(self) -> None:
+        """Has the coming step measured, whatever its number."""
+        self.next = self.steps + 1

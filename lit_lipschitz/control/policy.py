@@ -253,8 +253,9 @@ class Policy:
         groups: Sequence[Mapping[str, Any]],
         state: Any,
         last: Decision | None,
+        step: int = 0,
     ) -> tuple[Decision, Any] | None:
-        """The next learning rate, and the rule's new state; None where the measurement gives no rate.
+        """The learning rate of the optimizer ``step``, and the rule's new state; None where there is none.
 
         ``groups`` are the optimizer's parameter groups, ``state`` that of the rule (the state of another rule begins
         again), ``last`` the decision before this one.
@@ -266,7 +267,7 @@ class Policy:
             return None  # measured before the loss was no longer recognised
         rule = self.rule_for(optimizer, groups)
         constant = _Constant(self, measured, loss, num_outputs, self.l2_coefficient(optimizer, groups))
-        inputs = constant.rule_input(rule, optimizer)
+        inputs = constant.rule_input(rule, optimizer, step)
         if inputs is None:
             return None
         state = state if isinstance(state, rule.state_type) else rule.initial_state()
@@ -362,7 +363,7 @@ class _Constant:
             return ("K_z^2 / m", size**2 / batch_size) if whole else ("K_z^2", size**2)
         return "K_z / m", size / batch_size
 
-    def rule_input(self, rule: RuleInfo, optimizer: OptimizerInfo) -> RuleInput | None:
+    def rule_input(self, rule: RuleInfo, optimizer: OptimizerInfo, step: int) -> RuleInput | None:
         """What a rule computes the rate from; None where the constant or the step scale is not positive and finite."""
         measured = self._measured
         second_moment = bounds.second_moment(
@@ -385,6 +386,7 @@ class _Constant:
             effective_sample_size=effective,
             descent=measured.descent,
             decays=self._measured.decays,
+            step=step,
             is_curvature=self._policy.bound == "smooth",
         )
 

@@ -52,7 +52,8 @@ class RateUpdater:
 
     def restart(self) -> None:
         """Decides in the next step, with a new state of the rule: the constant is another one from now on."""
-        self._restarted = self.steps.requested = True
+        self._restarted = True
+        self.steps.request()
 
     def begin_run(self, loop: LoopFacts) -> bool:
         """Says what has changed in a resumed run; returns whether its steps have other batches, so that it measures."""
@@ -67,7 +68,8 @@ class RateUpdater:
             )
         if not (self._options.running and state.decision is not None and changes_batches(before, state.run)):
             return False
-        self._remeasures = self.steps.requested = True
+        self._remeasures = True
+        self.steps.request()
         state.accumulated = 1
         self.statistics.residuals.end_interval()
         return True
@@ -80,7 +82,7 @@ class RateUpdater:
     def end_pass(self, epoch: int) -> None:
         """Notes that the pass of an epoch has been made."""
         self._pass_epoch = epoch
-        self.steps.requested = True
+        self.steps.request()
         self.statistics.end_pass()
 
     def begin_step(
@@ -109,7 +111,9 @@ class RateUpdater:
             state.rule_state = self.rule.initial_state()
         has_pass = self._pass_epoch is not None
         is_fixed = first_interval and initial_lr is not None and state.measurement is None
-        is_early = state.decision is None or (first_interval and state.steps & (state.steps - 1) == 0)
+        # Without an estimator each step may be due, and an update needs an all-reduce of its own.
+        updates = estimator is not None or state.steps & (state.steps - 1) == 0
+        is_early = state.decision is None or (first_interval and updates)
         is_early, self._restarted = is_early or self._restarted or self._remeasures, False
         self._remeasures = False
         if has_pass or (self._options.running and not is_fixed and is_early):
@@ -126,7 +130,8 @@ class RateUpdater:
             group = self._target.optimizer.param_groups[0]
             state.decision = Decision(float(group.get("initial_lr", group["lr"])))  # for a step to measure
         state.last_pass_epoch = loop.epoch
-        self.steps.requested |= state.decision is None or (estimator is not None and not estimator.scale.value)
+        if state.decision is None or (estimator is not None and not estimator.scale.value):
+            self.steps.request()
         return state.decision
 
     def _measure_step_scale(self, found: FoundHeads, loop: LoopFacts, lr_ratios: Sequence[float]) -> None:
@@ -160,7 +165,7 @@ class RateUpdater:
         if self._epoch_over(loop):
             self._damp(loop)
         state.steps, state.accumulated, state.intervals = 0, 1, state.intervals + 1
-        self.steps.requested = True
+        self.steps.request()
         return True
 
     def _damp(self, loop: LoopFacts) -> None:
@@ -205,6 +210,7 @@ class RateUpdater:
             groups=self._target.optimizer.param_groups,
             state=state.rule_state,
             last=state.decision,
+            step=self.steps.steps,
         )
         if self.estimator is None or not self.estimator.copies_fail or measured.step_scale:
             self.reporter.check_measurement(measured, outcome is not None, state)
@@ -264,7 +270,7 @@ class RateUpdater:
                 check_fields(type(self.estimator.scale), state.step_scale["scale"])
                 self.estimator.load_state_dict(state.step_scale)
             check_like(state.due, asdict(self.steps))
-            self.steps.steps, self.steps.requested = state.due["steps"], state.due["requested"]
+            self.steps.steps, self.steps.next = state.due["steps"], state.due["next"]
             for saved, own in (
                 (state.nonfinite, self.statistics.nonfinite),
                 (state.residuals, self.statistics.residuals),

@@ -32,6 +32,7 @@ class RuleInput:
     effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
     descent: float = 0.0  #: decrease of the loss per unit of the learning rate, over the loss; 0 if not measured
     decays: bool = True  #: whether a schedule lowers the rate later, or the weights are averaged
+    step: int = 0  #: number of the optimizer step that is about to be made, from 1
     is_curvature: bool = False  #: whether L bounds the curvature (``bound="smooth"``) and not the gradient
 
     def __post_init__(self) -> None:

@@ -25,11 +25,12 @@ Updates that are linear in the gradients shrink with them. There C is L, and n i
 gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
 that were measured in the same step as s, and n is Kish's effective number of examples.
 
-K is not let below its past, since a rate that followed a constant that vanishes would grow without bound: its root
-mean square over all updates where the rate decays later or the weights are averaged, and its maximum where not,
-since the rate must suit the end of the run then. From one measured step to the next the rate grows by a quarter at
-most (:data:`MAX_GROWTH`): steps between them are not measured, and a rate that is too large is noticed before it
-does harm.
+K is not let below its past, since a rate that followed a constant that vanishes would grow without bound. Where the
+rate decays later or the weights are averaged, the past is the root mean square of K over all steps, of which a measured
+one stands for those since the one before. Where not, it is the maximum of K, since the rate must suit the end of the
+run. From one measured step to the next the rate grows by a quarter at most (:data:`MAX_GROWTH`): steps between them are
+not measured, and a rate that is too large is noticed before it does harm. For the same reason the number of a measured
+step is at most a quarter larger than that of the one before, by which a linear warm-up raises the rate.
 
 With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
 
@@ -50,18 +51,20 @@ MAX_GROWTH = 1.25
 
 
 class PastState(NamedTuple):
-    """Mean square and maximum of a constant over all updates, and the last rate."""
+    """Mean square over the optimizer steps and maximum of a constant, and the last rate."""
 
     mean_square: float = 0.0
     maximum: float = 0.0
-    updates: int = 0
+    steps: int = 0  # that the mean is over
+    last_step: int = 0  # the number of the last one
     rate: float = math.inf
 
-    def updated(self, value: float) -> "PastState":
-        """The state after one more value."""
-        updates = self.updates + 1
-        mean_square = self.mean_square + (value**2 - self.mean_square) / updates
-        return PastState(mean_square, max(self.maximum, value), updates, self.rate)
+    def updated(self, value: float, step: int) -> "PastState":
+        """The state after one more value, which stands for all steps since the last one."""
+        weight = max(step - self.last_step, 1) if self.steps else 1
+        steps = self.steps + weight
+        mean_square = self.mean_square + (value**2 - self.mean_square) * weight / steps
+        return PastState(mean_square, max(self.maximum, value), steps, step, self.rate)
 
 
 def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResult:
@@ -72,7 +75,7 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
     if examples is not None:
         gain = min(math.sqrt(examples.value / 2), gain)
     now = constant.value / (gain * inputs.step_scale)
-    state = state.updated(now)
+    state = state.updated(now, inputs.step)
     past = math.sqrt(state.mean_square) if inputs.decays else state.maximum
     mean = "root mean square" if inputs.decays else "maximum"
     terms = [
@@ -90,7 +93,7 @@ def bounded(inputs: RuleInput, state: PastState, settings: Settings) -> RuleResu
             "min(sqrt(n / 2), 1 / (1 - b)), the largest factor that batch noise and the length of a step allow",
         ),
         Term("K", now, "C / (c s)"),
-        Term("past", past, f"{mean} of K over all updates"),
+        Term("past", past, f"{mean} of K over all steps"),
         Term("P", inputs.descent, "relative decrease of the loss per unit of the learning rate"),
     ]
     rate = 1 / max(now, past, inputs.descent)

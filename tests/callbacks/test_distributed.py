@@ -128,7 +128,7 @@ def test_the_same_global_batch_gives_the_same_rate_up_to_the_bounds_tightness(se
         if settings.get("norm") == "sample":
             loosest = 1.0
         assert 1 - 1e-5 <= first <= loosest * (1 + 1e-5)
-        assert max(every) < {2: 1.35, 4: 2.0}[pieces]
+        assert max(every) < math.sqrt(pieces)
 
 
 @pytest.mark.filterwarnings("ignore:LipschitzLR. 1 batches had non-finite activations")
@@ -281,7 +281,7 @@ def test_no_collective_outside_of_training_steps():
             Path(f"outside{trainer.global_rank}").write_text(f"{self.outside} of {self.seen}")
 
     two_ranks(LipschitzLR(), model(), 8, Guard(), max_epochs=2)
-    assert [Path(f"outside{rank}").read_text() for rank in range(2)] == ["0 of 8", "0 of 8"]
+    assert [Path(f"outside{rank}").read_text() for rank in range(2)] == ["0 of 10", "0 of 10"]
 
 
 @pytest.mark.parametrize(
@@ -326,16 +326,16 @@ def test_one_reduction_an_update_and_none_between(monkeypatch):
             Path(f"reductions{trainer.global_rank}").write_text(repr(self.reductions))
 
     two_ranks(LipschitzLR(), model(), 8, Count(), max_epochs=3)
-    # In steps 1, 2 and 4 and at the end of each epoch; nine numbers, and one a rank. Four of the step, in steps 1, 2
-    # and 4 and alone in steps 7, 8, 13 and 16. Four before the first step: whether the ranks have found the same loss.
+    # In steps 1 to 5 and at the end of each epoch; nine numbers, and one a rank. Four of the step, in steps 1 to 5 and
+    # 12 and alone in steps 7, 9, 13 and 17. Four before the first step: whether the ranks have found the same loss.
     for rank in range(2):
         reductions = Counter(eval(Path(f"reductions{rank}").read_text()))
-        assert (reductions[9 + 2 + 4], reductions[9 + 2], reductions[4]) == (3, 3, 4 + 1)
+        assert (reductions[9 + 2 + 4], reductions[9 + 2], reductions[4]) == (6, 2, 4 + 1)
     two_ranks(LipschitzLR(), squares("momentum"), 8, Count(), max_epochs=3)
     for rank in range(2):  # and eleven more a rank, and the mean of each output
         reductions = Counter(eval(Path(f"reductions{rank}").read_text()))
         update = 9 + 2 + 11 * 2 + CLASSES
-        assert (reductions[update + 4], reductions[update], reductions[4]) == (3, 3, 4 + 1)
+        assert (reductions[update + 4], reductions[update], reductions[4]) == (6, 2, 4 + 1)
 
 
 def free_port():

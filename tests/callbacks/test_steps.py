@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import warnings
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -341,7 +342,9 @@ def test_a_loss_whose_gradients_are_reset_is_not_in_the_step(loss):
     expected, plain = fit(seeded(Classifier, momentum), LipschitzLR(loss, schedule="none"))
     rates, callback = fit(seeded(Manual, resets), LipschitzLR(loss, schedule="none", optimizers=0))
     assert rates == pytest.approx(expected, rel=1e-6)
-    assert callback.controllers[0].measurement == plain.controllers[0].measurement
+    # A batch of manual optimization may make more steps, so the norm of the weights is that after its last one.
+    measured, expected = (replace(one.controllers[0].measurement, weight_norm=0.0) for one in (callback, plain))
+    assert measured == expected
 
 
 # Batches in a step

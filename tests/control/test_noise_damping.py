@@ -348,14 +348,14 @@ def test_outputs_of_a_convolution_are_columns_by_their_channel():
 
 
 def test_momentums_rate_has_the_residuals_of_the_interval_before_in_it():
-    """In the fifth epoch those of the first step of the fourth, which is the only one of it that was measured."""
+    """In the sixth epoch those of the first step of the fifth, which is the only one of it that was measured."""
     module = Regression(sgd)
-    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=5)
+    callback, _ = fit(module, noisy(), LipschitzLR(schedule="none"), max_epochs=6)
     controller = callback.controllers[0]
-    assert [step for step in due_steps(30, 6) if step > 18] == [19, 25]
-    outputs, targets = module.epochs[3][0]
+    assert [step for step in due_steps(36, 6) if step > 24] == [25, 31]
+    outputs, targets = module.epochs[4][0]
     deviation = np.sqrt(np.mean((outputs - targets).numpy().astype(float) ** 2))
-    size = math.sqrt(float((module.heads[18].square().sum(dim=1) + 1).mean()))
+    size = math.sqrt(float((module.heads[24].square().sum(dim=1) + 1).mean()))
     # Twice three standard deviations of the residuals times the inputs' root mean square.
     observed = 2 * 3 * deviation * size
     assert controller.metrics()["observed_constant"] == pytest.approx(observed, rel=1e-4)
@@ -372,8 +372,10 @@ def test_in_a_run_without_epochs_they_are_those_of_the_interval():
 
     module = Regression(sgd)
     data = DataLoader(Endless(), BATCH)
-    callback, _ = fit(module, data, LipschitzLR(update=20, schedule="none"), max_epochs=-1, max_steps=101)
-    measured = [step - 1 for step in due_steps(100, 20) if step > 80]
+    callback, _ = fit(
+        module, data, LipschitzLR(update=20, schedule="none", measure_every=6), max_epochs=-1, max_steps=101
+    )
+    measured = [80, 86, 92, 98]  # the first step of the interval and every sixth after it
     outputs, targets = (torch.cat([part[i] for i in measured]) for part in zip(*module.epochs[0], strict=True))
     measured = callback.controllers[0].measurement
     assert measured.residual_rms == pytest.approx((outputs - targets).square().mean().sqrt().item(), rel=1e-4)

@@ -82,8 +82,11 @@ class Steps(L.Callback):
 
 def due_steps(count: int, interval: int) -> list[int]:
     """The optimizer steps that are measured, of so many, with updates every so many steps."""
-    steps = range(1, count + 1)
-    return [step for step in steps if step & (step - 1) == 0 or step % 31 == 0 or (step - 1) % interval == 0]
+    due = [1]
+    for step in range(2, count + 1):
+        if step >= 1.25 * due[-1] or step == due[-1] + 61 or (step - 1) % interval == 0:
+            due.append(step)
+    return due
 
 
 def length(parts: Iterable[Tensor]) -> float:

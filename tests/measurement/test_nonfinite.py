@@ -54,9 +54,9 @@ def test_it_is_reported_once_with_step_rank_and_last_rate(step, value):
 
 
 def test_the_last_rate_is_kept_at_the_update_that_notices():
-    free = fit(LipschitzLR(schedule="none"), Classifier())
+    free = fit(LipschitzLR(schedule="none", rule="inverse"), Classifier())
     with pytest.warns(UserWarning, match="in step 8"):
-        rates = fit(LipschitzLR(schedule="none"), Spiking(8))
+        rates = fit(LipschitzLR(schedule="none", rule="inverse"), Spiking(8))
     assert len({*free[0:6], *free[6:12], *free[12:18]}) > 2
     assert free[12] != free[11]
     assert rates[12] == rates[11]

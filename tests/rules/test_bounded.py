@@ -56,12 +56,13 @@ def grown(rates):
     return list(itertools.accumulate(rates, lambda before, rate: min(rate, 1.25 * before)))
 
 
-def written_out(measured, b, smooth=False, decays=True):
-    """The rates of updates (C, n, s, P), from the docstring of the rule."""
-    rates, all_of_them = [], []
-    for constant, examples, scale, descent in measured:
+def written_out(measured, b, smooth=False, decays=True, steps=None):
+    """The rates of updates (C, n, s, P) before these steps, from the docstring of the rule; one in each by default."""
+    rates, all_of_them, last = [], [], 0
+    for (constant, examples, scale, descent), step in zip(measured, steps or itertools.count(1), strict=False):
         gain = 1 / (1 - b) if smooth else min(math.sqrt(examples / 2), 1 / (1 - b))
-        all_of_them.append(constant / (gain * scale))
+        all_of_them += [constant / (gain * scale)] * (step - last)  # one for each step
+        last = step
         past = rms(all_of_them) if decays else max(all_of_them)
         rates.append(1 / max(all_of_them[-1], past, descent))
     return grown(rates)
@@ -72,21 +73,26 @@ MEASURED = st.tuples(*[st.floats(1e-3, 1e3)] * 4)
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(MEASURED, min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.booleans(), st.booleans()
+    st.lists(MEASURED, min_size=1, max_size=20),
+    st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2, 5]),
 )
-def test_the_rates_are_those_of_the_formula_written_out(measured, b, smooth, decays):
+def test_the_rates_are_those_of_the_formula_written_out(measured, b, smooth, decays, every):
     """With L and m, with O and n in their place, and with a constant of the curvature."""
-    state, seen, rates = PastState(), PastState(), []
-    for constant, examples, scale, descent in measured:
-        inputs = RuleInput(constant, 1.0, step_scale=scale, batch_size=examples, descent=descent, decays=decays)
+    state, seen, rates, steps = PastState(), PastState(), [], range(1, 1 + every * len(measured), every)
+    for (constant, examples, scale, descent), step in zip(measured, steps, strict=True):
+        inputs = RuleInput(constant, 1.0, step_scale=scale, batch_size=examples, descent=descent, step=step)
+        inputs = replace(inputs, decays=decays)
         rate, state, _ = bounded(replace(inputs, is_curvature=smooth), state, {"momentum": b})
         rates.append(rate)
         if not smooth:
             instead = {"observed_constant": constant, "effective_sample_size": examples}
             inputs = RuleInput(7.0, 1.0, step_scale=scale, batch_size=3.0, descent=descent, **instead)
-            found, seen, _ = bounded(replace(inputs, decays=decays), seen, {"betas": (b, 0.99)})
+            found, seen, _ = bounded(replace(inputs, decays=decays, step=step), seen, {"betas": (b, 0.99)})
             assert found == pytest.approx(rate, rel=1e-12)
-    assert rates == pytest.approx(written_out(measured, b, smooth, decays), rel=1e-9)
+    assert rates == pytest.approx(written_out(measured, b, smooth, decays, steps), rel=1e-9)
 
 
 def test_a_rate_falls_at_once_with_the_gradients_and_grows_slowly_with_them():
@@ -361,7 +367,7 @@ def test_the_rates_of_a_run_are_those_of_a_loop_that_shares_no_code(name, bound)
         observed = bound == "strict" and not look.linear
         examples = 16 * (mean / norm) ** 2 if observed else 16
         updates.append((constant * norm / math.sqrt(2) if observed else constant, examples, scale, descent))
-    rates = written_out(updates, OPTIMIZERS[name][1], bound == "smooth", decays=name == "Schedule-Free")
+    rates = written_out(updates, OPTIMIZERS[name][1], bound == "smooth", name == "Schedule-Free", due)
     expected = [rates[sum(one <= step for one in due) - 1] for step in range(1, 49)]
     assert len(look.rates) == 48
     assert look.rates == pytest.approx(expected, rel=2e-3 if name == "sign of momentum" else 1e-4)
