@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lipschitz import LipschitzLR
-from lit_lipschitz.control.due_steps import MEASURE_EVERY
+from lit_lipschitz.control.due_steps import MEASURE_EVERY, DueSteps
 
 COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "barrier")
 HOOKS = ("on_fit_start", "on_train_batch_start", "on_before_backward", "before_step", "on_train_batch_end")
@@ -175,6 +175,15 @@ def seconds(ranks: int, size: int, hop: float, bandwidth: float, ring: bool) -> 
     return 2 * depth * hop + depth * size / bandwidth
 
 
+def measured_steps(steps: int) -> int:
+    """The measured ones of the first steps of a run; each of them is an update in the first epoch."""
+    count, due = 0, DueSteps(MEASURE_EVERY)
+    for _ in range(steps):
+        count += due.due
+        due.end_step()
+    return count
+
+
 def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> list[dict[str, Any]]:
     """For each number of ranks: bytes, and milliseconds of an update and of an epoch, at 5 and at 20 us a hop."""
     rows = []
@@ -187,7 +196,7 @@ def project(ranks: Sequence[int], width: int, steps: int, bandwidth: float) -> l
                     row[f"{name}_ms"] = 1e3 * seconds(count, size, hop, bandwidth, ring)
                 step = 1e3 * seconds(count, BYTES_OF_STEP, hop, bandwidth, ring)
                 norms = 1e3 * seconds(count, bytes_of_norms(count), hop, bandwidth, ring)
-                row["first_epoch_ms"] = (math.floor(math.log2(steps)) + 2) * row["strict_ms"]
+                row["first_epoch_ms"] = (measured_steps(steps) + 1) * row["strict_ms"]
                 row["epoch_ms"] = row["strict_ms"] + steps / MEASURE_EVERY * step
                 row["epoch_adamw_ms"] = row["strict_ms"] + steps / MEASURE_EVERY * norms
                 rows.append(row)

@@ -206,6 +206,81 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(dim=1))
 
 
+def plain_cnn() -> nn.Module:
+    """Convolutions with stride 2 and dropout, without normalisation."""
+    convolutions = [nn.Conv2d(before, after, 3, 2, 1) for before, after in ((3, 16), (16, 32), (32, 32))]
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.25), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class Rows(nn.Module):
+    """A GRU that reads an image row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.head = nn.GRU(28, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, 10), of images of shape (batch, 1, 28, 28)."""
+        return self.head(self.memory(images.squeeze(1))[0][:, -1])
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, LayerNorm and two linear maps, with a skip connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, width, height, width) to the same shape."""
+        return x + self.mlp(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convnext() -> nn.Module:
+    """A small ConvNeXt."""
+    stages = nn.Conv2d(3, 32, 2, 2), ConvNeXtBlock(32), ConvNeXtBlock(32), nn.Conv2d(32, 64, 2, 2), ConvNeXtBlock(64)
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 10))
+
+
+class CharacterLSTM(nn.Module):
+    """A language model of characters: embeddings, an LSTM, the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _, characters = _text()
+        self.embedding, self.memory = nn.Embedding(characters, 32), nn.LSTM(32, 128, batch_first=True)
+        self.head = nn.Linear(128, characters)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, tokens, characters)."""
+        return self.head(self.memory(self.embedding(tokens))[0])
+
+
+def pixels(seed: int) -> Data:
+    """Images of MNIST as inputs and as targets, between 0 and 1."""
+    folder = Path(os.environ.get("LIT_LIPSCHITZ_DATA", "data"))
+    train, test = (
+        SOURCES["MNIST"].load(folder, is_train, verify=False)[0].flatten(1).float().div_(255)
+        for is_train in (True, False)
+    )
+    return Data(*split(train, train, (6000, 2500), seed), (test, test), _keep)
+
+
+def friedman(seed: int) -> Data:
+    """Friedman's first regression problem, with a standard deviation of the noise of 1; standardised."""
+    from sklearn.datasets import make_friedman1
+
+    columns = (torch.tensor(column).float() for column in make_friedman1(5000, noise=1.0, random_state=0))
+    inputs, targets = ((column - column.mean(dim=0)) / column.std(dim=0) for column in columns)
+    return Data(
+        *split(inputs[:2500], targets[:2500, None], (2000, 500), seed), (inputs[2500:], targets[2500:, None]), _keep
+    )
+
+
 def quick_norms(make: Callable[[], nn.Module]) -> nn.Module:
     """A network whose BatchNorm forgets as fast as torch's does by default.
 
@@ -269,4 +344,27 @@ TASKS: dict[str, Task] = {
         weight_decay=0.05,
     ),
     "text_transformer": Task(CharacterModel, text, token_loss, metric="loss", epochs=2, batch_size=16),
+    # No choice was made on the following ones.
+    "cifar10_cnn": Task(
+        plain_cnn,
+        partial(images, "CIFAR10", False, (10000, 2500), 10000, _keep),
+        epochs=6,
+        batch_size=128,
+    ),
+    "cifar10_convnext": Task(
+        convnext,
+        partial(images, "CIFAR10", True, (6000, 2500), 10000, _shift_and_flip),
+        partial(F.cross_entropy, label_smoothing=0.1),
+        epochs=4,
+        batch_size=64,
+        weight_decay=0.05,
+    ),
+    "mnist_gru": Task(Rows, partial(images, "MNIST", False, (6000, 2500), 10000, _keep), epochs=5),
+    "mnist_autoencoder": Task(
+        partial(MLP, (784,), (128, 32, 128), 784), pixels, F.binary_cross_entropy_with_logits, metric="loss", epochs=8
+    ),
+    "friedman_mlp": Task(
+        partial(MLP, (10,), (64, 64), 1), friedman, F.mse_loss, metric="loss", epochs=20, batch_size=32
+    ),
+    "text_lstm": Task(CharacterLSTM, text, token_loss, metric="loss", epochs=4, batch_size=16),
 }

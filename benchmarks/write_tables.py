@@ -24,6 +24,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/guide/evidence.md": {
         "defaults": lambda: summary.defaults(read_summary(compare.SUMMARY)),
+        "unseen": lambda: summary.defaults(read_summary(compare.RESULTS / "unseen.csv")),
         "regrets": lambda: summary.regrets(read_summary(compare.SUMMARY)),
         "public": lambda: public.table(read_summary(public.SUMMARY)),
         "repeated": lambda: public.repeated(read_summary(public.SUMMARY)),

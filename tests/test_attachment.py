@@ -257,7 +257,7 @@ def test_a_closure_gives_the_same_numbers(optimizer):
 
 def test_lbfgs_evaluates_its_closure_several_times_in_a_step():
     net = network()
-    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1)
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, line_search_fn="strong_wolfe")
     with pytest.raises(ConfigurationError, match="LBFGS sets the length of its steps itself"):
         attach(net, optimizer)
     control = attach(net, optimizer, rule="bounded", schedule="none", notify=lambda message: None)

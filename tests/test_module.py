@@ -187,9 +187,9 @@ def test_no_step_between_updates_waits_for_the_device(monkeypatch):
         trainer(LipschitzLR(), Count(), max_epochs=3).fit(module, datamodule=data)
     assert len(per_step) == 3 * 14
     assert per_step[0] > 0
-    # Steps 15 and 29 are the first of an epoch, 16, 31 and 32 are due, and 28 and 42 end an epoch.
+    # Steps 15 and 29 are the first of an epoch, 19, 24 and 37 are due, and 28 and 42 end an epoch.
     waiting = [step for step, count in enumerate(per_step, start=1) if count]
-    assert [step for step in waiting if step > 14] == [15, 16, 28, 29, 31, 32, 42]
+    assert [step for step in waiting if step > 14] == [15, 19, 24, 28, 29, 37, 42]
 
 
 @pytest.mark.parametrize(
