@@ -111,8 +111,8 @@ class RateUpdater:
             state.rule_state = self.rule.initial_state()
         has_pass = self._pass_epoch is not None
         is_fixed = first_interval and initial_lr is not None and state.measurement is None
-        # Without an estimator each step may be due, and an update needs an all-reduce of its own.
-        updates = estimator is not None or state.steps & (state.steps - 1) == 0
+        # Without an estimator a measured step needs no all-reduce, but an update does: not in each step if all are due.
+        updates = estimator is not None or self.steps.every > 1 or state.steps & (state.steps - 1) == 0
         is_early = state.decision is None or (first_interval and updates)
         is_early, self._restarted = is_early or self._restarted or self._remeasures, False
         self._remeasures = False
@@ -270,7 +270,7 @@ class RateUpdater:
                 check_fields(type(self.estimator.scale), state.step_scale["scale"])
                 self.estimator.load_state_dict(state.step_scale)
             check_like(state.due, asdict(self.steps))
-            self.steps.steps, self.steps.next = state.due["steps"], state.due["next"]
+            self.steps.resume(state.due["steps"], state.due["next"])
             for saved, own in (
                 (state.nonfinite, self.statistics.nonfinite),
                 (state.residuals, self.statistics.residuals),

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 
-from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, bounds
+from lit_lipschitz import ConfigurationError, LipschitzLR, LitLipschitzError, attach, bounds
 from lit_lipschitz.measurement import nonfinite
 
 
@@ -485,7 +485,7 @@ def test_nothing_is_read_to_the_host_between_updates(rule, monkeypatch):
 
     run = trainer(LipschitzLR(schedule="none", rule=rule), Count(), max_epochs=3)
     run.fit(Classifier(), loader())
-    measured = due_steps(18, 6) if rule == "auto" else [1, 2, 4]
+    measured = due_steps(18, 6) if rule == "auto" else [1, 2, 3, 4, 5]
     assert [step for step, count in enumerate(per_step, start=1) if count] == sorted({6, 12, 18, *measured})
 
 
@@ -514,6 +514,58 @@ def test_the_steps_between_measurements_are_an_argument(every):
     trainer(callback, Watch(), max_epochs=1).fit(Classifier(), loader(4))
     due = {1: range(1, 100), 5: [1, 2, 3, 4, 5, 7, 9, 12, 15, 19, *range(24, 100, 5)]}[every]
     assert [step for step, is_due in enumerate(seen, start=1) if is_due] == [step for step in due if step <= len(seen)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "updated"),
+    [
+        ({}, due_steps(100, 1000)),
+        ({"rule": "inverse"}, due_steps(100, 1000)),
+        ({"rule": "inverse", "measure_every": 31}, due_steps(100, 1000, 31)),
+        ({"rule": "inverse", "measure_every": 1}, [1, 2, 4, 8, 16, 32, 64]),
+        ({"bound": "paper"}, [1, 2, 4, 8, 16, 32, 64]),
+    ],
+)
+def test_the_constant_follows_inputs_that_grow_in_the_first_interval(settings, updated):
+    torch.manual_seed(0)
+    net = nn.Linear(WIDTH, CLASSES)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    control = attach(net, optimizer, schedule="none", notify=lambda message: None, **settings)
+    inputs, targets = torch.randn(8, WIDTH), torch.arange(8) % CLASSES
+    seen, changed = None, []
+    for step in range(1, 101):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs * step), targets).backward()
+        optimizer.step()
+        if control.metrics()["lipschitz/constant"] != seen:
+            changed.append(step)
+        seen = control.metrics()["lipschitz/constant"]
+    assert changed == updated
+
+
+def test_a_smaller_measure_every_holds_from_the_first_step_of_a_resumed_run():
+    net = nn.Linear(WIDTH, CLASSES)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    control = attach(net, optimizer, schedule="none")
+    inputs, targets = torch.randn(8, WIDTH), torch.arange(8) % CLASSES
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+
+    for _ in range(300):
+        step()
+    state = control.state_dict()
+    control.detach()
+    control = attach(net, optimizer, schedule="none", measure_every=7)
+    control.load_state_dict(state)
+    due = []
+    for number in range(301, 330):
+        if control.controller.updater.steps.due:
+            due.append(number)
+        step()
+    assert due == [307, 314, 321, 328]
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5, "each", True])

@@ -80,11 +80,11 @@ class Steps(L.Callback):
         self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
 
 
-def due_steps(count: int, interval: int) -> list[int]:
+def due_steps(count: int, interval: int, every: int = 61) -> list[int]:
     """The optimizer steps that are measured, of so many, with updates every so many steps."""
     due = [1]
     for step in range(2, count + 1):
-        if step >= 1.25 * due[-1] or step == due[-1] + 61 or (step - 1) % interval == 0:
+        if step >= 1.25 * due[-1] or step == due[-1] + every or (step - 1) % interval == 0:
             due.append(step)
     return due
 
