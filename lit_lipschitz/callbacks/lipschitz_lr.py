@@ -54,9 +54,9 @@ class LipschitzLR(RateProperties, Callback):
     The rate is computed in the optimizer's step, when the gradients are final and no parameter has moved. So the first
     batch already determines the rate of its own step; the rate is 0 until there is a usable gradient. Other callbacks
     see the numbers of a step in ``on_train_batch_end``, not in ``on_before_optimizer_step``. In the first interval the
-    constant is updated in each measured step; each later interval uses the maximum of the previous one. The
-    ratios between the configured learning rates of the parameter groups are kept. The rate is multiplied by the value
-    of the scheduler divided by the configured learning rate.
+    constant is updated in each measured step (with ``bound="paper"`` in steps 1, 2, 4, 8, ...); each later interval
+    uses the maximum of the previous one. The ratios between the configured learning rates of the parameter groups are
+    kept. The rate is multiplied by the value of the scheduler divided by the configured learning rate.
 
     Args:
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which is checked against
@@ -92,10 +92,11 @@ class LipschitzLR(RateProperties, Callback):
             AdamW gets only the warm-up, and none if it has ``warmup_steps``. With a squared error the rate is also
             damped as soon as only noise is left to fit (:mod:`lit_lipschitz.control.noise_damping`). ``"none"`` adds
             nothing.
-        measure_every: Most optimizer steps between measurements. At first they are closer: the number of a measured
-            step is at most a quarter larger than that of the one before (1, 2, 3, 4, 5, 7, 9, 12, ...), and the first
-            step of each interval is measured too. ``"auto"`` is 61, or 1 with ``bound="paper"``. L is the largest
-            value of the measured batches. The rate grows by at most a quarter from one measured step to the next.
+        measure_every: Largest number of optimizer steps from one measured step to the next. At first they are closer: a
+            step is measured if its number is at least a quarter larger than that of the last measured one (1, 2, 3, 4,
+            5, 7, 9, 12, ...), or if it is the first of an interval. ``"auto"`` is 61, or 1 with ``bound="paper"``. L is
+            the largest value of the measured batches. The rate grows by at most a quarter from one measured step to the
+            next.
         measure: For the paper's method. ``"running"`` measures the training batches; ``"pass"`` makes a pass in
             inference mode over the training set at the start of each epoch (:mod:`lit_lipschitz.training_pass`).
         weights: For the paper's method. The weights whose largest norm is W in the L2 term: ``"decayed"`` or all

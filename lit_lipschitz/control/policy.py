@@ -15,7 +15,7 @@ from lit_lipschitz.rules.base import RuleInfo, RuleInput, Term
 from lit_lipschitz.rules.registry import RULES
 
 ROUNDING = 0.02  #: Relative error of norms in bfloat16, by which a gradient may exceed a bound.
-NUM_DEVIATIONS = 3.0  #: Standard deviations of residuals that count as the largest; 99.7 % of normal ones are less.
+NUM_DEVIATIONS = 3.0  #: Standard deviations above the mean that count as the largest; 99.9 % are below.
 
 _NORMS = {
     "frobenius": "Frobenius norm of a batch of the head's inputs",
@@ -56,6 +56,8 @@ class Measurement:
         logit_grad_norm: Root mean square over the examples of the gradient norm of an example's loss in the logits; 0
             if not measured.
         mean_logit_grad_norm: Mean of that gradient norm.
+        largest_logit_grad_norm: Largest contraharmonic mean of that gradient norm (sum of squares over sum) in a
+            measured step of the last interval, or so far in the first one.
         residual_rms: Root mean square of a squared error's residuals, over all numbers; 0 if not measured.
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
         largest_grad_norm: Where the constant is measured, m times the largest gradient norm of a row of the outputs in
@@ -77,6 +79,7 @@ class Measurement:
     descent: float = 0.0
     logit_grad_norm: float = 0.0
     mean_logit_grad_norm: float = 0.0
+    largest_logit_grad_norm: float = 0.0
     residual_rms: float = 0.0
     loss_factor: float = 1.0
     largest_grad_norm: float = 0.0
@@ -102,7 +105,7 @@ class Decision:
         constant: Lipschitz constant L of the loss.
         activation_norm: K_z, as in :class:`Measurement`.
         weight_norm: W, as in :class:`Measurement`.
-        observed_constant: O, as in :class:`~lit_lipschitz.rules.base.RuleInput`.
+        observed_constant: As in :class:`~lit_lipschitz.rules.base.RuleInput`.
         cap: The limit that changed the rate, or "".
         rule: The name of the rule, or "" for a fixed rate.
         formula: L in symbols, or "".
@@ -390,25 +393,35 @@ class _Constant:
             is_curvature=self._policy.bound == "smooth",
         )
 
-    def _observed(self, by_residuals: bool) -> tuple[float, float]:
+    def _observed(self, is_linear: bool) -> tuple[float, float]:
         """The constant with measured gradient norms or residuals, and the effective sample size; 0 if not measured."""
         measured, batch_size = self._measured, self._measured.batch_size
         frobenius = self._policy.norm == "frobenius"
         if self._policy.bound != "strict":
             return 0.0, 0.0
-        if by_residuals:
+        if is_linear and not measured.largest_grad_norm and self._loss.needs_output_norm("strict"):
             if not (measured.residual_rms and measured.output_norm and frobenius):
                 return 0.0, 0.0
-            # Three times the residuals' root mean square replaces the norms of outputs and targets.
-            residual = NUM_DEVIATIONS * measured.residual_rms * math.sqrt(batch_size * self._num_outputs)
-            ratio, effective = residual / measured.output_norm, float(batch_size)
+            # The largest residuals replace the norms of outputs and targets.
+            residual = self._largest(measured.residual_rms) * math.sqrt(batch_size * self._num_outputs)
+            return self._data * residual / measured.output_norm + self._l2, float(batch_size)
+        if is_linear:
+            norm, even = self._largest(measured.largest_logit_grad_norm), 1.0
         else:
-            if not measured.logit_grad_norm:
-                return 0.0, 0.0
-            largest = self._data / measured.activation_norm * math.sqrt(batch_size if frobenius else 1)
-            ratio = min(measured.logit_grad_norm / largest, 1.0)
-            effective = batch_size * min(measured.mean_logit_grad_norm / measured.logit_grad_norm, 1.0) ** 2
-        return self._data * ratio + self._l2, effective
+            norm = measured.logit_grad_norm
+            even = min(measured.mean_logit_grad_norm / norm, 1.0) if norm else 0.0
+        if not norm:
+            return 0.0, 0.0
+        possible = self._data / measured.activation_norm * math.sqrt(batch_size if frobenius else 1)
+        return self._data * min(norm / possible, 1.0) + self._l2, batch_size * even**2
+
+    def _largest(self, norm: float) -> float:
+        """The norm that nearly no example's gradient in the k outputs exceeds, from the norm of a typical one.
+
+        The norm of k independent normal numbers has a mean of about sqrt(k) times their standard deviation, and itself
+        a standard deviation of about 1 / sqrt(2) times theirs.
+        """
+        return norm * (1 + NUM_DEVIATIONS / math.sqrt(2 * self._num_outputs))
 
 
 def _quoted(names: Iterable[str]) -> str:

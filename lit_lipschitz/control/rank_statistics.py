@@ -131,6 +131,7 @@ class RankStatistics:
             descent=scale.descent,
             logit_grad_norm=scale.logit_grad_norm,
             mean_logit_grad_norm=scale.mean_logit_grad_norm,
+            largest_logit_grad_norm=scale.largest_mean,
         )
 
     def share(self, names: Sequence[str] = _UPDATE) -> None:

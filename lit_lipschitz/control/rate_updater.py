@@ -34,9 +34,8 @@ class RateUpdater:
         self.rule = policy.rule_for(self.info, target.optimizer.param_groups)
         self.estimator: StepScaleEstimator | None = None  # of the step scale; None if the rule needs none
         if self.rule.needs_steps:
-            needs_logit_grads = policy.bound == "strict" and not self.info.is_linear
             self.estimator = StepScaleEstimator(
-                target.optimizer, target.model, needs_logit_grads, self.info, loop.notify
+                target.optimizer, target.model, policy.bound == "strict", self.info, loop.notify
             )
         self.statistics = RankStatistics(policy, options, target, self.estimator, loop)
         self.reporter = Reporter(options, target, loop)
@@ -54,6 +53,8 @@ class RateUpdater:
         """Decides in the next step, with a new state of the rule: the constant is another one from now on."""
         self._restarted = True
         self.steps.request()
+        if self.estimator is not None:
+            self.estimator.restart_intervals()
 
     def begin_run(self, loop: LoopFacts) -> bool:
         """Says what has changed in a resumed run; returns whether its steps have other batches, so that it measures."""
@@ -159,6 +160,8 @@ class RateUpdater:
         state = self.state
         if not state.steps or not self._ends_interval(loop):
             return False
+        if self.estimator is not None:
+            self.estimator.end_interval()
         self._decide(found, loop, interval_over=True)
         found.hook.statistic.reset()
         self.statistics.residuals.end_interval()
@@ -183,9 +186,12 @@ class RateUpdater:
     ) -> None:
         """Decides on a rate from a new measurement."""
         state, statistics = self.state, self.statistics
-        measured = self._last_measurement or statistics.measurement(
-            found, loop, state.accumulated, interval_over=interval_over, lr_ratios=lr_ratios
-        )
+        if self._last_measurement is None:
+            measured = statistics.measurement(
+                found, loop, state.accumulated, interval_over=interval_over, lr_ratios=lr_ratios
+            )
+        else:
+            measured = statistics.with_step_scale(self._last_measurement)
         self._last_measurement, state.accumulated = None, measured.batches
         if not interval_over:
             state.damping.add_first_batches(statistics.all_residuals, loop.step)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,13 @@ class StepScale:
     descent: float = 0.0  # decrease of the loss per unit of the learning rate, over the loss
     logit_grad_norm: float = 0.0  # root mean square over the examples of the gradient norm in the logits
     mean_logit_grad_norm: float = 0.0  # mean over the examples
+    largest_now: float = 0.0  # largest contraharmonic mean of a measured step of this interval
+    largest_before: float = 0.0  # the same of the interval before; 0 in the first one
+
+    @property
+    def largest_mean(self) -> float:
+        """Largest contraharmonic mean of the gradient norms in the logits, of the last interval or so far."""
+        return self.largest_before or self.largest_now
 
 
 class StepScaleEstimator:
@@ -160,7 +167,19 @@ class StepScaleEstimator:
         norms = grad_norms_of_ranks(logit_grads)
         if not all(map(_is_positive, norms)):
             norms = self.scale.logit_grad_norm, self.scale.mean_logit_grad_norm
-        self.scale = StepScale(ratio / self._gain, relative if math.isfinite(relative) else 0.0, *norms)
+        largest = max(self.scale.largest_now, norms[0] ** 2 / norms[1] if norms[1] else 0.0)
+        relative = relative if math.isfinite(relative) else 0.0
+        self.scale = StepScale(ratio / self._gain, relative, *norms, largest, self.scale.largest_before)
+
+    def restart_intervals(self) -> None:
+        """The first interval begins again, since the loss is another one."""
+        self.scale = replace(self.scale, largest_now=0.0, largest_before=0.0)
+
+    def end_interval(self) -> None:
+        """Another interval begins, which uses the largest mean of the one that ends."""
+        self.scale = replace(
+            self.scale, largest_now=0.0, largest_before=self.scale.largest_now or self.scale.largest_before
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain values."""

@@ -16,8 +16,8 @@ Settings = Mapping[str, Any]
 class RuleInput:
     """What a rule computes a learning rate from.
 
-    O is the constant with the measured gradient norm in the logits instead of the largest possible one, at most L. For
-    a squared error it has the measured residuals, and may exceed L.
+    The observed constant is L with the measured gradient norms in the logits instead of the largest possible one, at
+    most L. For a squared error and an optimizer with linear updates it has the measured residuals, and may exceed L.
 
     Raises:
         ValueError: A number that has to be positive and finite is not.
@@ -28,8 +28,8 @@ class RuleInput:
     activation_norm: float = 1.0  #: K_z, norm of the head's inputs, positive
     step_scale: float = 1.0  #: s, gradient norm over the norm of the long-run displacement at lr = 1, positive
     batch_size: float = 1.0  #: m, examples that the loss of one optimizer step averages over, positive
-    observed_constant: float = 0.0  #: O; 0 if not measured
-    effective_sample_size: float = 0.0  #: n, Kish's effective number of examples in the step, at most m; 0 without O
+    observed_constant: float = 0.0  #: L with measured gradient norms; 0 if not measured
+    effective_sample_size: float = 0.0  #: n that belongs to it, at most m; 0 without it
     descent: float = 0.0  #: decrease of the loss per unit of the learning rate, over the loss; 0 if not measured
     decays: bool = True  #: whether a schedule lowers the rate later, or the weights are averaged
     step: int = 0  #: number of the optimizer step that is about to be made, from 1

@@ -21,16 +21,18 @@ as far as gradient descent with a rate of 1 does. Three bounds follow, none of w
    with the weight c. P contains the curvature of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of
    the gradient. K vanishes with the residuals of a regression, and P does not. Without a positive loss P is 0.
 
-Updates that are linear in the gradients shrink with them. There C is L, and n is m. Other optimizers normalise the
-gradients, and with L their steps would decay once more: C is O, the constant with the gradient norms in the outputs
-that were measured in the same step as s, and n is Kish's effective number of examples.
+Updates that are linear in the gradients grow with them. There C is a constant that nearly no example exceeds: L, or
+less where the gradients in the outputs that were measured in the last interval are smaller, and n is m. Other
+optimizers normalise the gradients: C is O, the constant with the root mean square of the gradients in the outputs,
+measured in the same step as s, and n is Kish's effective number of examples.
 
 K is not let below its past, since a rate that followed a constant that vanishes would grow without bound. Where the
 rate decays later or the weights are averaged, the past is the root mean square of K over all steps, of which a measured
 one stands for those since the one before. Where not, it is the maximum of K, since the rate must suit the end of the
 run. From one measured step to the next the rate grows by a quarter at most (:data:`MAX_GROWTH`): steps between them are
-not measured, and a rate that is too large is noticed before it does harm. For the same reason the number of a measured
-step is at most a quarter larger than that of the one before, by which a linear warm-up raises the rate.
+not measured, and a rate that is too large is noticed before it does harm. For the same reason a step is measured as
+soon as its number is a quarter larger than that of the last measured one, since a linear warm-up raises the rate by as
+much.
 
 With ``bound="smooth"`` C bounds the curvature in the output layer, which has no noise: c = 1 / (1 - b).
 
@@ -120,7 +122,7 @@ def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
         return Term("C", inputs.constant, "equal to L"), None
     if inputs.observed_constant:
         constant = Term(
-            "C", inputs.observed_constant, "O: L with the measured gradient norms instead of the largest possible ones"
+            "C", inputs.observed_constant, "L with the measured gradient norms instead of the largest possible ones"
         )
         return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
     return Term("C", inputs.constant, "equal to L"), Term("n", inputs.batch_size, "equal to m")

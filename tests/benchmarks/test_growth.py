@@ -82,30 +82,24 @@ def test_the_kept_results_are_of_these_shapes(scripts):
         assert all(0.6 < growth.slope(rows, name) < 1.3 for name in growth.STATISTICS)
 
 
-def test_what_an_update_sends_is_what_the_projection_counts(scripts):
+@pytest.mark.parametrize("name", ["strict, SGD", "strict, AdamW", "smooth, SGD"])
+def test_what_is_sent_is_what_the_projection_counts(scripts, name):
     _, communication, _ = scripts
-    for name, width in (("strict, SGD", 0), ("smooth, SGD", communication.WIDTH + 1)):
-        calls, other = communication.listen(2, *communication.RUNS[name], 1)
-        assert calls == other
-        sent = [call for call in calls if call.name == "all_reduce"]
-        update, step = communication.bytes_of_update(2, width), communication.BYTES_OF_STEP
-        assert {call.size for call in sent} == {update, update + step, *(() if width else (step,))}
-        assert [call.step for call in sent if call.size == update + step] == EARLY
-        assert [call.step for call in sent if call.size == update] == [40]
-        # Smooth constants are not measured, so that the ranks need not agree on a loss before the first step.
-        assert step == communication.BYTES_OF_AGREEMENT
-        assert [call.step for call in sent if call.size == step] == ([] if width else [0])
-        assert len(calls) == 2 * len(sent)  # and a barrier each, which Lightning's reduce makes
-
-
-def test_the_norms_of_adams_updates_send_what_the_projection_counts(scripts):
-    _, communication, _ = scripts
-    calls, _ = communication.listen(2, *communication.RUNS["strict, AdamW"], 2)
-    norms, update = communication.bytes_of_norms(2), communication.bytes_of_update(2)
+    calls, other = communication.listen(2, *communication.RUNS[name], 2)
+    assert calls == other
+    sent = [call for call in calls if call.name == "all_reduce"]
+    is_smooth = name.startswith("smooth")
+    update = communication.bytes_of_update(2, communication.WIDTH + 1 if is_smooth else 0)
+    norms = communication.BYTES_OF_STEP if is_smooth else communication.bytes_of_norms(2)
     # An update that is due at the same step is part of the same reduction.
-    assert [call.step for call in calls if call.size == norms + update] == EARLY
-    assert [call.step for call in calls if call.size == norms] == [40, 51, 64]
-    assert [call.step for call in calls if call.size == update] == [40, 80]
+    assert [call.step for call in sent if call.size == update + norms] == EARLY
+    assert [call.step for call in sent if call.size == update] == [40, 80]
+    assert [call.step for call in sent if call.size == norms] == [40, 51, 64]
+    # Smooth constants are not measured, so that the ranks need not agree on a loss before the first step.
+    agreed = [call.step for call in sent if call.size == communication.BYTES_OF_AGREEMENT and not is_smooth]
+    assert agreed == ([] if is_smooth else [0])
+    assert len(sent) == len(EARLY) + 2 + 3 + len(agreed)
+    assert len(calls) == 2 * len(sent)  # and a barrier each, which Lightning's reduce makes
 
 
 def test_a_tree_grows_with_the_logarithm_of_the_ranks(scripts):

@@ -495,7 +495,7 @@ def test_steps_that_are_not_due_measure_nothing():
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             estimator = callback.controllers[0].updater.estimator
-            counts.append(estimator.scale)
+            counts.append(estimator.scale.value)
 
     trainer(callback, Watch(), max_epochs=1).fit(Adaptive(), loader(1))
     changed = [step for step in range(2, len(counts) + 1) if counts[step - 1] != counts[step - 2]]

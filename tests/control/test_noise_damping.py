@@ -356,8 +356,8 @@ def test_momentums_rate_has_the_residuals_of_the_interval_before_in_it():
     outputs, targets = module.epochs[4][0]
     deviation = np.sqrt(np.mean((outputs - targets).numpy().astype(float) ** 2))
     size = math.sqrt(float((module.heads[24].square().sum(dim=1) + 1).mean()))
-    # Twice three standard deviations of the residuals times the inputs' root mean square.
-    observed = 2 * 3 * deviation * size
+    # Twice the largest residual of normal ones with one output, times the inputs' root mean square.
+    observed = 2 * (1 + 3 / math.sqrt(2)) * deviation * size
     assert controller.metrics()["observed_constant"] == pytest.approx(observed, rel=1e-4)
     terms = terms_of(controller.decision)
     assert terms["K"] == pytest.approx(observed / (0.1 * math.sqrt(BATCH / 2)), rel=1e-4)
@@ -423,11 +423,11 @@ def test_in_the_first_interval_outputs_and_targets_stand_for_them():
     assert (terms["C"], terms["n"], terms["s"]) == (callback.constant, BATCH, pytest.approx(0.1))
     largest = max(callback.constant / (0.1 * math.sqrt(BATCH / 2)), terms["past"], terms["P"])
     assert callback.rate == pytest.approx(1 / largest)
-    assert "observed_constant" not in callback.controllers[0].metrics()
+    assert callback.controllers[0].metrics()["observed_constant"] == 0
 
 
 @pytest.mark.parametrize(
-    ("residual", "share"), [(0.5, 0.75), (1.5, 2.25), (0.1, 0.15), (0.01, 0.015), (1e-30, 1.5e-30)]
+    ("residual", "share"), [(0.5, 0.25), (1.5, 0.75), (6.0, 3.0), (0.1, 0.05), (0.01, 0.005), (1e-30, 5e-31)]
 )
 def test_residuals_that_vanish_leave_the_rate_to_the_descent(residual, share):
     groups = sgd([torch.zeros(1, requires_grad=True)]).param_groups
@@ -438,7 +438,8 @@ def test_residuals_that_vanish_leave_the_rate_to_the_descent(residual, share):
     arguments = {"loss": Loss("mean_squared_error"), "num_outputs": 3, "groups": groups}
     info = optimizer_info(sgd([torch.zeros(1, requires_grad=True)]))
     decision, _ = Policy().decide(measured, optimizer=info, state=PastState(), last=None, **arguments)
-    assert decision.observed_constant == pytest.approx(share * decision.constant)
+    # Half of the norm that outputs and targets have together, times the largest of three normal numbers' over that.
+    assert decision.observed_constant == pytest.approx(share * (1 + 3 / math.sqrt(6)) * decision.constant)
     assert decision.lr == pytest.approx(min(0.1 * math.sqrt(16 / 2) / decision.observed_constant, 1 / 7))
 
 

@@ -221,6 +221,26 @@ def test_without_a_gradient_norm_in_the_outputs_the_largest_one_counts_and_all_e
     assert (terms["C"], terms["n"]) == (without.constant, 8)
 
 
+@pytest.mark.parametrize(("largest", "share"), [(0.1, 0.1), (0.4, 0.4), (0.7, None), (1.4, None), (0.0, None)])
+def test_a_linear_optimizer_has_three_deviations_above_the_typical_gradient_and_at_most_the_largest(largest, share):
+    """Three outputs; the largest possible norm is the root of 2."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], momentum=0.9)
+    norms = {"logit_grad_norm": 0.05, "mean_logit_grad_norm": 0.01, "largest_logit_grad_norm": largest}
+    decision, _ = Policy().decide(
+        Measurement(4.0, 1.0, 16, 0, step_scale=0.1, **norms),
+        loss=Loss("cross_entropy"),
+        num_outputs=3,
+        optimizer=optimizer_info(optimizer),
+        groups=optimizer.param_groups,
+        state=PastState(),
+        last=None,
+    )
+    constant = decision.constant * (1 if share is None else share * (1 + 3 / math.sqrt(6)) / math.sqrt(2))
+    terms = {term.symbol: term.value for term in decision.terms}
+    assert (terms["C"], terms["n"]) == (pytest.approx(constant), 16)
+    assert decision.lr == pytest.approx(math.sqrt(16 / 2) * 0.1 / constant)
+
+
 def test_no_gradient_norm_counts_as_more_than_the_largest_possible():
     assert decide(9.0)[0].observed_constant == decide(9.0)[0].constant
 
@@ -361,12 +381,18 @@ def look_at(name, net=None, **settings):
 def test_the_rates_of_a_run_are_those_of_a_loop_that_shares_no_code(name, bound):
     callback, look = look_at(name, bound=bound, max_epochs=8)
     due = due_steps(48, 6)
-    updates = []
+    updates, means = [], {}
     for step in due:
         scale, descent, norm, mean, constant = look.measured[step - 1]
-        observed = bound == "strict" and not look.linear
-        examples = 16 * (mean / norm) ** 2 if observed else 16
-        updates.append((constant * norm / math.sqrt(2) if observed else constant, examples, scale, descent))
+        # Of a step that ends an epoch, the callback has begun the next interval by the time that it is looked at.
+        epoch, examples = (step - 1) // 6, 16
+        means.setdefault(epoch, []).append(norm**2 / mean)
+        if bound == "strict" and look.linear:
+            largest = max(means[max(epoch - 1, 0)]) * (1 + 3 / math.sqrt(2 * CLASSES))
+            constant *= min(largest / math.sqrt(2), 1)
+        elif bound == "strict":
+            constant, examples = constant * norm / math.sqrt(2), 16 * (mean / norm) ** 2
+        updates.append((constant, examples, scale, descent))
     rates = written_out(updates, OPTIMIZERS[name][1], bound == "smooth", name == "Schedule-Free", due)
     expected = [rates[sum(one <= step for one in due) - 1] for step in range(1, 49)]
     assert len(look.rates) == 48
