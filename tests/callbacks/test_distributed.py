@@ -120,7 +120,7 @@ def test_the_same_global_batch_gives_the_same_rate_up_to_the_bounds_tightness(se
     named = " ".join(map(str, settings.values()))
     for how, (pieces, run) in split.items():
         parts = run()["rates"]
-        # The bound takes the largest part's size for all: too large by at most the root of their number.
+        # The bound takes the largest part's size for all: too large by at most the root of their number, and so is K.
         first = whole[0][0] / parts[0][0]
         every = [a[0] / b[0] for a, b in zip(whole, parts, strict=True)]
         figure(f"{named}: rate of 1 x 16 over {how}: first {first:.4f}, all {min(every):.4f} to {max(every):.4f}")
