@@ -54,9 +54,10 @@ class LipschitzLR(RateProperties, Callback):
     The rate is computed in the optimizer's step, when the gradients are final and no parameter has moved. So the first
     batch already determines the rate of its own step; the rate is 0 until there is a usable gradient. Other callbacks
     see the numbers of a step in ``on_train_batch_end``, not in ``on_before_optimizer_step``. In the first interval the
-    constant is updated in each measured step (with ``bound="paper"`` in steps 1, 2, 4, 8, ...); each later interval
-    uses the maximum of the previous one. The ratios between the configured learning rates of the parameter groups are
-    kept. The rate is multiplied by the value of the scheduler divided by the configured learning rate.
+    constant is updated in each measured step (with ``bound="paper"``, which measures each step, in steps 1, 2, 4, 8,
+    ...); each later interval uses the maximum of the previous one. The ratios between the configured learning rates of
+    the parameter groups are kept. The rate is multiplied by the value of the scheduler divided by the configured
+    learning rate.
 
     Args:
         loss: ``"auto"`` recognises the loss in the autograd graph and uses its proven bound, which is checked against

@@ -390,6 +390,7 @@ class _Constant:
             descent=measured.descent,
             decays=self._measured.decays,
             step=step,
+            is_linear=optimizer.is_linear,
             is_curvature=self._policy.bound == "smooth",
         )
 
@@ -399,7 +400,9 @@ class _Constant:
         frobenius = self._policy.norm == "frobenius"
         if self._policy.bound != "strict":
             return 0.0, 0.0
-        if is_linear and not measured.largest_grad_norm and self._loss.needs_output_norm("strict"):
+        if is_linear and measured.largest_grad_norm:
+            return 0.0, 0.0  # L has the largest measured gradient already
+        if is_linear and self._loss.needs_output_norm("strict"):
             if not (measured.residual_rms and measured.output_norm and frobenius):
                 return 0.0, 0.0
             # The largest residuals replace the norms of outputs and targets.
@@ -416,10 +419,10 @@ class _Constant:
         return self._data * min(norm / possible, 1.0) + self._l2, batch_size * even**2
 
     def _largest(self, norm: float) -> float:
-        """The norm that nearly no example's gradient in the k outputs exceeds, from the norm of a typical one.
+        """The norm of a typical example's gradient in the k outputs, with a margin.
 
-        The norm of k independent normal numbers has a mean of about sqrt(k) times their standard deviation, and itself
-        a standard deviation of about 1 / sqrt(2) times theirs.
+        The margin is three standard deviations if the outputs are independent and normal: the norm of k such numbers
+        has a mean of about sqrt(k) times their standard deviation, and itself one of about 1 / sqrt(2) times theirs.
         """
         return norm * (1 + NUM_DEVIATIONS / math.sqrt(2 * self._num_outputs))
 

@@ -53,8 +53,6 @@ class RateUpdater:
         """Decides in the next step, with a new state of the rule: the constant is another one from now on."""
         self._restarted = True
         self.steps.request()
-        if self.estimator is not None:
-            self.estimator.restart_intervals()
 
     def begin_run(self, loop: LoopFacts) -> bool:
         """Says what has changed in a resumed run; returns whether its steps have other batches, so that it measures."""

@@ -165,15 +165,13 @@ class StepScaleEstimator:
             return
         relative = descent / loss if loss > 0 else 0.0
         norms = grad_norms_of_ranks(logit_grads)
-        if not all(map(_is_positive, norms)):
+        largest = self.scale.largest_now
+        if all(map(_is_positive, norms)):
+            largest = max(largest, norms[0] ** 2 / norms[1])
+        else:
             norms = self.scale.logit_grad_norm, self.scale.mean_logit_grad_norm
-        largest = max(self.scale.largest_now, norms[0] ** 2 / norms[1] if norms[1] else 0.0)
         relative = relative if math.isfinite(relative) else 0.0
         self.scale = StepScale(ratio / self._gain, relative, *norms, largest, self.scale.largest_before)
-
-    def restart_intervals(self) -> None:
-        """The first interval begins again, since the loss is another one."""
-        self.scale = replace(self.scale, largest_now=0.0, largest_before=0.0)
 
     def end_interval(self) -> None:
         """Another interval begins, which uses the largest mean of the one that ends."""

@@ -17,7 +17,8 @@ class RuleInput:
     """What a rule computes a learning rate from.
 
     The observed constant is L with the measured gradient norms in the logits instead of the largest possible one, at
-    most L. For a squared error and an optimizer with linear updates it has the measured residuals, and may exceed L.
+    most L: their root mean square in the step or, for linear updates, what a typical one was in the last interval, with
+    a margin. For a squared error and linear updates it has the measured residuals, and may exceed L.
 
     Raises:
         ValueError: A number that has to be positive and finite is not.
@@ -33,6 +34,7 @@ class RuleInput:
     descent: float = 0.0  #: decrease of the loss per unit of the learning rate, over the loss; 0 if not measured
     decays: bool = True  #: whether a schedule lowers the rate later, or the weights are averaged
     step: int = 0  #: number of the optimizer step that is about to be made, from 1
+    is_linear: bool = False  #: whether the optimizer's updates are linear in the gradients
     is_curvature: bool = False  #: whether L bounds the curvature (``bound="smooth"``) and not the gradient
 
     def __post_init__(self) -> None:

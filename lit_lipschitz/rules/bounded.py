@@ -8,7 +8,7 @@ gradients. D is what one of many independent gradients g moves the weights by in
 The rate is 1 / max(K, its past, P), with K = C / (c s) and c = min(sqrt(n / 2), 1 / (1 - b)).
 
 s = \|g\| / \|D\|, the mean over the weights, each of which counts the same: with the rate s a gradient moves them
-as far as gradient descent with a rate of 1 does. Three bounds follow, none of which has a free number:
+as far as gradient descent with a rate of 1 does. Three bounds follow:
 
 1. **Noise.** C bounds the root mean square over a batch of the examples' gradient norms. If n examples are
    independent, the gradients of two batches differ by at most sqrt(2 / n) C in the root mean square: the square is
@@ -21,10 +21,10 @@ as far as gradient descent with a rate of 1 does. Three bounds follow, none of w
    with the weight c. P contains the curvature of all layers, since \|g\|^2 <= 2 f B if B is the Lipschitz constant of
    the gradient. K vanishes with the residuals of a regression, and P does not. Without a positive loss P is 0.
 
-Updates that are linear in the gradients grow with them. There C is a constant that nearly no example exceeds: L, or
-less where the gradients in the outputs that were measured in the last interval are smaller, and n is m. Other
-optimizers normalise the gradients: C is O, the constant with the root mean square of the gradients in the outputs,
-measured in the same step as s, and n is Kish's effective number of examples.
+Updates that are linear in the gradients grow with them. There C is L, or less if the gradients in the outputs that were
+measured in the last interval are much smaller than L assumes (with a margin of three standard deviations), and n is m.
+Other optimizers normalise the gradients: C is O, the constant with the root mean square of the gradients in the
+outputs, measured in the same step as s, and n is Kish's effective number of examples.
 
 K is not let below its past, since a rate that followed a constant that vanishes would grow without bound. Where the
 rate decays later or the weights are averaged, the past is the root mean square of K over all steps, of which a measured
@@ -120,9 +120,14 @@ def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
     """C and n; no n for a constant of the curvature."""
     if inputs.is_curvature:
         return Term("C", inputs.constant, "equal to L"), None
+    if inputs.observed_constant and inputs.is_linear:
+        meaning = "equal to L"
+        if inputs.observed_constant != inputs.constant:
+            meaning = "L with the largest gradients of the last interval, and a margin, instead of the possible ones"
+        return Term("C", inputs.observed_constant, meaning), Term("n", inputs.batch_size, "equal to m")
     if inputs.observed_constant:
         constant = Term(
-            "C", inputs.observed_constant, "L with the measured gradient norms instead of the largest possible ones"
+            "C", inputs.observed_constant, "O: L with the measured gradient norms instead of the largest possible ones"
         )
         return constant, Term("n", inputs.effective_sample_size, "effective number of examples in a step (Kish)")
     return Term("C", inputs.constant, "equal to L"), Term("n", inputs.batch_size, "equal to m")

@@ -127,10 +127,10 @@ def test_those_that_sum_up_the_gradients_train_by_the_displacement_of_sgd(name, 
     accuracy = digits_accuracy(callback, Digits(LINEAR_OPTIMIZERS[name]))
     figure(f"digits, 10 epochs, {name}: accuracy {accuracy:.4f}, last rate {callback.rate:.3g}")
     decision = callback.controllers[0].decision
-    terms = {term.symbol: term.value for term in decision.terms}
+    terms = {term.symbol: term for term in decision.terms}
     assert decision.rule == "bounded"
-    assert 0 < terms["C"] == decision.observed_constant < decision.constant
-    assert terms["n"] == terms["m"]
+    assert 0 < terms["C"].value == decision.observed_constant < decision.constant
+    assert (terms["n"].value, terms["n"].meaning) == (terms["m"].value, "equal to m")
     assert accuracy > 0.85
 
 

@@ -236,9 +236,27 @@ def test_a_linear_optimizer_has_three_deviations_above_the_typical_gradient_and_
         last=None,
     )
     constant = decision.constant * (1 if share is None else share * (1 + 3 / math.sqrt(6)) / math.sqrt(2))
-    terms = {term.symbol: term.value for term in decision.terms}
-    assert (terms["C"], terms["n"]) == (pytest.approx(constant), 16)
+    terms = {term.symbol: term for term in decision.terms}
+    assert (terms["C"].value, terms["n"].value) == (pytest.approx(constant), 16)
+    assert (terms["C"].meaning == "equal to L", terms["n"].meaning) == (share is None, "equal to m")
     assert decision.lr == pytest.approx(math.sqrt(16 / 2) * 0.1 / constant)
+
+
+def test_a_linear_optimizer_has_a_measured_constant_whatever_the_number_of_outputs():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], momentum=0.9)
+    norms = {"logit_grad_norm": 0.05, "mean_logit_grad_norm": 0.01, "largest_logit_grad_norm": 0.1}
+    for outputs in (1, 10):  # a resumed run does not know how many there were
+        decision, _ = Policy().decide(
+            Measurement(4.0, 1.0, 16, 0, step_scale=0.1, largest_grad_norm=0.5, **norms),
+            loss=Loss("cross_entropy"),
+            num_outputs=outputs,
+            optimizer=optimizer_info(optimizer),
+            groups=optimizer.param_groups,
+            state=PastState(),
+            last=None,
+        )
+        assert decision.constant == pytest.approx(0.5 * 4.0 / 4)
+        assert decision.lr == pytest.approx(math.sqrt(16 / 2) * 0.1 / decision.constant)
 
 
 def test_no_gradient_norm_counts_as_more_than_the_largest_possible():
