@@ -15,7 +15,7 @@ from lit_lipschitz.rules.base import RuleInfo, RuleInput, Term
 from lit_lipschitz.rules.registry import RULES
 
 ROUNDING = 0.02  #: Relative error of norms in bfloat16, by which a gradient may exceed a bound.
-NUM_DEVIATIONS = 3.0  #: Standard deviations above the mean that count as the largest; 99.9 % are below.
+NUM_DEVIATIONS = 3.0  #: Margin above the gradient norm of a typical example, in standard deviations.
 
 _NORMS = {
     "frobenius": "Frobenius norm of a batch of the head's inputs",
@@ -405,11 +405,11 @@ class _Constant:
         if is_linear and self._loss.needs_output_norm("strict"):
             if not (measured.residual_rms and measured.output_norm and frobenius):
                 return 0.0, 0.0
-            # The largest residuals replace the norms of outputs and targets.
-            residual = self._largest(measured.residual_rms) * math.sqrt(batch_size * self._num_outputs)
+            # The residuals replace the norms of outputs and targets.
+            residual = self._with_margin(measured.residual_rms) * math.sqrt(batch_size * self._num_outputs)
             return self._data * residual / measured.output_norm + self._l2, float(batch_size)
         if is_linear:
-            norm, even = self._largest(measured.largest_logit_grad_norm), 1.0
+            norm, even = self._with_margin(measured.largest_logit_grad_norm), 1.0
         else:
             norm = measured.logit_grad_norm
             even = min(measured.mean_logit_grad_norm / norm, 1.0) if norm else 0.0
@@ -418,7 +418,7 @@ class _Constant:
         possible = self._data / measured.activation_norm * math.sqrt(batch_size if frobenius else 1)
         return self._data * min(norm / possible, 1.0) + self._l2, batch_size * even**2
 
-    def _largest(self, norm: float) -> float:
+    def _with_margin(self, norm: float) -> float:
         """The norm of a typical example's gradient in the k outputs, with a margin.
 
         The margin is three standard deviations if the outputs are independent and normal: the norm of k such numbers
