@@ -127,11 +127,9 @@ GIVEN = {"plan": plans, "count": st.integers(2, 4), "optimizer": st.sampled_from
 
 def check(plan, count, optimizer):
     torch.manual_seed(0)
-    began = time.monotonic()
-    first, *others = traces(count, Random(plan, optimizer))
+    first, *others = traces(count, Random(plan, optimizer))  # a rank that waits in vain ends it with an error
     assert all(other == first for other in others)
     assert len(first[1]) == STEPS_OF_AN_EPOCH * EPOCHS
-    assert time.monotonic() - began < 50, "a rank has waited for another"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -167,7 +165,7 @@ def test_a_loss_that_one_rank_alone_skips_ends_all_ranks_with_one_line(skipped):
         ProcessRaisedException, match="returning .?None.? in distributed training is not supported|closed"
     ):
         traces(2, module, seconds=10)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120  # PyTorch waits for half an hour
     assert not list(Path().glob("trace*"))
 
 
@@ -211,7 +209,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_message():
     began = time.monotonic()
     with pytest.raises(Exception, match="SIGKILL|Connection closed|Timed out"):
         traces(2, Classifier(), Dies(), seconds=10)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120  # PyTorch waits for half an hour
 
 
 class Validated(Slices):

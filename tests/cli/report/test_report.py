@@ -187,33 +187,19 @@ def test_what_is_not_finite_is_no_number_in_json_and_no_point_in_a_figure(report
     assert "nan" not in Path("report/report.html").read_text().lower()
 
 
-def test_300_epochs_are_answered_at_once_without_torch_lightning_or_matplotlib(figure):
+def test_300_epochs_are_answered_without_torch_lightning_or_matplotlib():
     write_run("lightning_logs/version_0", 300)
     code = (
         "import sys\nsys.argv[1:] = ['report', 'lightning_logs/version_0', '--no-png']\n"
         "from lit_lipschitz.cli.main import main\nassert main() == 0\n"
         "assert not {'torch', 'lightning', 'matplotlib', 'numpy'} & set(sys.modules), 'imported'\n"
     )
-    start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds = time.perf_counter() - start
-    figure(f"report of 300 epochs, page and text: {seconds:.2f} s")
     assert result.returncode == 0, result.stderr
-    assert seconds < 10
     assert "L, the Lipschitz constant: 10 to 196, logarithmic" in result.stdout
     assert re.search(r"^version_0 +300 ", result.stdout, re.M)
     text = Path("report/report.html").read_text()
     assert len(re.search(r'<polyline points="([^"]+)"', text)[1].split()) == 300
-
-
-def test_pictures_of_300_epochs_take_seconds_too(report, figure):
-    pytest.importorskip("matplotlib")
-    write_run("run", 300)
-    start = time.perf_counter()
-    assert report("run")[0] == 0
-    seconds = time.perf_counter() - start
-    figure(f"report of 300 epochs, with PNG files: {seconds:.2f} s")
-    assert seconds < 10
 
 
 def test_without_matplotlib_there_is_the_page_and_the_extra_is_named(report, monkeypatch):

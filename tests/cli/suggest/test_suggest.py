@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from helpers import error_line, loader
 from torch import nn
 from torch.nn import functional as F
 
+from lit_lipschitz import ResNetV1
 from lit_lipschitz.cli.suggest.text import effective_batch, plot, text
 from lit_lipschitz.measurement.gradient_noise import NoiseScale
 from lit_lipschitz.suggestion import LossCurve, Suggestion
@@ -275,23 +275,15 @@ def test_ranks_are_counted():
 
 
 @pytest.mark.real_data
-def test_resnet20_takes_less_than_10_seconds_on_two_cores(real_data, figure):
-    command = [
-        sys.executable,
-        "-m",
-        "lit_lipschitz.cli.main",
-        "suggest",
-        "--config",
-        "cifar10",
-        "--trainer.accelerator",
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(
-        [*command, "cpu", "--data.data_dir", str(real_data), "--data.verify", "false"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.returncode == 0, result.stderr
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    figure(f"suggest with ResNet-20 and CIFAR-10: {seconds:.1f} CPU seconds")
-    assert seconds < 20
+def test_resnet20_on_cifar10_takes_a_forward_pass_a_batch(suggested, real_data, monkeypatch):
+    sizes, forward = [], ResNetV1.forward
+
+    def counted(self, images):
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(ResNetV1, "forward", counted)
+    answer = suggested("--config", "cifar10", "--trainer.accelerator", "cpu", "--data.data_dir", str(real_data),
+                       "--data.verify", "false")  # fmt: skip
+    assert len(answer["rates"]) == 8
+    assert sizes == [2, *8 * [128]]  # two images to check the shapes
