@@ -106,7 +106,8 @@ class Controller:
     @property
     def damping(self) -> float:
         """Factor of the noise damping, which is part of the built-in schedule; 1 without one."""
-        return self.updater.state.damping.factor if self.schedule.description else 1.0
+        damping = self.updater.state.damping
+        return damping.factor if damping.fractions and self.schedule.description else 1.0
 
     def close(self) -> None:
         """Removes all hooks."""

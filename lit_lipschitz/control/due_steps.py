@@ -21,21 +21,21 @@ class DueSteps:
     steps: int = 0  # of the run
     next: int = 1  # number of the next measured step
 
-    @property
-    def due(self) -> bool:
-        """Whether to measure the coming step."""
-        return self.steps + 1 >= self.next
+    def __post_init__(self) -> None:
+        self.due = self.steps + 1 >= self.next  # whether to measure the coming step
 
     def end_step(self) -> None:
         """Counts a step."""
-        due, self.steps = self.due, self.steps + 1
-        if due:
+        self.steps += 1
+        if self.due:
             self.next = min(max(self.steps + 1, math.ceil(MAX_GROWTH * self.steps)), self.steps + self.every)
+        self.due = self.steps + 1 >= self.next
 
     def resume(self, steps: int, next_step: int) -> None:
         """Goes on after so many steps; ``next_step`` was to be measured next."""
         self.steps, self.next = steps, min(next_step, steps + self.every)
+        self.due = self.steps + 1 >= self.next
 
     def request(self) -> None:
         """Has the coming step measured, whatever its number."""
-        self.next = self.steps + 1
+        self.next, self.due = self.steps + 1, True

@@ -153,7 +153,7 @@ class Finder:
     @property
     def differs(self) -> bool:
         """Whether a loss of the step that is about to be made is another one than was recognised."""
-        return self.may_measure and bool(self._differed_before if self._differs is None else self._differs)
+        return bool(self._differed_before if self._differs is None else self._differs) and self.may_measure
 
     def _layers(self, graph: LossGraph) -> Sequence[OutputLayer | HiddenLayers]:
         assert self._measured is not None

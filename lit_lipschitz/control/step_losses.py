@@ -44,10 +44,9 @@ class StepLosses:
 
     def end_step(self, loop: LoopFacts) -> int:
         """Forgets the batches, whose gradients a step is about to use; returns how many they are."""
-        batches = self.with_loss or (0 if loop.automatic else self.begun)
-        self.forget_batches()
-        self.pending = False
-        return max(1, batches)
+        batches = self.with_loss or (0 if loop.automatic else self.begun) or 1
+        self.begun, self.with_loss, self._has_loss, self.pending = 0, 0, False, False
+        return batches
 
     def forget_batches(self) -> None:
         """Forgets the batches so far."""

@@ -65,14 +65,10 @@ class RunningResiduals:
     """Accumulates the sums of :class:`Residuals` on the device; a width of 0 ignores all batches, for other losses."""
 
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
+        self.width = width  # outputs of an example; 0 if batches are ignored
         self.values = torch.zeros(11, dtype=torch.float32, device=device)  # the fields of Residuals
         self._losses = self.values[7:].unbind()
         self.mean = torch.zeros(width, dtype=torch.float32, device=device)  # of the epoch's targets, one an output
-
-    @property
-    def width(self) -> int:
-        """Outputs of an example; 0 if batches are ignored."""
-        return self.mean.numel()
 
     @torch.no_grad()
     def add(self, outputs: Tensor, targets: Tensor, factor: float | Tensor = 1.0) -> None:
@@ -152,3 +148,4 @@ class RunningResiduals:
             raise ValueError(f"expected {len(self.values)} sums, found the shape {tuple(state['values'].shape)}")
         self.values.copy_(state["values"])
         self.mean = state["mean"].to(self.mean)
+        self.width = self.mean.numel()

@@ -180,7 +180,8 @@ class LRWriter:
     def end_step(self) -> None:
         """Ends a step, which an error may have interrupted."""
         self._depth, self._begun = 0, False
-        self._restore()
+        if self._scheduled_lrs is not None:
+            self._restore()
 
     def _restore(self) -> None:
         if self._scheduled_lrs is not None:

@@ -114,7 +114,9 @@ def short_name(node: Any) -> str:
 def beginning_of(node: Any, length: int = 4) -> str:
     """The names of the first nodes below one, each the first input of that above: enough to tell losses apart."""
     names: list[str] = []
-    while node is not None and len(names) < length:
+    for _ in range(length):
+        if node is None:
+            break
         names.append(node.name())
         below = node.next_functions
         node = below[0][0] if below else None
