@@ -57,7 +57,7 @@ class Measurement:
             if not measured.
         mean_logit_grad_norm: Mean of that gradient norm.
         largest_logit_grad_norm: Largest contraharmonic mean of that gradient norm (sum of squares over sum) in a
-            measured step of the last interval, or so far in the first one.
+            measured step of the last interval and of this one so far.
         residual_rms: Root mean square of a squared error's residuals, over all numbers; 0 if not measured.
         loss_factor: The factor of a squared error's mean when these were measured, which ``activation_norm`` contains.
         largest_grad_norm: Where the constant is measured, m times the largest gradient norm of a row of the outputs in

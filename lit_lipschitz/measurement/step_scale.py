@@ -31,8 +31,8 @@ class StepScale:
 
     @property
     def largest_mean(self) -> float:
-        """Largest contraharmonic mean of the gradient norms in the logits, of the last interval or so far."""
-        return self.largest_before or self.largest_now
+        """Largest contraharmonic mean of the gradient norms in the logits, of the last interval and this one."""
+        return max(self.largest_before, self.largest_now)
 
 
 class StepScaleEstimator:
@@ -174,7 +174,7 @@ class StepScaleEstimator:
         self.scale = StepScale(ratio / self._gain, relative, *norms, largest, self.scale.largest_before)
 
     def end_interval(self) -> None:
-        """Another interval begins, which uses the largest mean of the one that ends."""
+        """Another interval begins; the largest mean of the one that ends still counts in it."""
         self.scale = replace(
             self.scale, largest_now=0.0, largest_before=self.scale.largest_now or self.scale.largest_before
         )

@@ -17,8 +17,8 @@ class RuleInput:
     """What a rule computes a learning rate from.
 
     The observed constant is L with the measured gradient norms in the logits instead of the largest possible one, at
-    most L: their root mean square in the step or, for linear updates, what a typical one was in the last interval, with
-    a margin. For a squared error and linear updates it has the measured residuals, and may exceed L.
+    most L: their root mean square in the step or, for linear updates, the largest typical one since the last interval
+    began, with a margin. For a squared error and linear updates it has the measured residuals, and may exceed L.
 
     Raises:
         ValueError: A number that has to be positive and finite is not.

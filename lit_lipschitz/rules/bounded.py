@@ -22,7 +22,8 @@ as far as gradient descent with a rate of 1 does. Three bounds follow:
    the gradient. K vanishes with the residuals of a regression, and P does not. Without a positive loss P is 0.
 
 Updates that are linear in the gradients grow with them. There C is L, or less if the gradients in the outputs that were
-measured in the last interval are much smaller than L assumes (with a margin of three standard deviations), and n is m.
+measured since the last interval began are much smaller than L assumes (with a margin of three standard deviations), and
+n is m.
 Other optimizers normalise the gradients: C is O, the constant with the root mean square of the gradients in the
 outputs, measured in the same step as s, and n is Kish's effective number of examples.
 
@@ -123,7 +124,7 @@ def _constant_and_examples(inputs: RuleInput) -> tuple[Term, Term | None]:
     if inputs.observed_constant and inputs.is_linear:
         meaning = "equal to L"
         if inputs.observed_constant != inputs.constant:
-            meaning = "L with the largest gradients of the last interval, and a margin, instead of the possible ones"
+            meaning = "L with the largest gradients since the last interval began, and a margin, not the possible ones"
         return Term("C", inputs.observed_constant, meaning), Term("n", inputs.batch_size, "equal to m")
     if inputs.observed_constant:
         constant = Term(

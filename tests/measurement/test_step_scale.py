@@ -174,3 +174,16 @@ def test_to_maximize_the_negative_of_a_loss_has_the_descent_of_the_loss(make):
             optimizer.step()
     assert found[4:] == pytest.approx(found[:4], rel=1e-6)
     assert min(found) > 0
+
+
+def test_the_typical_gradient_norm_is_the_largest_of_this_interval_and_the_one_before():
+    estimator = StepScaleEstimator(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), nn.Linear(1, 1), True)
+    found = []
+    for norms in ([2.0, 6.0], [4.0], [10.0, 3.0], [1.0], []):
+        for norm in norms:  # of two examples, of which one has a gradient of 0
+            estimator.begin_step()
+            estimator.update([1.0, 1.0, 0.0, 1.0, norm**2 / 2, norm / 2])
+            found.append(estimator.scale.largest_mean)
+        estimator.end_interval()
+        found.append(estimator.scale.largest_mean)
+    assert found == pytest.approx([2, 6, 6, 6, 4, 10, 10, 10, 10, 1, 1])

@@ -406,7 +406,7 @@ def test_the_rates_of_a_run_are_those_of_a_loop_that_shares_no_code(name, bound)
         epoch, examples = (step - 1) // 6, 16
         means.setdefault(epoch, []).append(norm**2 / mean)
         if bound == "strict" and look.linear:
-            largest = max(means[max(epoch - 1, 0)]) * (1 + 3 / math.sqrt(2 * CLASSES))
+            largest = max(means[max(epoch - 1, 0)] + means[epoch]) * (1 + 3 / math.sqrt(2 * CLASSES))
             constant *= min(largest / math.sqrt(2), 1)
         elif bound == "strict":
             constant, examples = constant * norm / math.sqrt(2), 16 * (mean / norm) ** 2
